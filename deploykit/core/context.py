@@ -1,0 +1,62 @@
+"""`Context`: all a pass may ask for; `Cost`: what a model costs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from deploykit.core.data import DataSet
+from deploykit.core.errors import DeploykitError
+from deploykit.core.target import Target
+
+Role = Literal["train", "calibration", "holdout", "eval"]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a model costs to keep and to run. None means not measured."""
+
+    macs: int
+    """Multiply-accumulates for one sample."""
+    params: int
+    """Weights that are not masked out."""
+    bytes: int
+    """Of the float weights as stored."""
+    ms: float | None = None
+
+
+class Trainer(Protocol):
+    """Fits a module with a loss; see `deploykit.trainer`."""
+
+    def fit(self, module: Any, data: DataSet, loss: Callable[[Any, Any], Any], **settings: Any) -> list[float]:
+        """Trains in place; returns the loss of every optimizer step."""
+        ...
+
+
+@dataclass(frozen=True)
+class Context:
+    """Handed to every pass of a recipe."""
+
+    target: Target
+    data: Mapping[Role, DataSet] = field(default_factory=dict)
+    example: Mapping[str, np.ndarray[Any, Any]] = field(default_factory=dict)
+    """Two or more samples, stacked."""
+    original: Any = None
+    """The model as it came in: the teacher."""
+    trainer: Trainer | None = None
+    cost: Callable[[Any], Cost] | None = None
+    seed: int = 0
+
+    def need(self, role: Role, who: str) -> DataSet:
+        """The data of that role.
+
+        Raises:
+            DeploykitError: there is none; names the option that brings it.
+        """
+        if role not in self.data:
+            option = {"train": "--train", "calibration": "--calib", "holdout": "--calib", "eval": "--eval"}[role]
+            raise DeploykitError(f"step '{who}' needs {role} data: give {option}")
+        return self.data[role]

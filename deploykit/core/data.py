@@ -1,0 +1,130 @@
+"""`DataSet`: inputs (and labels) by forward-argument name, iterated again and again, with a content hash."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from deploykit.core.errors import DeploykitError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+Sample = Mapping[str, "NDArray[Any]"]
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """What happens to an image before the network sees it: the ``[preprocess]`` table, kept in the manifest.
+
+    Applied in this order: resize (shorter side, bilinear) -> centre crop -> x * scale -> (x - mean) / std -> layout.
+    """
+
+    resize: int | None = None
+    """Length of the shorter side after resizing, in pixels."""
+    crop: int | tuple[int, int] | None = None
+    """Centre crop: side, or (height, width)."""
+    scale: float = 1.0 / 255.0
+    """Multiplies the 0..255 pixel values."""
+    mean: tuple[float, ...] = ()
+    """Per channel (or one for all), after scaling."""
+    std: tuple[float, ...] = ()
+    layout: str = "NCHW"
+    """What the network takes: NCHW or NHWC."""
+    channels: str = "RGB"
+    """RGB, BGR or L (grey)."""
+
+    def __post_init__(self) -> None:
+        """Refuses what cannot be applied."""
+        if self.layout not in ("NCHW", "NHWC"):
+            raise ValueError("layout must be NCHW or NHWC")
+        if self.channels not in ("RGB", "BGR", "L"):
+            raise ValueError("channels must be RGB, BGR or L")
+        if any(s <= 0 for s in self.std):
+            raise ValueError("std must be above 0")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some samples stacked: arrays ``[n, ...]`` by input name, and labels ``[n]`` int64 where there are any."""
+
+    inputs: dict[str, NDArray[Any]]
+    labels: NDArray[Any] | None
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """Samples that are produced one at a time, so that memory does not grow with their number.
+
+    Args:
+        sample: the preprocessed inputs of sample ``i``, each without a batch dimension.
+        index: which samples belong to this set, in order.
+        labels: one per entry of ``index``, or None.
+        origin: where it came from, for messages and the manifest.
+        preprocess: what was declared about images; None for data used as it came.
+    """
+
+    sample: Callable[[int], Sample]
+    index: tuple[int, ...]
+    labels: NDArray[Any] | None = None
+    origin: str = "memory"
+    preprocess: Preprocess | None = None
+    classes: tuple[str, ...] = field(default=())
+
+    @staticmethod
+    def of(inputs: Mapping[str, NDArray[Any]], labels: NDArray[Any] | None = None, origin: str = "memory") -> DataSet:
+        """A data set over whole arrays ``[n, ...]``.
+
+        Raises:
+            DeploykitError: nothing in it, or lengths that differ.
+        """
+        lengths = {name: len(a) for name, a in inputs.items()}
+        if labels is not None:
+            lengths["labels"] = len(labels)
+        if not inputs or len(set(lengths.values())) != 1:
+            raise DeploykitError(f"{origin}: inputs and labels must have the same length; given {lengths}")
+        count = next(iter(lengths.values()))
+        return DataSet(lambda i: {name: a[i] for name, a in inputs.items()}, tuple(range(count)), labels, origin)
+
+    def __len__(self) -> int:
+        """How many samples."""
+        return len(self.index)
+
+    def batches(self, size: int, order: NDArray[Any] | None = None) -> Iterator[Batch]:
+        """Batches of up to ``size`` samples, in order or in the order of the positions given."""
+        positions = np.arange(len(self)) if order is None else order
+        for start in range(0, len(positions), size):
+            chosen = positions[start : start + size]
+            samples = [self.sample(self.index[p]) for p in chosen]
+            inputs = {name: np.stack([s[name] for s in samples]) for name in samples[0]}
+            yield Batch(inputs, None if self.labels is None else np.asarray(self.labels)[chosen])
+
+    def take(self, positions: slice) -> DataSet:
+        """A part of this set."""
+        labels = None if self.labels is None else self.labels[positions]
+        return replace(self, index=self.index[positions], labels=labels)
+
+    def spread(self, count: int) -> DataSet:
+        """At most ``count`` samples, evenly spaced over the set."""
+        if count >= len(self):
+            return self
+        chosen = np.linspace(0, len(self) - 1, count).round().astype(int)
+        labels = None if self.labels is None else self.labels[chosen]
+        return replace(self, index=tuple(self.index[i] for i in chosen), labels=labels)
+
+    @cached_property
+    def hash(self) -> str:
+        """SHA-256 (first 16 hex digits) over names, dtypes, shapes, values and labels."""
+        digest = hashlib.sha256()
+        for i in self.index:
+            for name, array in sorted(self.sample(i).items()):
+                digest.update(f"{name} {array.dtype} {array.shape}".encode())
+                digest.update(np.ascontiguousarray(array).tobytes())
+        if self.labels is not None:
+            digest.update(np.ascontiguousarray(self.labels).tobytes())
+        return digest.hexdigest()[:16]

@@ -1,0 +1,125 @@
+"""`Ranges`: raw statistics of a float graph's tensors on calibration data. Plain numbers, kept as JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import numpy as np
+
+from deploykit.core.errors import DeploykitError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Counts over equal bins of ``[-limit, limit)``."""
+
+    limit: float
+    counts: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What is known about one tensor."""
+
+    low: float
+    high: float
+    average_low: float
+    """Mean over samples of each sample's minimum; `average_high` likewise (for moving-average ranges)."""
+    average_high: float
+    mean: NDArray[np.float64] | None = None
+    """Per channel, over samples and positions; kept where a bias may be corrected."""
+    histogram: Histogram | None = None
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """Statistics by tensor name, with the hashes of the graph and the data they were measured on."""
+
+    graph: str
+    data: str
+    samples: int
+    tensors: Mapping[str, Stats] = field(default_factory=dict)
+
+    @property
+    def has_histograms(self) -> bool:
+        """Whether thresholds other than min-max can be chosen."""
+        return all(s.histogram is not None for s in self.tensors.values())
+
+    def save(self, path: Path) -> None:
+        """Writes JSON that `load_ranges` reads back exactly."""
+        path.write_text(json.dumps(self.to_dict(), indent=1), encoding="utf-8")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists and numbers."""
+        tensors: dict[str, Any] = {}
+        for name, s in self.tensors.items():
+            entry: dict[str, Any] = {
+                "low": s.low, "high": s.high, "average_low": s.average_low, "average_high": s.average_high
+            }  # fmt: skip
+            if s.mean is not None:
+                entry["mean"] = s.mean.tolist()
+            if s.histogram is not None:
+                entry["histogram"] = {"limit": s.histogram.limit, "counts": s.histogram.counts.tolist()}
+            tensors[name] = entry
+        return {
+            "format": "deploykit-ranges-1", "graph": self.graph, "data": self.data, "samples": self.samples,
+            "tensors": tensors,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _HistogramFile:
+    limit: float
+    counts: list[int]
+
+
+@dataclass(frozen=True)
+class _StatsFile:
+    low: float
+    high: float
+    average_low: float
+    average_high: float
+    mean: list[float] | None = None
+    histogram: _HistogramFile | None = None
+
+
+@dataclass(frozen=True)
+class _RangesFile:
+    format: str
+    graph: str
+    data: str
+    samples: int
+    tensors: dict[str, _StatsFile]
+
+
+def load_ranges(path: Path) -> Ranges:
+    """Reads what `Ranges.save` wrote.
+
+    Raises:
+        DeploykitError: missing file, not JSON, or not ranges of this format.
+    """
+    try:
+        raw = msgspec.json.decode(path.read_bytes(), type=_RangesFile)
+    except OSError as error:
+        raise DeploykitError(f"cannot read {path}: {error.strerror or error}") from None
+    except (msgspec.DecodeError, msgspec.ValidationError) as error:
+        raise DeploykitError(f"{path} is not a ranges file that `deploykit calibrate` wrote: {error}") from None
+    if raw.format != "deploykit-ranges-1":
+        raise DeploykitError(f"{path}: ranges format '{raw.format}' is not known; calibrate again")
+
+    def stats(s: _StatsFile) -> Stats:
+        mean = None if s.mean is None else np.asarray(s.mean, np.float64)
+        histogram = None
+        if s.histogram is not None:
+            histogram = Histogram(s.histogram.limit, np.asarray(s.histogram.counts, np.int64))
+        return Stats(s.low, s.high, s.average_low, s.average_high, mean, histogram)
+
+    return Ranges(raw.graph, raw.data, raw.samples, {n: stats(s) for n, s in raw.tensors.items()})

@@ -1,0 +1,114 @@
+"""`Step`, recipe and `Pass`: what is done to a model, in which order, as a value that TOML can hold."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+
+import tomli_w
+
+from deploykit.core.errors import DeploykitError
+from deploykit.core.tables import from_table, read_toml
+from deploykit.core.target import Need, Profit
+
+Stage = Literal["model", "graph", "hub"]
+STAGES: tuple[Stage, ...] = ("model", "graph", "hub")
+
+
+@runtime_checkable
+class Pass(Protocol):
+    """What a step becomes: a frozen dataclass whose fields are its options and whose ``repr`` is its log line.
+
+    ``deploykit/passes/NAME.py`` holds the class ``Name`` (``bias_correct`` -> ``BiasCorrect``).
+    """
+
+    stage: ClassVar[Stage]
+    needs: ClassVar[tuple[Need, ...]]
+    pays_if: ClassVar[tuple[Profit, ...]]
+
+    def __call__(self, subject: Any, context: Any, /) -> Any:
+        """Takes and returns what the stage works on (nn.Module, FloatGraph, Hub); never changes it in place."""
+        ...
+
+
+@dataclass(frozen=True)
+class Step:
+    """One line of a recipe: a pass by name, and its options."""
+
+    name: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        """``prune(sparsity=0.5)``."""
+        return f"{self.name}({', '.join(f'{k}={v!r}' for k, v in self.options.items())})"
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """How a step that trains, trains: the ``[train]`` table of a recipe."""
+
+    loss: str = "ce"
+    """``ce`` (cross-entropy with labels) or ``file.py:function(outputs, batch) -> scalar``."""
+    epochs: float = 1.0
+    """Passes over the training data; fractions are allowed."""
+    learning_rate: float = 1e-3
+    batch: int = 64
+    weight_decay: float = 0.0
+    augment: tuple[Literal["flip", "crop"], ...] = ()
+    """Random horizontal flip; random crop after padding by an eighth. Images only."""
+
+    def __post_init__(self) -> None:
+        """Refuses settings that cannot train."""
+        if self.epochs <= 0 or self.learning_rate <= 0 or self.batch < 1 or self.weight_decay < 0:
+            raise ValueError("epochs and learning_rate must be above 0, batch at least 1, weight_decay at least 0")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """An ordered tuple of steps, with the training settings they share."""
+
+    steps: tuple[Step, ...] = ()
+    train: TrainSettings = field(default_factory=TrainSettings)
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Reads a recipe.
+
+    .. code-block:: toml
+
+        [[step]]
+        name = "prune"
+        sparsity = 0.5
+
+        [train]
+        epochs = 2
+
+    Raises:
+        DeploykitError: not TOML, an unknown key, a step without a name.
+    """
+    table = read_toml(path)
+    extra = set(table) - {"step", "train"}
+    if extra:
+        raise DeploykitError(f"{path}: unknown key '{sorted(extra)[0]}'. Known: [[step]], [train].")
+    steps = table.get("step", [])
+    if not isinstance(steps, list):
+        raise DeploykitError(f"{path}: steps are written [[step]], with two brackets")
+    for number, entry in enumerate(steps, 1):
+        if not isinstance(entry.get("name"), str):
+            raise DeploykitError(f"{path}: step {number} has no name")
+    return Recipe(
+        steps=tuple(Step(e["name"], {k: v for k, v in e.items() if k != "name"}) for e in steps),
+        train=from_table(TrainSettings, table.get("train", {}), f"{path} [train]"),
+    )
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The TOML that `load_recipe` reads back into an equal recipe."""
+    table: dict[str, Any] = {"train": dataclasses.asdict(recipe.train)}
+    table["train"]["augment"] = list(recipe.train.augment)
+    if recipe.steps:
+        table["step"] = [{"name": s.name, **s.options} for s in recipe.steps]
+    return tomli_w.dumps(table)

@@ -1,0 +1,96 @@
+"""`Target` and `QuantSpec`: what a device can do and how numbers are stored on it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+Need = Literal["data", "labels", "train"]
+Profit = Literal[
+    "structured", "2:4", "unstructured", "codebook", "low_rank", "fp16", "int8", "int4", "small_file"
+]  # fmt: skip
+Precision = Literal["fp32", "fp16", "int8", "int8-fp16"]
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """How numbers are stored and where quantization happens. Two targets with equal specs share one hub.
+
+    Integers of fewer than 8 bits are stored in 8: ``weight_bits=7`` means -63..63 in int8.
+    """
+
+    activation_bits: int = 8
+    activation_signed: bool = False
+    """False: unsigned storage (uint8). True: signed (int8)."""
+    activation_symmetric: bool = False
+    """True: zero point 0, so with signed storage the range is [-a, a]."""
+    weight_bits: int = 8
+    """Weights are signed and symmetric: -(2^(b-1)-1) .. 2^(b-1)-1."""
+    weight_granularity: Literal["channel", "tensor"] = "channel"
+    scale: Literal["float", "power_of_two"] = "float"
+    bias: Literal["int32", "float"] = "int32"
+    """int32 biases have the scale s_x * s_w and zero point 0."""
+    placement: Literal["everywhere", "linear_inputs"] = "everywhere"
+    """everywhere: every tensor an integer kernel reads or writes. linear_inputs: the inputs of convolutions and
+    matrix products, and the skip branch of residual adds (what TensorRT fuses best)."""
+    shared_scale: tuple[str, ...] = ("AveragePool", "Concat")
+    """ONNX operators whose inputs and outputs must have one scale on this target, beyond those that only move data."""
+    weight_scale_floor: float = 2.0**-24
+    """No weight scale is smaller. 2^-14 keeps scales normal numbers in fp16."""
+
+    def __post_init__(self) -> None:
+        """Refuses widths this project has no storage for."""
+        if not (2 <= self.weight_bits <= 8 and 2 <= self.activation_bits <= 8):
+            raise ValueError("weight_bits and activation_bits must be between 2 and 8")
+
+    @property
+    def activation_range(self) -> tuple[int, int]:
+        """Smallest and largest stored activation."""
+        if self.activation_symmetric and self.activation_signed:
+            top = 2 ** (self.activation_bits - 1) - 1
+            return -top, top
+        if self.activation_signed:
+            return -(2 ** (self.activation_bits - 1)), 2 ** (self.activation_bits - 1) - 1
+        return 0, 2**self.activation_bits - 1
+
+    @property
+    def weight_max(self) -> int:
+        """Largest stored weight magnitude."""
+        return int(2 ** (self.weight_bits - 1) - 1)
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One figure about a device and where it comes from."""
+
+    value: float | int | str | bool
+    source: str
+    verified: bool
+    unit: str = ""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A hardware profile, read from ``targets/NAME.toml``.
+
+    ``options`` belongs to the exporter alone, which validates it.
+    """
+
+    name: str
+    title: str
+    exporter: str
+    precisions: tuple[Precision, ...]
+    """What is written, the baseline first."""
+    profits: tuple[Profit, ...]
+    """What makes models smaller or faster on this device; passes compare it with their `pays_if`."""
+    channel_multiple: int
+    """Channel counts that are a multiple of this fill the vector or matrix unit."""
+    opset: int
+    """Highest ONNX operator set the device's runtime reads (the graph is never above it)."""
+    quant: QuantSpec = field(default_factory=QuantSpec)
+    measured_here: str = ""
+    """Why latencies taken on this machine stand for the device; empty when they do not."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    facts: Mapping[str, Fact] = field(default_factory=dict)

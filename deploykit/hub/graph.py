@@ -1,0 +1,135 @@
+"""`FloatGraph` and `Hub`: the two graphs of the project, as values."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx_ir as ir
+
+from deploykit.core.artifact import TensorSpec
+from deploykit.core.ranges import Ranges
+from deploykit.core.target import QuantSpec
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class FloatGraph:
+    """A float ONNX graph, BN folded, constants folded, nodes in topological order. Never changed in place.
+
+    ``masks``: weight initializer name -> where the weight lives (False: a zero that stays zero).
+    """
+
+    model: ir.Model
+    masks: Mapping[str, NDArray[np.bool_]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @cached_property
+    def bytes(self) -> bytes:
+        """The serialized model, the same for equal graphs."""
+        return serialize(self.model)
+
+    @cached_property
+    def hash(self) -> str:
+        """SHA-256 of the serialized model, first 16 hex digits."""
+        return hashlib.sha256(self.bytes).hexdigest()[:16]
+
+    def copy(self) -> ir.Model:
+        """A model that may be changed."""
+        return self.model.clone()
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What became of one operator when the graph was quantized."""
+
+    operator: str
+    layer: str
+    quantized: bool
+    why: str = ""
+    """Why it stayed in float; empty for integer operators and for those that only move data."""
+
+
+@dataclass(frozen=True)
+class Hub:
+    """The one quantized graph of a `QuantSpec`, with the float graph and the ranges it came from.
+
+    ``quantized`` is the Q/DQ graph (None: nothing was calibrated, only float files can be written). Its form:
+
+    * activations: ``v -> QuantizeLinear -> v_q -> DequantizeLinear -> v_dq -> consumers``, scalar scale and zero point;
+    * weights: int8 initializer ``-> DequantizeLinear(axis)``; biases: int32 initializer ``-> DequantizeLinear(axis 0)``
+      with scale s_x*s_w (or a float initializer, where the spec says so);
+    * an operator and the Relu or Clip fused with it stand between one DequantizeLinear and one QuantizeLinear.
+    """
+
+    graph: FloatGraph
+    spec: QuantSpec
+    quantized: ir.Model | None = None
+    ranges: Ranges | None = None
+    decisions: tuple[Decision, ...] = ()
+
+    @cached_property
+    def bytes(self) -> bytes:
+        """The serialized Q/DQ model."""
+        if self.quantized is None:
+            raise ValueError("this hub has no quantized graph")
+        return serialize(self.quantized)
+
+
+def serialize(model: ir.Model) -> bytes:
+    """Protobuf bytes, deterministic."""
+    return ir.to_proto(model).SerializeToString(deterministic=True)
+
+
+def constant(value: ir.Value | None) -> NDArray[Any] | None:
+    """The array behind an initializer (or Constant node), or None."""
+    if value is None or value.const_value is None:
+        return None
+    return value.const_value.numpy()
+
+
+def add_initializer(graph: ir.Graph, name: str, array: NDArray[Any]) -> ir.Value:
+    """Registers an array under a name that is not taken yet, and returns its value."""
+    unique, number = name, 1
+    while unique in graph.initializers:
+        number += 1
+        unique = f"{name}_{number}"
+    tensor = ir.tensor(array, name=unique)
+    value = ir.Value(name=unique, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape))
+    graph.register_initializer(value)
+    return value
+
+
+def attribute(node: ir.Node, name: str, default: Any = None) -> Any:
+    """The Python value of an attribute; ints stay ints, lists become lists, strings str."""
+    found = node.attributes.get(name)
+    if found is None:
+        return default
+    value = found.value
+    return list(value) if isinstance(value, (tuple, list)) else value
+
+
+def specs(values: Iterator[ir.Value] | list[ir.Value]) -> tuple[TensorSpec, ...]:
+    """Names, shapes and dtypes of graph inputs or outputs."""
+    found = []
+    for v in values:
+        shape = tuple(d if isinstance(d, int) else str(d) for d in v.shape) if v.shape is not None else ()
+        dtype = v.dtype.numpy().name if v.dtype is not None else "float32"
+        found.append(TensorSpec(v.name or "", shape, dtype))
+    return tuple(found)
+
+
+def drop_unused(graph: ir.Graph) -> None:
+    """Removes nodes nobody reads, then initializers nobody reads."""
+    outputs = {id(o) for o in graph.outputs}
+    for node in reversed(list(graph)):
+        if not any(id(v) in outputs or list(v.uses()) for v in node.outputs):
+            graph.remove(node, safe=True)
+    for name in [n for n, v in graph.initializers.items() if not list(v.uses()) and id(v) not in outputs]:
+        del graph.initializers[name]

@@ -1,0 +1,53 @@
+"""Exporters: `to_NAME.py` is the exporter NAME the moment it exists.
+
+Every exporter module has the same two functions and nothing is inherited:
+
+* ``export(hub, target, out_dir, precisions) -> tuple[File, ...]`` writes one file per precision into ``out_dir``;
+  ``int8`` comes from ``hub.quantized``, the float precisions from ``hub.graph``. All operators it cannot write are
+  named in one `DeploykitError`.
+* ``load(path, threads) -> Runner`` opens a file in its real runtime: float arrays in, float arrays out.
+
+Heavy tools are imported inside the functions; a missing one raises `MissingExtra`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Protocol, cast
+
+from deploykit.core.artifact import File, Runner
+from deploykit.core.errors import unknown
+from deploykit.core.target import Precision, Target
+from deploykit.hub.graph import Hub
+
+
+class Exporter(Protocol):
+    """What an exporter module offers."""
+
+    def export(self, hub: Hub, target: Target, out_dir: Path, precisions: Sequence[Precision]) -> tuple[File, ...]:
+        """Writes the files, the baseline first."""
+        ...
+
+    def load(self, path: Path, threads: int = 1) -> Runner:
+        """Opens a file in its runtime."""
+        ...
+
+
+def names() -> list[str]:
+    """Every exporter's name, sorted."""
+    folder = Path(str(resources.files("deploykit.exporters")))
+    return sorted(p.stem.removeprefix("to_") for p in folder.glob("to_*.py"))
+
+
+def load(name: str) -> Exporter:
+    """The exporter module of that name.
+
+    Raises:
+        DeploykitError: there is none.
+    """
+    if name not in names():
+        raise unknown("exporter", name, names())
+    return cast(Exporter, importlib.import_module(f"deploykit.exporters.to_{name}"))

@@ -1,0 +1,57 @@
+"""Hardware profiles: `NAME.toml` in this folder is the target NAME the moment it exists."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from deploykit.core.errors import DeploykitError, unknown
+from deploykit.core.tables import from_table, read_toml
+from deploykit.core.target import Target
+
+
+def names() -> list[str]:
+    """Every target's name, sorted."""
+    return sorted(path.name.removesuffix(".toml") for path in _folder().iterdir() if path.name.endswith(".toml"))
+
+
+def load(name: str) -> Target:
+    """The target of that name, or the one in a TOML file of the user's (``my-board.toml``).
+
+    Raises:
+        DeploykitError: no such target (with the nearest name), or the profile is not valid.
+    """
+    if name.endswith(".toml"):
+        path = Path(name)
+    else:
+        path = _folder() / f"{name}.toml"
+        if name not in names():
+            raise unknown("target", name, names())
+    table = _merged(path, seen=())
+    return from_table(Target, {"name": path.stem, **table}, f"target {path.name}")
+
+
+def _folder() -> Path:
+    return Path(str(resources.files("deploykit.targets")))
+
+
+def _merged(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    """The table of a profile laid over the one it ``extends``; nested tables are merged key by key."""
+    if path in seen:
+        raise DeploykitError(f"target {path.name} extends itself: {' -> '.join(p.stem for p in (*seen, path))}")
+    table = read_toml(path)
+    base = table.pop("extends", None)
+    if base is None:
+        return table
+    if base not in names():
+        raise DeploykitError(f"target {path.name}, extends: {unknown('target', str(base), names())}")
+    return _overlay(_merged(_folder() / f"{base}.toml", (*seen, path)), table)
+
+
+def _overlay(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        both_tables = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _overlay(merged[key], value) if both_tables else value
+    return merged
