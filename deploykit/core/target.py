@@ -37,6 +37,8 @@ class QuantSpec:
     matrix products, and the skip branch of residual adds (what TensorRT fuses best)."""
     shared_scale: tuple[str, ...] = ("AveragePool", "Concat")
     """ONNX operators whose inputs and outputs must have one scale on this target, beyond those that only move data."""
+    float_operators: tuple[str, ...] = ()
+    """ONNX operators that stay in float on this target although they have an integer form."""
     weight_scale_floor: float = 2.0**-24
     """No weight scale is smaller. 2^-14 keeps scales normal numbers in fp16."""
 

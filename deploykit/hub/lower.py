@@ -1,0 +1,289 @@
+"""From nn.Module (or a user's .onnx) to the float graph: BN folded, constants folded, values named by module path."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx_ir as ir
+
+from deploykit.core.errors import DeploykitError
+from deploykit.core.progress import say
+from deploykit.hub.graph import FloatGraph, constant, drop_unused
+
+if TYPE_CHECKING:
+    import onnx
+    import torch
+    from numpy.typing import NDArray
+
+OPSET = 20
+"""LayerNormalization, Gelu and HardSwish are single operators here, and ReduceMean takes its axes as an input."""
+OLDEST_OPSET = 11
+FOLD_LIMIT = 1 << 28
+"""Constants up to this many bytes are folded; recurrent weights are reordered by folded Slice and Concat nodes."""
+
+
+def lower(module: torch.nn.Module, example: Mapping[str, NDArray[Any]]) -> FloatGraph:
+    """The float graph of a module in eval mode.
+
+    Masks that model-stage passes left on the module (parametrizations) are baked into the weights and become the
+    graph's ``masks``. The module is not changed.
+
+    Args:
+        module: any nn.Module; outputs may be a tensor, a tuple or a dict of tensors.
+        example: arrays ``[n >= 2, ...]`` by forward-argument name.
+
+    Raises:
+        DeploykitError: the forward does not take these inputs, or torch cannot export the module.
+    """
+    import torch
+
+    from deploykit.hub.structure import bake
+
+    plain, masks = bake(module)
+    plain.eval()
+    names = _argument_names(plain, example)
+    arguments = tuple(torch.from_numpy(np.ascontiguousarray(example[n])) for n in names)
+    try:
+        with torch.no_grad():
+            outputs = plain(*arguments)
+    except Exception as error:
+        shapes = ", ".join(f"{n} {tuple(a.shape)} {a.dtype}" for n, a in zip(names, arguments, strict=True))
+        raise DeploykitError(
+            f"the model's forward fails on the sample inputs ({shapes}): {type(error).__name__}: {_first_line(error)}"
+        ) from error
+    output_names = _output_names(outputs)
+    notes: tuple[str, ...] = ()
+    try:
+        program = _export(plain, arguments, names, output_names, dynamic=True)
+    except Exception as dynamic_error:
+        single = tuple(a[:1] for a in arguments)
+        try:
+            program = _export(plain, single, names, output_names, dynamic=False)
+        except Exception as error:
+            raise DeploykitError(
+                f"torch cannot export this model to ONNX: {type(error).__name__}: {_first_line(error)}"
+            ) from error
+        notes = (f"exported with batch 1 only: a free batch dimension failed ({_first_line(dynamic_error)})",)
+        say(f"note: {notes[0]}")
+    model = simplify(program)
+    _name_by_module(model.graph)
+    found = {name: mask for name, mask in masks.items() if name in model.graph.initializers}
+    _check_masks(model.graph, found)
+    return FloatGraph(model, found, notes)
+
+
+def read_onnx(path: Path) -> FloatGraph:
+    """The float graph of a user's ``.onnx``.
+
+    Raises:
+        DeploykitError: missing, truncated or foreign file; already quantized; operator set too old.
+    """
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    if not path.is_file():
+        raise DeploykitError(f"no file {path}")
+    try:
+        proto = onnx.load(path)
+        onnx.checker.check_model(proto)
+    except (DecodeError, onnx.checker.ValidationError, OSError, ValueError) as error:
+        raise DeploykitError(f"{path} is not a valid ONNX model: {_first_line(error)}") from None
+    if any(node.op_type in ("QuantizeLinear", "DequantizeLinear", "QLinearConv") for node in proto.graph.node):
+        raise DeploykitError(f"{path} is already quantized; deploykit starts from the float model")
+    return from_proto(proto, str(path))
+
+
+def from_proto(proto: onnx.ModelProto, origin: str) -> FloatGraph:
+    """The float graph of an ONNX model in memory; see `read_onnx`."""
+    import onnx
+
+    opset = next((o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")), 0)
+    if opset < OLDEST_OPSET:
+        raise DeploykitError(f"{origin} uses operator set {opset}; {OLDEST_OPSET} or later is needed")
+    if opset < OPSET:
+        try:
+            proto = onnx.version_converter.convert_version(proto, OPSET)
+        except (RuntimeError, ValueError) as error:
+            raise DeploykitError(
+                f"{origin}: cannot raise operator set {opset} to {OPSET} ({_first_line(error)}). "
+                f"Export it with opset_version={OPSET}."
+            ) from None
+    model = ir.from_proto(onnx.shape_inference.infer_shapes(proto))
+    initialized = set(model.graph.initializers)
+    for value in [v for v in model.graph.inputs if v.name in initialized]:  # IR < 4 lists weights as inputs
+        model.graph.inputs.remove(value)
+    return FloatGraph(simplify(model))
+
+
+def simplify(model: ir.Model) -> ir.Model:
+    """Folds constants and batch normalisation, drops what nobody reads. Changes and returns ``model``."""
+    import onnxscript.optimizer
+    from onnxscript.rewriter import rewrite
+    from onnxscript.rewriter.rules.common import (
+        fuse_batchnorm_into_conv_rule,
+        fuse_batchnorm_into_conv_transpose_rule,
+        fuse_batchnorm_into_gemm_rule,
+    )
+
+    with _quiet():
+        rules = [fuse_batchnorm_into_conv_rule, fuse_batchnorm_into_conv_transpose_rule, fuse_batchnorm_into_gemm_rule]
+        model = rewrite(model, pattern_rewrite_rules=rules)
+        onnxscript.optimizer.optimize(model, input_size_limit=FOLD_LIMIT, output_size_limit=FOLD_LIMIT)
+    _lift_constants(model.graph)
+    for value in model.graph.initializers.values():
+        if value.const_value is not None:
+            value.const_value = ir.tensor(np.array(value.const_value.numpy(), order="C"), name=value.name)
+    drop_unused(model.graph)
+    model.graph.sort()
+    model.metadata_props.clear()
+    model.producer_name, model.producer_version, model.doc_string = "deploykit", "", ""
+    return model
+
+
+def _lift_constants(graph: ir.Graph) -> None:
+    """Constant nodes become initializers, so that there is one way to hold a constant."""
+    for node in [n for n in graph if n.op_type == "Constant"]:
+        value = node.outputs[0]
+        array = constant(value)
+        if array is None:
+            tensor = next(iter(node.attributes.values())).value
+            array = tensor.numpy() if hasattr(tensor, "numpy") else np.asarray(tensor)
+        name = value.name or f"constant_{len(graph.initializers)}"
+        held = ir.Value(
+            name=name, const_value=ir.tensor(array, name=name),
+            type=ir.TensorType(ir.DataType.from_numpy(array.dtype)), shape=ir.Shape(array.shape),
+        )  # fmt: skip
+        for user, position in list(value.uses()):
+            user.replace_input_with(position, held)
+        graph.remove(node, safe=True)
+        graph.register_initializer(held)
+
+
+def _export(
+    module: torch.nn.Module,
+    arguments: tuple[torch.Tensor, ...],
+    names: list[str],
+    output_names: list[str],
+    dynamic: bool,
+) -> ir.Model:
+    import torch
+
+    shapes = tuple({0: torch.export.Dim.DYNAMIC} for _ in arguments) if dynamic else None
+    with _quiet():
+        program = torch.onnx.export(
+            module, arguments, dynamo=True, verbose=False, input_names=names, output_names=output_names,
+            dynamic_shapes=shapes, external_data=False, opset_version=OPSET,
+        )  # fmt: skip
+    assert program is not None
+    model: ir.Model = program.model
+    got = model.opset_imports.get("", 0)
+    if got != OPSET:  # torch does not always honour the request and says nothing
+        raise DeploykitError(f"torch exported operator set {got}, asked was {OPSET}")
+    return model
+
+
+def _argument_names(module: torch.nn.Module, example: Mapping[str, Any]) -> list[str]:
+    """The forward's arguments for which there is data, in the forward's order."""
+    signature = inspect.signature(module.forward)
+    known = [p.name for p in signature.parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    required = [n for n in known if signature.parameters[n].default is inspect.Parameter.empty]
+    if any(p.kind is p.VAR_POSITIONAL for p in signature.parameters.values()) and not known:
+        return list(example)
+    missing = [n for n in required if n not in example]
+    foreign = [n for n in example if n not in known]
+    if missing or foreign:
+        raise DeploykitError(
+            f"the model's forward takes {', '.join(known)}; the data has {', '.join(example)}"
+            + (f"; missing: {', '.join(missing)}" if missing else "")
+        )
+    return [n for n in known if n in example]
+
+
+def _output_names(outputs: Any) -> list[str]:
+    import torch
+
+    if isinstance(outputs, torch.Tensor):
+        return ["output"]
+    if isinstance(outputs, Mapping):
+        return [str(k) for k in outputs]
+    if isinstance(outputs, (tuple, list)) and all(isinstance(o, torch.Tensor) for o in outputs):
+        return [f"output_{i}" for i in range(len(outputs))]
+    raise DeploykitError(
+        f"the model returns {type(outputs).__name__}; a tensor, or a flat tuple or dict of tensors, is needed"
+    )
+
+
+def _name_by_module(graph: ir.Graph) -> None:
+    """Names nodes, and the values they write, after the module that made them: ``layer1.0.conv1``."""
+    taken = {v.name for v in [*graph.inputs, *graph.outputs]} | set(graph.initializers)
+    outputs = {id(v) for v in graph.outputs}
+    for value in graph.inputs:  # torch numbers free dimensions per process
+        if value.shape is not None:
+            value.shape = ir.Shape(["batch" if i == 0 and not isinstance(d, int) else d for i, d in enumerate(value.shape)])
+    for node in graph:
+        node.name = _unique(_module_path(node), taken)
+        for number, value in enumerate(node.outputs):
+            if id(value) not in outputs:
+                value.name = node.name if number == 0 else _unique(f"{node.name}.{number}", taken)
+            if value.shape is not None:
+                value.shape = ir.Shape(["batch" if not isinstance(d, int) and i == 0 else d for i, d in enumerate(value.shape)])
+            value.metadata_props.clear()
+        node.metadata_props.clear()
+        node.doc_string = None
+
+
+def _module_path(node: ir.Node) -> str:
+    for value in node.inputs[1:2]:
+        if value is not None and value.const_value is not None and (value.name or "").endswith(".weight"):
+            return str(value.name).removesuffix(".weight")
+    scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes", "")
+    parts = [s.strip(" '\"") for s in scopes.strip("[]").split(",")]
+    parts = [p for p in parts if p]
+    if not parts:
+        return str(node.op_type).lower()
+    return parts[-1] if len(parts) == 1 or parts[-1].startswith(parts[-2]) else f"{parts[-2]}.{parts[-1]}"
+
+
+def _unique(name: str, taken: set[str | None]) -> str:
+    unique, number = name, 1
+    while unique in taken:
+        number += 1
+        unique = f"{name}_{number}"
+    taken.add(unique)
+    return unique
+
+
+def _check_masks(graph: ir.Graph, masks: Mapping[str, NDArray[np.bool_]]) -> None:
+    """Folding BN multiplies channels, which keeps zeros zero; anything else that touches them is a bug."""
+    for name, mask in masks.items():
+        weight = constant(graph.initializers[name])
+        assert weight is not None and weight.shape == mask.shape, f"{name} changed shape while lowering"
+        assert not weight[~mask].any(), f"lowering filled zeros of {name}"
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Torch's exporter logs about libraries nobody asked for; errors still raise."""
+    loggers = [logging.getLogger(n) for n in ("torch.onnx", "torch.export", "torch.fx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,158 @@
+"""Cuts pieces out of an ONNX graph, so that one operator or one stretch of a network can be run on its own."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import onnx
+
+from deploykit.hub.graph import Hub
+
+if TYPE_CHECKING:
+    import onnxruntime as ort
+    from numpy.typing import NDArray
+
+
+class Slicer:
+    """Index of a model by value name; `cut` extracts pieces of it."""
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        """Indexes the model. Initializers may be changed afterwards (`set_array`); later cuts see the change."""
+        self.model = model
+        self.producer = {o: node for node in model.graph.node for o in node.output}
+        self.position = {id(node): i for i, node in enumerate(model.graph.node)}
+        self.initializers = {t.name: t for t in model.graph.initializer}
+        self.inputs = {i.name: i for i in model.graph.input}
+        infos = [*model.graph.value_info, *model.graph.output, *model.graph.input]
+        self.info = {i.name: i for i in infos}
+
+    def array(self, name: str) -> NDArray[Any]:
+        """An initializer's values."""
+        return onnx.numpy_helper.to_array(self.initializers[name])
+
+    def set_array(self, name: str, array: NDArray[Any]) -> None:
+        """Replaces an initializer's values."""
+        self.initializers[name].CopyFrom(onnx.numpy_helper.from_array(array, name))
+
+    def boundary(self, outputs: Sequence[str], known: Collection[str]) -> list[str]:
+        """Which of the known values (and graph inputs) the outputs are computed from, in a fixed order."""
+        return self._walk(outputs, known)[1]
+
+    def cut(self, outputs: Sequence[str], known: Collection[str]) -> onnx.ModelProto:
+        """The model that computes ``outputs`` from the ``known`` values (and graph inputs) they depend on.
+
+        Its inputs are just those that are needed (`boundary`). An output may not be among the known.
+        """
+        nodes, inputs = self._walk(outputs, known)
+        used = {name for node in nodes for name in node.input}
+        graph = onnx.helper.make_graph(
+            nodes,
+            "slice",
+            [self._typed(name) for name in inputs],
+            [self._typed(name) for name in outputs],
+            [self.initializers[name] for name in sorted(used & set(self.initializers))],
+            value_info=[self.info[o] for node in nodes for o in node.output if o in self.info and o not in outputs],
+        )
+        return onnx.helper.make_model(graph, opset_imports=self.model.opset_import, ir_version=self.model.ir_version)
+
+    def _walk(self, outputs: Sequence[str], known: Collection[str]) -> tuple[list[onnx.NodeProto], list[str]]:
+        stop = set(known)
+        nodes: dict[int, onnx.NodeProto] = {}
+        inputs: dict[str, None] = {}
+        pending = list(outputs)
+        while pending:
+            name = pending.pop()
+            if not name or name in self.initializers:
+                continue
+            if name in stop or name in self.inputs:
+                inputs[name] = None
+                continue
+            node = self.producer[name]
+            if self.position[id(node)] not in nodes:
+                nodes[self.position[id(node)]] = node
+                pending.extend(node.input)
+        return [nodes[i] for i in sorted(nodes)], sorted(inputs)
+
+    def _typed(self, name: str) -> onnx.ValueInfoProto:
+        if name in self.info and self.info[name].type.tensor_type.elem_type:
+            return self.info[name]
+        return onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None)
+
+
+def session(model: onnx.ModelProto | bytes, threads: int = 1, optimize: bool = True) -> ort.InferenceSession:
+    """An ONNX Runtime session on the CPU; without optimization the Q/DQ nodes run in float, one by one."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    if not optimize:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    data = model if isinstance(model, bytes) else model.SerializeToString()
+    return ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+
+
+@dataclass(frozen=True)
+class OperatorSlice:
+    """One integer operator (with its fused activation) between its Q/DQ pairs, as a model of its own."""
+
+    layer: str
+    operator: str
+    model: onnx.ModelProto
+    inputs: tuple[str, ...]
+    """Values of the hub that it reads: dequantized, so feeding them reproduces the same integers."""
+    output: str
+    scale: float
+    """Of the output: one least significant bit."""
+
+
+def operator_slices(hub: Hub) -> Iterator[OperatorSlice]:
+    """Every operator of the hub that reads and writes integers, cut out with its own quantization.
+
+    Operators that only read integers (`linear_inputs` placement) have no integer output to compare and are left out.
+    """
+    slicer = Slicer(onnx.load_model_from_string(hub.bytes))
+    integer = {d.layer: d for d in hub.decisions if d.quantized}
+    reads: dict[str, list[onnx.NodeProto]] = {}
+    for node in slicer.model.graph.node:
+        for name in node.input:
+            reads.setdefault(name, []).append(node)
+    for node in slicer.model.graph.node:
+        if node.name not in integer:
+            continue
+        quantizer = _quantizer_after(node, reads)
+        if quantizer is None:
+            continue
+        (output,) = (r.output[0] for r in reads[quantizer.output[0]] if r.op_type == "DequantizeLinear")
+        known = [slicer.producer[s].input[0] for s in _integer_sources(node, slicer)]
+        model = slicer.cut([output], known)
+        inputs = slicer.boundary([output], known)
+        yield OperatorSlice(
+            node.name, node.op_type, model, tuple(inputs), output, float(slicer.array(quantizer.input[1]))
+        )  # fmt: skip
+
+
+def _quantizer_after(node: onnx.NodeProto, reads: Mapping[str, list[onnx.NodeProto]]) -> onnx.NodeProto | None:
+    """The QuantizeLinear behind a node, directly or behind one activation."""
+    for reader in reads.get(node.output[0], []):
+        if reader.op_type == "QuantizeLinear":
+            return reader
+    readers = reads.get(node.output[0], [])
+    if len(readers) == 1 and readers[0].op_type in ("Relu", "Clip"):
+        return _quantizer_after(readers[0], reads)
+    return None
+
+
+def _integer_sources(node: onnx.NodeProto, slicer: Slicer) -> list[str]:
+    """The QuantizeLinear outputs a node reads through DequantizeLinear."""
+    found = []
+    for name in node.input:
+        dequantizer = slicer.producer.get(name)
+        if dequantizer is None or dequantizer.op_type != "DequantizeLinear":
+            continue
+        source = slicer.producer.get(dequantizer.input[0])
+        if source is not None and source.op_type == "QuantizeLinear":
+            found.append(source.output[0])
+    return found
