@@ -1,11 +1,12 @@
 """Exporters: `to_NAME.py` is the exporter NAME the moment it exists.
 
-Every exporter module has the same two functions and nothing is inherited:
+Every exporter module has the same three functions and nothing is inherited:
 
 * ``export(hub, target, out_dir, precisions) -> tuple[File, ...]`` writes one file per precision into ``out_dir``;
   ``int8`` comes from ``hub.quantized``, the float precisions from ``hub.graph``. All operators it cannot write are
   named in one `DeploykitError`.
 * ``load(path, threads) -> Runner`` opens a file in its real runtime: float arrays in, float arrays out.
+* ``runtime() -> Runtime`` names that runtime, and says so where times taken in it mean nothing for the device.
 
 Heavy tools are imported inside the functions; a missing one raises `MissingExtra`.
 """
@@ -18,8 +19,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Protocol, cast
 
-from deploykit.core.artifact import File, Runner
+from deploykit.core.artifact import Artifact, File, Runner, Runtime
 from deploykit.core.errors import unknown
+from deploykit.core.manifest import load_intact
 from deploykit.core.target import Precision, Target
 from deploykit.hub.graph import Hub
 
@@ -33,6 +35,10 @@ class Exporter(Protocol):
 
     def load(self, path: Path, threads: int = 1) -> Runner:
         """Opens a file in its runtime."""
+        ...
+
+    def runtime(self) -> Runtime:
+        """The runtime that `load` uses; imports it."""
         ...
 
 
@@ -51,3 +57,16 @@ def load(name: str) -> Exporter:
     if name not in names():
         raise unknown("exporter", name, names())
     return cast(Exporter, importlib.import_module(f"deploykit.exporters.to_{name}"))
+
+
+def open_artifact(folder: Path) -> Artifact:
+    """The artifact in a folder that `deploykit export` wrote, ready to be called.
+
+    Raises:
+        DeploykitError: not an artifact, or one whose files were truncated or altered.
+    """
+    manifest = load_intact(folder)
+    run = load(manifest.exporter).load
+    return Artifact(
+        folder, manifest.target, manifest.exporter, manifest.files, manifest.inputs, manifest.outputs, run
+    )  # fmt: skip

@@ -84,6 +84,23 @@ class Measurement:
     """Machine and runtime, e.g. ``"this machine: AMD EPYC 7B13, onnxruntime 1.31.1"``."""
 
 
+    @property
+    def spread(self) -> float | None:
+        """p90 / p50: near 1 on a quiet machine. None where nothing was timed."""
+        return self.p90_ms / self.p50_ms if self.p50_ms and self.p90_ms is not None else None
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """What an exporter's ``load`` runs files with on this machine."""
+
+    name: str
+    """With its version, e.g. ``"onnxruntime 1.31.1"``."""
+    untimed: str = ""
+    """Why times taken in it say nothing about the device, e.g. ``"needs TensorRT on the device (run build.sh
+    there)"``; empty where they may be taken."""
+
+
 @dataclass(frozen=True)
 class Artifact:
     """What an export wrote. Call it with arrays (or torch tensors) to run a file through its real runtime."""

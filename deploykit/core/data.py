@@ -23,17 +23,19 @@ class Preprocess:
     """What happens to an image before the network sees it: the ``[preprocess]`` table, kept in the manifest.
 
     Applied in this order: resize (shorter side, bilinear) -> centre crop -> x * scale -> (x - mean) / std -> layout.
+    Sizes are rounded as torchvision does: the longer side is cut to a whole number, the crop's corner is rounded.
     """
 
     resize: int | None = None
-    """Length of the shorter side after resizing, in pixels."""
+    """Length of the shorter side after resizing, in pixels; the aspect ratio is kept."""
     crop: int | tuple[int, int] | None = None
     """Centre crop: side, or (height, width)."""
     scale: float = 1.0 / 255.0
     """Multiplies the 0..255 pixel values."""
     mean: tuple[float, ...] = ()
-    """Per channel (or one for all), after scaling."""
+    """Per channel in the order of ``channels`` (or one for all), after scaling."""
     std: tuple[float, ...] = ()
+    """As ``mean``."""
     layout: str = "NCHW"
     """What the network takes: NCHW or NHWC."""
     channels: str = "RGB"
@@ -45,8 +47,18 @@ class Preprocess:
             raise ValueError("layout must be NCHW or NHWC")
         if self.channels not in ("RGB", "BGR", "L"):
             raise ValueError("channels must be RGB, BGR or L")
-        if any(s <= 0 for s in self.std):
+        if not all(s > 0 for s in self.std):
             raise ValueError("std must be above 0")
+        if len(self.mean) not in (0, 1, self.depth) or len(self.std) not in (0, 1, self.depth):
+            raise ValueError(f"mean and std take one value, or one for each of the {self.depth} channels")
+        sides = self.crop if isinstance(self.crop, tuple) else (self.crop,)
+        if any(side is not None and side < 1 for side in (self.resize, *sides)):
+            raise ValueError("resize and crop must be at least 1 pixel")
+
+    @property
+    def depth(self) -> int:
+        """How many channels."""
+        return 1 if self.channels == "L" else 3
 
 
 @dataclass(frozen=True)
@@ -89,6 +101,8 @@ class DataSet:
         if not inputs or len(set(lengths.values())) != 1:
             raise DeploykitError(f"{origin}: inputs and labels must have the same length; given {lengths}")
         count = next(iter(lengths.values()))
+        if count == 0:
+            raise DeploykitError(f"{origin}: there is not a single sample")
         return DataSet(lambda i: {name: a[i] for name, a in inputs.items()}, tuple(range(count)), labels, origin)
 
     def __len__(self) -> int:

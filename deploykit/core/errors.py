@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 
 
@@ -40,5 +40,15 @@ def unknown(kind: str, given: str, known: Iterable[str]) -> DeploykitError:
     names = sorted(known)
     near = get_close_matches(given, names, n=1, cutoff=0.5)
     hint = f" Did you mean '{near[0]}'?" if near else ""
-    listing = f" Known: {', '.join(names)}." if names else " There are none."
+    listing = f" Known: {some(names)}." if names else " There are none."
     return DeploykitError(f"no {kind} '{given}'.{hint}{listing}")
+
+
+def some(names: Sequence[str], limit: int = 30) -> str:
+    """The names in one line, the first ``limit`` of them when there are more.
+
+    >>> some(["a", "b", "c"], limit=2)
+    'a, b and 1 more'
+    """
+    listed = ", ".join(names[:limit])
+    return listed if len(names) <= limit else f"{listed} and {len(names) - limit} more"

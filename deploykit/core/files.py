@@ -5,16 +5,31 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
+from difflib import get_close_matches
 from pathlib import Path
 
 from deploykit.core.errors import DeploykitError
 
 
+def no_such_file(path: Path) -> DeploykitError:
+    """The error for a missing file, with the nearest name of its kind in that folder."""
+    if not path.parent.is_dir():
+        return DeploykitError(f"no file {path}: there is no folder {path.parent}")
+    kind = path.suffix or path.name
+    near = get_close_matches(path.name, sorted(p.name for p in path.parent.iterdir() if p.name.endswith(kind)), n=1)
+    return DeploykitError(f"no file {path}." + (f" Did you mean '{near[0]}'?" if near else ""))
+
+
 def refuse_existing(destination: Path, overwrite: bool) -> None:
     """Raises a DeploykitError if the destination is taken and may not be replaced; call it before long work."""
+    try:
+        _sweep(destination.resolve())
+    except OSError as error:
+        raise _disk_error(destination, error) from None
     if destination.exists() and not overwrite:
         raise DeploykitError(f"{destination} already exists. Give another -o, or --overwrite to replace it.")
     if destination.is_file():
@@ -26,16 +41,15 @@ def folder_in_place(destination: Path, overwrite: bool = False) -> Iterator[Path
     """Yields a temporary folder beside the destination; on success it becomes the destination in one rename.
 
     A process killed at any moment leaves the destination absent, old or complete (and at worst a hidden
-    ``.NAME.*`` folder beside it, which the next run removes).
+    ``.NAME.deploykit-*`` folder beside it, which the next run removes).
 
     Raises:
         DeploykitError: the destination exists and ``overwrite`` is false; the disk is full or not writable.
     """
-    destination = destination.absolute()
+    destination = destination.resolve()  # a link is followed, so that what it points to is replaced
     refuse_existing(destination, overwrite)
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(destination)
         work = Path(tempfile.mkdtemp(prefix=_prefix(destination), suffix=f".{os.getpid()}", dir=destination.parent))
     except OSError as error:
         raise _disk_error(destination, error) from None
@@ -44,11 +58,29 @@ def folder_in_place(destination: Path, overwrite: bool = False) -> Iterator[Path
         os.chmod(work, 0o755)
         _swap(work, destination)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+        foreign = error.filename is not None and not str(error.filename).startswith(str(destination.parent))
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS) and not foreign:
             raise _disk_error(destination, error) from None
         raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def write_in_place(path: Path, text: str) -> None:
+    """Writes a text file (UTF-8) that is there completely or not at all.
+
+    Raises:
+        DeploykitError: the disk is full or not writable.
+    """
+    work = path.with_name(f".{path.name}.deploykit-{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        work.write_text(text, encoding="utf-8")
+        work.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            work.unlink()
+        raise _disk_error(path, error) from None
 
 
 def _swap(work: Path, destination: Path) -> None:
@@ -67,14 +99,16 @@ def _swap(work: Path, destination: Path) -> None:
 
 
 def _prefix(destination: Path) -> str:
-    return f".{destination.name}."
+    return f".{destination.name}.deploykit-"
 
 
 def _sweep(destination: Path) -> None:
     """Cleans up after killed runs: restores an old destination that was renamed aside, removes unfinished folders."""
-    for left in destination.parent.glob(f"{_prefix(destination)}*"):
-        pid = left.name.removesuffix(".old").rpartition(".")[2]
-        if pid.isdigit() and _alive(int(pid)):
+    ours = re.compile(re.escape(_prefix(destination)) + r"\w+\.(\d+)(\.old)?")
+    leftovers = sorted(destination.parent.iterdir()) if destination.parent.is_dir() else []
+    for left in leftovers:
+        match = ours.fullmatch(left.name)
+        if match is None or _alive(int(match[1])):
             continue
         if left.name.endswith(".old") and not destination.exists():
             left.rename(destination)

@@ -12,6 +12,7 @@ import msgspec
 import numpy as np
 
 from deploykit.core.errors import DeploykitError
+from deploykit.core.files import write_in_place
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -54,8 +55,12 @@ class Ranges:
         return all(s.histogram is not None for s in self.tensors.values())
 
     def save(self, path: Path) -> None:
-        """Writes JSON that `load_ranges` reads back exactly."""
-        path.write_text(json.dumps(self.to_dict(), indent=1), encoding="utf-8")
+        """Writes JSON that `load_ranges` reads back exactly.
+
+        Raises:
+            DeploykitError: the file cannot be written.
+        """
+        write_in_place(path, json.dumps(self.to_dict(), indent=1))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists and numbers."""

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import tomli_w
 
-from deploykit.core.errors import DeploykitError
+from deploykit.core.errors import DeploykitError, unknown
 from deploykit.core.tables import from_table, read_toml
 from deploykit.core.target import Need, Profit
 
@@ -58,11 +58,12 @@ class TrainSettings:
     batch: int = 64
     weight_decay: float = 0.0
     augment: tuple[Literal["flip", "crop"], ...] = ()
-    """Random horizontal flip; random crop after padding by an eighth. Images only."""
+    """Random horizontal flip; random crop after padding by an eighth with zeros. Images only."""
 
     def __post_init__(self) -> None:
         """Refuses settings that cannot train."""
-        if self.epochs <= 0 or self.learning_rate <= 0 or self.batch < 1 or self.weight_decay < 0:
+        fits = self.epochs > 0 and self.learning_rate > 0 and self.batch >= 1 and self.weight_decay >= 0
+        if not fits:  # written so that NaN does not fit either
             raise ValueError("epochs and learning_rate must be above 0, batch at least 1, weight_decay at least 0")
 
 
@@ -90,11 +91,11 @@ def load_recipe(path: Path) -> Recipe:
         DeploykitError: not TOML, an unknown key, a step without a name.
     """
     table = read_toml(path)
-    extra = set(table) - {"step", "train"}
-    if extra:
-        raise DeploykitError(f"{path}: unknown key '{sorted(extra)[0]}'. Known: [[step]], [train].")
+    for key in table:
+        if key not in ("step", "train"):
+            raise DeploykitError(f"{path}: {unknown('key', key, ['step', 'train'])}")
     steps = table.get("step", [])
-    if not isinstance(steps, list):
+    if not isinstance(steps, list) or not all(isinstance(entry, dict) for entry in steps):
         raise DeploykitError(f"{path}: steps are written [[step]], with two brackets")
     for number, entry in enumerate(steps, 1):
         if not isinstance(entry.get("name"), str):

@@ -49,6 +49,8 @@ def from_table(cls: type[T], table: Mapping[str, Any], where: str) -> T:
     Raises:
         DeploykitError: an unknown key (with the nearest known one), a missing key, a wrong type or value.
     """
+    if not isinstance(table, Mapping):
+        raise DeploykitError(f"{where}: a table is expected, given {table!r}")
     _refuse_unknown_keys(cls, table, where)
     try:
         return msgspec.convert(dict(table), cls)
@@ -56,26 +58,22 @@ def from_table(cls: type[T], table: Mapping[str, Any], where: str) -> T:
         raise DeploykitError(f"{where}: {error}") from None
 
 
-def _refuse_unknown_keys(cls: type[Any], table: Mapping[str, Any], where: str) -> None:
-    hints = typing.get_type_hints(cls)
-    known = [f.name for f in dataclasses.fields(cls) if f.init]
-    for key, value in table.items():
-        if key not in known:
-            raise DeploykitError(f"{where}: {unknown('key', key, known)}")
-        for inner in _dataclasses_in(hints[key]):
-            if isinstance(value, Mapping):
-                # either one table, or a table of tables (dict[str, Fact])
-                if typing.get_origin(hints[key]) in (dict, Mapping):
-                    for name, entry in value.items():
-                        if isinstance(entry, Mapping):
-                            _refuse_unknown_keys(inner, entry, f"{where} [{key}.{name}]")
-                else:
-                    _refuse_unknown_keys(inner, value, f"{where} [{key}]")
-
-
-def _dataclasses_in(hint: Any) -> list[type[Any]]:
-    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-        return [hint]
-    if typing.get_origin(hint) in (dict, tuple, list, typing.Union, types.UnionType, Mapping):
-        return [found for argument in typing.get_args(hint) for found in _dataclasses_in(argument)]
-    return []
+def _refuse_unknown_keys(hint: Any, value: Any, where: str) -> None:
+    """Follows the type hint down into tables, tables of tables and lists of tables."""
+    inner = typing.get_args(hint)
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
+        hints = typing.get_type_hints(hint)
+        known = [f.name for f in dataclasses.fields(hint) if f.init]
+        for key, entry in value.items():
+            if key not in known:
+                raise DeploykitError(f"{where}: {unknown('key', key, known)}")
+            _refuse_unknown_keys(hints[key], entry, f"{where}, {key}")
+    elif typing.get_origin(hint) in (dict, Mapping) and isinstance(value, Mapping):
+        for key, entry in value.items():
+            _refuse_unknown_keys(inner[1], entry, f"{where}.{key}")
+    elif typing.get_origin(hint) in (tuple, list) and isinstance(value, list):
+        for number, entry in enumerate(value, 1):
+            _refuse_unknown_keys(inner[0], entry, f"{where} {number}")
+    elif typing.get_origin(hint) in (typing.Union, types.UnionType):
+        for choice in inner:
+            _refuse_unknown_keys(choice, value, where)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_ir as ir
 
-from deploykit.core.artifact import TensorSpec
+from deploykit.core.artifact import Island, TensorSpec
 from deploykit.core.ranges import Ranges
 from deploykit.core.target import QuantSpec
 
@@ -73,6 +74,8 @@ class Hub:
     quantized: ir.Model | None = None
     ranges: Ranges | None = None
     decisions: tuple[Decision, ...] = ()
+    samples: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    """A few real inputs by name, stacked, for exporters that ship inputs with expected outputs; may be empty."""
 
     @cached_property
     def bytes(self) -> bytes:
@@ -80,6 +83,14 @@ class Hub:
         if self.quantized is None:
             raise ValueError("this hub has no quantized graph")
         return serialize(self.quantized)
+
+    def counts(self) -> dict[str, int]:
+        """How many operators of each kind are integer."""
+        return dict(sorted(Counter(d.operator for d in self.decisions if d.quantized).items()))
+
+    def islands(self) -> tuple[Island, ...]:
+        """The operators that stayed in float, and why."""
+        return tuple(Island(d.operator, d.layer, d.why) for d in self.decisions if not d.quantized)
 
 
 def serialize(model: ir.Model) -> bytes:

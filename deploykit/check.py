@@ -1,0 +1,276 @@
+"""Checks: is the file what the hub says (operator by operator, in its own runtime), and is the hub still the model?
+
+End to end, rounding ties grow from layer to layer even between two correct kernels, so integers are compared one
+operator at a time with forced inputs; whole networks are compared by what they answer.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+from deploykit.core.artifact import Check, Runner
+from deploykit.core.data import DataSet
+from deploykit.core.manifest import Score
+from deploykit.core.progress import track
+from deploykit.core.target import Target
+from deploykit.exporters import Exporter
+from deploykit.hub.graph import Decision, FloatGraph, Hub
+from deploykit.hub.slices import OperatorSlice, operator_slices, session
+
+if TYPE_CHECKING:
+    import torch
+    from numpy.typing import NDArray
+
+BATCH = 16
+Metric = Callable[[Mapping[str, "NDArray[Any]"], "NDArray[Any] | None"], float]
+"""``metric(outputs, labels) -> percent``, higher is better."""
+
+
+@dataclass(frozen=True)
+class Gate:
+    """The bounds an artifact must meet. Percent and percentage points throughout."""
+
+    max_drop: float = 2.0
+    """Largest loss of the metric against the float model, in points."""
+    min_agreement: float = 90.0
+    """Smallest top-1 agreement of an integer file with the float model."""
+    min_file_agreement: float = 96.0
+    """Smallest top-1 agreement of an integer file with the hub it was written from."""
+    max_lsb: float = 1.0
+    """Largest difference of one operator's output with forced inputs, in least significant bits."""
+    max_mismatch: float = 0.5
+    """Largest share of one operator's outputs that differ at all, for products (kernels that round twice exist for
+    the rest, where only ``max_lsb`` binds)."""
+
+
+@dataclass(frozen=True)
+class OperatorError:
+    """How far one integer operator of a file is from the hub, with forced inputs."""
+
+    layer: str
+    operator: str
+    lsb: float
+    mismatch: float
+    """Percent of the outputs that differ by more than a quarter of a step."""
+
+
+def check_operators(
+    hub: Hub, exporter: Exporter, target: Target, data: DataSet, gate: Gate, samples: int = 2
+) -> tuple[tuple[Check, ...], tuple[OperatorError, ...]]:
+    """Writes every integer operator as a file of its own, runs it in its runtime and compares it with the hub.
+
+    The inputs are what the hub computes on real samples, without any optimizer. They lie on the integer grid, so the
+    file's operator sees exactly the same integers.
+
+    Returns:
+        The checks, and the errors of all operators, the worst first.
+    """
+    slices = list(operator_slices(hub))
+    if not slices:
+        detail = "this placement keeps operator outputs in float; files are compared end to end"
+        return (Check("operators", "int8", None, gate.max_lsb, None, detail),), ()
+    values = _reference_values(hub, slices, data, samples)
+    with tempfile.TemporaryDirectory() as folder:
+        errors = [
+            _operator_error(piece, hub, exporter, target, values, Path(folder))
+            for piece in track(slices, "checking operators")
+        ]
+    errors.sort(key=lambda e: (-e.lsb, -e.mismatch))
+    worst_lsb = max(errors, key=lambda e: e.lsb)
+    products = [e for e in errors if e.operator in ("Conv", "ConvTranspose", "Gemm", "MatMul")]
+    checks = [
+        Check(
+            "operators: largest difference (LSB)", "int8", worst_lsb.lsb, gate.max_lsb,
+            worst_lsb.lsb <= gate.max_lsb + 0.01, f"{worst_lsb.operator} {worst_lsb.layer}; {len(errors)} operators",
+        )
+    ]  # fmt: skip
+    if products:
+        worst = max(products, key=lambda e: e.mismatch)
+        checks.append(
+            Check(
+                "operators: differing outputs (%)", "int8", worst.mismatch, gate.max_mismatch,
+                worst.mismatch <= gate.max_mismatch, f"{worst.operator} {worst.layer}; {len(products)} products",
+            )
+        )  # fmt: skip
+    return tuple(checks), tuple(errors)
+
+
+def _reference_values(
+    hub: Hub, slices: Sequence[OperatorSlice], data: DataSet, samples: int
+) -> dict[str, NDArray[Any]]:
+    """All slices' inputs and outputs as the hub computes them, float Q/DQ node by node."""
+    model = onnx.load_model_from_string(hub.bytes)
+    inputs = {i.name for i in model.graph.input}
+    # what a slice reads is a float value before its Q; what the integers stand for is the value behind its DQ
+    behind: dict[str, str] = {}
+    dequantized = {n.input[0]: n.output[0] for n in model.graph.node if n.op_type == "DequantizeLinear"}
+    for node in model.graph.node:
+        if node.op_type == "QuantizeLinear" and node.output[0] in dequantized:
+            behind.setdefault(node.input[0], dequantized[node.output[0]])
+    wanted = {name for s in slices for name in s.inputs}
+    names = sorted({behind.get(n, n) for n in wanted} | {s.output for s in slices})
+    held = {o.name for o in model.graph.output}
+    model.graph.output.extend(
+        onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, None) for n in names if n not in held
+    )
+    batch = next(data.batches(samples))
+    found = session(model, optimize=False).run(names, {n: a for n, a in batch.inputs.items() if n in inputs})
+    values = dict(zip(names, found, strict=True))
+    return values | {n: values[behind[n]] for n in wanted if n in behind}
+
+
+def _operator_error(
+    piece: OperatorSlice,
+    hub: Hub,
+    exporter: Exporter,
+    target: Target,
+    values: Mapping[str, NDArray[Any]],
+    folder: Path,
+) -> OperatorError:
+    model = ir.from_proto(piece.model)
+    alone = Hub(
+        FloatGraph(model), hub.spec, model, hub.ranges, (Decision(piece.operator, piece.layer, True),)
+    )  # fmt: skip
+    (file,) = exporter.export(alone, target, folder, ["int8"])
+    outputs = exporter.load(folder / file.path, 1)({name: values[name] for name in piece.inputs})
+    difference = np.abs(next(iter(outputs.values())) - values[piece.output]) / piece.scale
+    return OperatorError(
+        piece.layer, piece.operator, float(difference.max()), 100.0 * float((difference > 0.25).mean())
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Answers:
+    """A file's outputs on a data set, by output name, and the labels."""
+
+    outputs: dict[str, NDArray[Any]]
+    labels: NDArray[Any] | None
+
+
+def answer(run: Runner, data: DataSet, what: str) -> Answers:
+    """Runs all of the data through a file."""
+    found: list[dict[str, NDArray[Any]]] = []
+    for batch in track(data.batches(BATCH), what, total=-(-len(data) // BATCH)):
+        found.append(run(batch.inputs))
+    return Answers({name: np.concatenate([f[name] for f in found]) for name in found[0]}, data.labels)
+
+
+def score(
+    answers: Answers, reference: Answers, precision: str, data: str, metric: Metric | None = None
+) -> Score:
+    """Compares a file's answers with the labels and with the reference's answers.
+
+    The first output counts as class scores if it has two axes and more than one column.
+    """
+    logits = class_scores(answers.outputs)
+    expected = class_scores(reference.outputs)
+    labels = answers.labels
+    value = cross_entropy = agreement = saturated = None
+    if logits is not None and expected is not None:
+        agreement = 100.0 * float((logits.argmax(1) == expected.argmax(1)).mean())
+        if labels is not None:
+            value = 100.0 * float((logits.argmax(1) == labels).mean())
+            cross_entropy = _cross_entropy(logits, labels)
+        top = logits.max(axis=1)
+        saturated = 100.0 * float((np.sort(logits, axis=1)[:, -2] == top).mean())
+    if metric is not None:
+        value = float(metric(answers.outputs, labels))
+    sqnr = {name: sqnr_db(reference.outputs[name], array) for name, array in answers.outputs.items()}
+    count = len(next(iter(answers.outputs.values())))
+    return Score(precision, count, data, value, agreement, cross_entropy, sqnr, saturated)
+
+
+def class_scores(outputs: Mapping[str, NDArray[Any]]) -> NDArray[Any] | None:
+    """The first output, if it looks like ``[n, classes]``."""
+    first = next(iter(outputs.values()))
+    return first if first.ndim == 2 and first.shape[1] > 1 else None
+
+
+def sqnr_db(signal: NDArray[Any], other: NDArray[Any]) -> float:
+    """10 log10(sum signal^2 / sum (signal - other)^2); at most 200 for equal arrays."""
+    noise = float(np.square(signal.astype(np.float64) - other).sum())
+    power = float(np.square(signal.astype(np.float64)).sum())
+    if noise == 0.0:
+        return 200.0
+    return float(np.clip(10.0 * np.log10(max(power, 1e-300) / noise), -200.0, 200.0))
+
+
+def _cross_entropy(logits: NDArray[Any], labels: NDArray[Any]) -> float:
+    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
+    log_sum = np.log(np.exp(shifted).sum(axis=1))
+    return float((log_sum - shifted[np.arange(len(labels)), labels]).mean())
+
+
+def check_lowering(graph: FloatGraph, module: torch.nn.Module, example: Mapping[str, NDArray[Any]]) -> Check:
+    """The float graph against the PyTorch module: largest difference of any output, relative to its largest value."""
+    import torch
+
+    with torch.no_grad():
+        found = module(**{n: torch.from_numpy(np.ascontiguousarray(a)) for n, a in example.items()})
+    listed = [found] if isinstance(found, torch.Tensor) else list(found.values() if isinstance(found, Mapping) else found)
+    outputs = session(graph.bytes).run(None, dict(example))
+    worst = max(
+        float(np.abs(ours - theirs.numpy()).max() / max(float(theirs.abs().max()), 1e-9))
+        for ours, theirs in zip(outputs, listed, strict=True)
+    )
+    return Check("float graph against the PyTorch model (relative)", "fp32", worst, 1e-3, worst <= 1e-3, "")
+
+
+def check_score(found: Score, baseline: Score, gate: Gate, exact: bool = True) -> tuple[Check, ...]:
+    """The score of a file against the bounds; ``baseline`` is the original model's on the same samples.
+
+    ``exact``: nothing was compressed, so an fp32 file must answer as the original does.
+    """
+    checks = []
+    if found.agreement is not None:
+        bound = 99.5 if exact and found.precision == "fp32" else gate.min_agreement
+        checks.append(
+            Check("agrees with the original model (%)", found.precision, found.agreement, bound,
+                  found.agreement >= bound, f"{found.samples} samples, {found.data}")
+        )  # fmt: skip
+    if found.metric is not None and baseline.metric is not None and found.precision != "fp32":
+        drop = baseline.metric - found.metric
+        checks.append(
+            Check("lost accuracy (points)", found.precision, drop, gate.max_drop, drop <= gate.max_drop,
+                  f"{baseline.metric:.2f} -> {found.metric:.2f}; {found.samples} samples, {found.data}")
+        )  # fmt: skip
+    if found.agreement is None:
+        worst = min(found.sqnr_db, key=lambda n: found.sqnr_db[n])
+        bound = {"fp32": 60.0, "fp16": 30.0}.get(found.precision, 10.0) if exact else 10.0
+        checks.append(
+            Check("signal to noise of the worst output (dB)", found.precision, found.sqnr_db[worst], bound,
+                  found.sqnr_db[worst] >= bound, f"output {worst}; {found.samples} samples, {found.data}")
+        )  # fmt: skip
+    return tuple(checks)
+
+
+def check_file_against_hub(answers: Answers, hub_answers: Answers, precision: str, gate: Gate) -> tuple[Check, ...]:
+    """Whether an integer file answers like the hub it was written from."""
+    ours, theirs = class_scores(answers.outputs), class_scores(hub_answers.outputs)
+    if ours is None or theirs is None:
+        worst = min(sqnr_db(hub_answers.outputs[n], a) for n, a in answers.outputs.items())
+        return (Check("file against hub (dB)", precision, worst, 15.0, worst >= 15.0, ""),)
+    agreement = 100.0 * float((ours.argmax(1) == theirs.argmax(1)).mean())
+    return (
+        Check("file agrees with the hub (%)", precision, agreement, gate.min_file_agreement,
+              agreement >= gate.min_file_agreement, f"{len(ours)} samples"),
+    )  # fmt: skip
+
+
+def check_integer(hub: Hub, counts: Mapping[str, int]) -> Check:
+    """A quantized file without a single integer product is a silent no-op."""
+    linear = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+    integer = sum(n for op, n in counts.items() if op in linear)
+    total = sum(d.operator in linear for d in hub.decisions)
+    return Check(
+        "integer products", "int8", float(integer), 1.0, integer >= 1 or total == 0,
+        f"{integer} of {total} convolutions and matrix products",
+    )  # fmt: skip

@@ -1,0 +1,171 @@
+"""`Manifest`: all that is known about an artifact, and enough to make it again; ``manifest.json`` in its folder."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+
+from deploykit.core.artifact import Check, File, Measurement, TensorSpec
+from deploykit.core.data import Preprocess
+from deploykit.core.errors import DeploykitError
+
+FORMAT = "deploykit-artifact-1"
+NAME = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set that was used."""
+
+    origin: str
+    samples: int
+    hash: str
+
+
+@dataclass(frozen=True)
+class Score:
+    """How well one file does, against labels and against the model as it came in. None: not measured."""
+
+    precision: str
+    samples: int
+    data: str
+    """Which samples, e.g. ``"eval"`` or ``"last 20 % of the calibration data"``."""
+    metric: float | None
+    """Top-1 accuracy in percent, or what ``--metric`` returned."""
+    agreement: float | None
+    """Percent of samples with the same top-1 class as the original model."""
+    cross_entropy: float | None
+    """With labels, in nats."""
+    sqnr_db: Mapping[str, float]
+    """Signal to quantization noise of each output against the original model, in dB."""
+    saturated: float | None = None
+    """Percent of samples whose largest output value is the largest the format can hold."""
+
+
+@dataclass(frozen=True)
+class OperatorError:
+    """How far one integer operator of a file is from the hub, with forced inputs."""
+
+    layer: str
+    operator: str
+    lsb: float
+    """Largest difference, in least significant bits of the output."""
+    mismatch: float
+    """Percent of the outputs that differ by more than a quarter of a step."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A file on disk."""
+
+    path: str
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Written last, so a folder without one is not an artifact."""
+
+    target: str
+    exporter: str
+    model: str
+    recipe: str
+    """TOML."""
+    steps: tuple[str, ...]
+    """What was run, as ``Pass(options)``."""
+    seed: int
+    graph: str
+    """Hash of the float graph."""
+    thresholds: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    files: tuple[File, ...]
+    stored: tuple[Stored, ...]
+    data: Mapping[str, Source] = field(default_factory=dict)
+    preprocess: Preprocess | None = None
+    classes: tuple[str, ...] = ()
+    """Names of the classes the first output scores, where the data had them."""
+    checks: tuple[Check, ...] = ()
+    operators: tuple[OperatorError, ...] = ()
+    """The integer operators one by one, the worst first."""
+    scores: tuple[Score, ...] = ()
+    measurements: tuple[Measurement, ...] = ()
+    notes: tuple[str, ...] = ()
+    versions: Mapping[str, str] = field(default_factory=dict)
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    """CPU seconds by phase."""
+    format: str = FORMAT
+
+    @property
+    def passed(self) -> bool:
+        """Whether no check failed. Checks that could not run here (``passed`` None) do not count as passed."""
+        return all(check.passed is not False for check in self.checks)
+
+    def save(self, folder: Path) -> None:
+        """Writes ``manifest.json``."""
+        (folder / NAME).write_bytes(msgspec.json.format(msgspec.json.encode(self), indent=1) + b"\n")
+
+
+def load_manifest(folder: Path) -> Manifest:
+    """Reads an artifact's manifest.
+
+    Raises:
+        DeploykitError: no folder, no manifest in it, or one of another format.
+    """
+    if not folder.is_dir():
+        raise DeploykitError(f"no folder {folder}; give one that `deploykit export` wrote")
+    path = folder / NAME
+    if not path.is_file():
+        below = sorted(p.parent.name for p in folder.glob(f"*/{NAME}"))
+        hint = f" There are artifacts below it: {', '.join(below)}." if below else ""
+        raise DeploykitError(f"{folder} has no {NAME}: it is not an artifact of `deploykit export`.{hint}")
+    try:
+        manifest = msgspec.json.decode(path.read_bytes(), type=Manifest)
+    except (msgspec.DecodeError, msgspec.ValidationError) as error:
+        raise DeploykitError(f"{path} is not a manifest that deploykit wrote: {error}") from None
+    if manifest.format != FORMAT:
+        raise DeploykitError(f"{path} has format '{manifest.format}'; this deploykit reads '{FORMAT}'")
+    return manifest
+
+
+def stored_files(folder: Path) -> tuple[Stored, ...]:
+    """Every file in a folder but the manifest, with its size and hash, sorted by path."""
+    found = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != NAME]
+    return tuple(
+        Stored(p.relative_to(folder).as_posix(), p.stat().st_size, hashlib.sha256(p.read_bytes()).hexdigest())
+        for p in found
+    )
+
+
+def changed_files(folder: Path, manifest: Manifest) -> list[str]:
+    """What differs from the manifest, one sentence each: missing, truncated or altered files."""
+    problems = []
+    for stored in manifest.stored:
+        path = folder / stored.path
+        if not path.is_file():
+            problems.append(f"{stored.path} is missing")
+        elif path.stat().st_size != stored.bytes:
+            problems.append(f"{stored.path} has {path.stat().st_size} bytes, {stored.bytes} were written")
+        elif hashlib.sha256(path.read_bytes()).hexdigest() != stored.sha256:
+            problems.append(f"{stored.path} was changed after the export")
+    return problems
+
+
+def load_intact(folder: Path) -> Manifest:
+    """Reads an artifact's manifest and makes sure that it describes the files that are there.
+
+    Raises:
+        DeploykitError: not an artifact, or files that are missing, truncated or altered (all of them named).
+    """
+    manifest = load_manifest(folder)
+    problems = changed_files(folder, manifest)
+    if problems:
+        raise DeploykitError(
+            f"{folder} is not what `deploykit export` wrote: {'; '.join(problems)}. Export it again, or copy it whole."
+        )
+    return manifest

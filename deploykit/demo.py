@@ -1,0 +1,119 @@
+"""The built-in example: a small CNN trained on scikit-learn's digits, exported for three targets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from deploykit import pipeline, targets
+from deploykit.check import Gate
+from deploykit.core.data import DataSet
+from deploykit.core.errors import MissingExtra
+from deploykit.core.files import refuse_existing
+from deploykit.core.manifest import Manifest, load_manifest
+from deploykit.core.progress import say
+from deploykit.core.recipe import TrainSettings
+from deploykit.losses import cross_entropy
+from deploykit.models import accept_module
+from deploykit.trainer import Trainer
+
+TARGETS = ("x86", "mobile-arm", "jetson")
+CALIBRATION = 200
+
+
+class Block(nn.Module):
+    """Depthwise and pointwise convolution with a residual connection: what mobile networks are made of."""
+
+    def __init__(self, channels: int) -> None:
+        """Keeps the number of channels."""
+        super().__init__()
+        self.depthwise = nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.pointwise = nn.Conv2d(channels, channels, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``[n, c, h, w]`` -> the same."""
+        y = torch.relu(self.bn1(self.depthwise(x)))
+        return torch.relu(x + self.bn2(self.pointwise(y)))
+
+
+class DigitsNet(nn.Module):
+    """A CNN for 8 x 8 grey images, 10 classes."""
+
+    def __init__(self, channels: int = 64) -> None:
+        """``channels`` of the first stage; the second has twice as many."""
+        super().__init__()
+        self.stem = nn.Sequential(
+            nn.Conv2d(1, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels), nn.ReLU(), Block(channels)
+        )  # fmt: skip
+        self.body = nn.Sequential(
+            nn.Conv2d(channels, 2 * channels, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(2 * channels),
+            nn.ReLU(), Block(2 * channels), Block(2 * channels),
+        )  # fmt: skip
+        self.head = nn.Linear(2 * channels, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``[n, 1, 8, 8]`` -> logits ``[n, 10]``."""
+        logits: torch.Tensor = self.head(self.body(self.stem(x)).mean((2, 3)))
+        return logits
+
+
+def digits() -> tuple[DataSet, DataSet]:
+    """scikit-learn's digits as (train, test), pixels scaled to 0..1, every fifth image in the test set.
+
+    Raises:
+        MissingExtra: scikit-learn is not installed.
+    """
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise MissingExtra("the demo's data", "demo") from None
+    raw = load_digits()
+    x = (raw.images[:, None] / 16.0).astype(np.float32)
+    y = raw.target.astype(np.int64)
+    test = np.arange(len(x)) % 5 == 0
+    return (
+        DataSet.of({"x": x[~test]}, y[~test], "scikit-learn digits, train"),
+        DataSet.of({"x": x[test]}, y[test], "scikit-learn digits, test"),
+    )
+
+
+def train(data: DataSet, seed: int = 0, epochs: float = 12) -> DigitsNet:
+    """A trained network in eval mode, the same for the same seed."""
+    torch.manual_seed(seed)
+    net = DigitsNet()
+    settings = TrainSettings(epochs=epochs, learning_rate=3e-3, batch=64, weight_decay=1e-4)
+    net.train()
+    Trainer(settings, seed).fit(net, data, cross_entropy)
+    return net.eval()
+
+
+def run(out: Path, overwrite: bool = True) -> list[tuple[Path, Manifest]]:
+    """Trains, exports for `TARGETS`, writes reports; returns each artifact's folder and manifest."""
+    folders = [out / name for name in TARGETS]
+    for folder in folders:
+        refuse_existing(folder, overwrite)
+    training, test = digits()
+    say(f"training a small CNN on {len(training)} digits")
+    net = train(training)
+    data = {"calibration": training.spread(CALIBRATION), "eval": test}
+    prepared = pipeline.prepare(accept_module(net), data, None)  # type: ignore[arg-type]
+    settings = pipeline.Settings(overwrite=overwrite)
+    pipeline.export(prepared, [targets.load(n) for n in TARGETS], folders, settings, Gate())
+    finished = [(folder, load_manifest(folder)) for folder in folders]
+    for folder, _ in finished:
+        _report(folder)
+    return finished
+
+
+def _report(folder: Path) -> None:
+    from deploykit.report import write_report
+
+    try:
+        say(f"report: {write_report(folder)}")
+    except MissingExtra as error:
+        say(f"no report for {folder}: {error}")

@@ -1,0 +1,102 @@
+"""Structure on a module's weights: zeros that stay zero, held by torch parametrizations until lowering bakes them in.
+
+torch shares the class of a parametrized layer with its deep copies; whoever changes one copy changes the class of all.
+The functions here give a layer a class of its own first, so that a teacher is safe from what is done to its copy.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+
+class Mask(nn.Module):
+    """``w = mask * v``: the zeros of the mask stay zero while v is trained.
+
+    Args:
+        mask: bool, shape of the weight; True where the weight lives.
+    """
+
+    mask: Tensor
+
+    def __init__(self, mask: Tensor) -> None:
+        """Holds the mask as a buffer."""
+        super().__init__()
+        self.register_buffer("mask", mask.detach().to(torch.bool).clone())
+
+    def forward(self, v: Tensor) -> Tensor:
+        """The weight the layer computes with."""
+        return self.mask * v
+
+    def right_inverse(self, w: Tensor) -> Tensor:
+        """What is trained after ``layer.weight = w``."""
+        return w
+
+
+def attach_mask(layer: nn.Module, name: str, mask: Tensor) -> None:
+    """Makes the zeros of a parameter permanent. A second mask is added to the first: no zero comes back to life.
+
+    Args:
+        layer: the module that owns the parameter; changed in place.
+        name: the parameter's name in it, e.g. ``"weight"``.
+        mask: bool, shape of the parameter.
+    """
+    weight = getattr(layer, name)
+    if mask.shape != weight.shape:
+        raise ValueError(f"mask {tuple(mask.shape)} does not fit {name} {tuple(weight.shape)}")
+    held = mask_of(layer, name)
+    if held is not None:
+        held.mask = held.mask & mask.to(held.mask)
+        return
+    if parametrize.is_parametrized(layer):
+        own = {k: v for k, v in vars(type(layer)).items() if k not in ("__dict__", "__weakref__")}
+        layer.__class__ = type(type(layer).__name__, type(layer).__bases__, own)
+    parametrize.register_parametrization(layer, name, Mask(mask.to(weight.device)))
+
+
+def mask_of(layer: nn.Module, name: str) -> Mask | None:
+    """The mask on a parameter of a layer, if there is one."""
+    if not parametrize.is_parametrized(layer, name):
+        return None
+    last = layer.parametrizations[name][-1]  # type: ignore[union-attr,operator,index]
+    return last if isinstance(last, Mask) else None
+
+
+def bake(module: nn.Module) -> tuple[nn.Module, dict[str, NDArray[np.bool_]]]:
+    """A copy whose parametrized weights are plain parameters again, and the masks that were on them.
+
+    Parametrizations that are not ours (weight norm ...) are baked in as well.
+
+    Returns:
+        the copy, and per masked parameter (``"layer1.conv.weight"``) a bool array, True where the weight lives.
+    """
+    plain = copy.deepcopy(module)
+    masks: dict[str, NDArray[np.bool_]] = {}
+    for path, layer in list(plain.named_modules()):
+        if not parametrize.is_parametrized(layer):
+            continue
+        chains = dict(layer.parametrizations.items())  # type: ignore[union-attr,operator]
+        weights = {name: getattr(layer, name).detach().clone() for name in chains}
+        for name in chains:
+            held = mask_of(layer, name)
+            if held is not None:
+                masks[f"{path}.{name}" if path else name] = held.mask.cpu().numpy()
+        # torch's own remove_parametrizations would also strip the class that the original shares with this copy
+        layer.__class__ = type(layer).__bases__[0]
+        del layer.parametrizations
+        for name, chain in chains.items():
+            trained = list(chain.parameters(recurse=False))
+            if trained:
+                gradient = any(p.requires_grad for p in trained)
+                layer.register_parameter(name, nn.Parameter(weights[name], requires_grad=gradient))
+            else:
+                layer.register_buffer(name, weights[name])
+    return plain, masks

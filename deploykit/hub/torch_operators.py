@@ -1,0 +1,248 @@
+"""What every operator of the table means in torch, differentiably: ONNX operator -> function(attributes, *inputs).
+
+Functions take the node's attributes as a dict and its inputs as tensors (None where an optional input is absent).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+Attributes = Mapping[str, Any]
+
+
+def ints(tensor: Tensor) -> list[int]:
+    """A shape, axes or pads tensor as a list."""
+    return [int(v) for v in tensor.reshape(-1).tolist()]
+
+
+def pad_onnx(x: Tensor, pads: Sequence[int], axes: Sequence[int] | None = None, value: float = 0.0) -> Tensor:
+    """Constant padding in ONNX order: all begins, then all ends, for ``axes`` (default: all)."""
+    axes = list(range(x.ndim)) if axes is None else [a % x.ndim for a in axes]
+    begin, end = dict.fromkeys(range(x.ndim), 0), dict.fromkeys(range(x.ndim), 0)
+    for i, axis in enumerate(axes):
+        begin[axis], end[axis] = int(pads[i]), int(pads[i + len(axes)])
+    return F.pad(x, [n for axis in reversed(range(x.ndim)) for n in (begin[axis], end[axis])], value=value)
+
+
+def _conv(a: Attributes, x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
+    rank = w.ndim - 2
+    pads = a.get("pads") or [0] * (2 * rank)
+    if pads[:rank] != pads[rank:]:
+        x, pads = pad_onnx(x, [0, 0, *pads[:rank], 0, 0, *pads[rank:]]), [0] * (2 * rank)
+    function: Any = (F.conv1d, F.conv2d, F.conv3d)[rank - 1]
+    strides, dilations = a.get("strides") or [1] * rank, a.get("dilations") or [1] * rank
+    result: Tensor = function(x, w, b, strides, pads[:rank], dilations, a.get("group", 1))
+    return result
+
+
+def _conv_transpose(a: Attributes, x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
+    rank = w.ndim - 2
+    pads = a.get("pads") or [0] * (2 * rank)
+    strides, dilations = a.get("strides") or [1] * rank, a.get("dilations") or [1] * rank
+    extra = a.get("output_padding") or [0] * rank
+    # unequal pads: compute without padding, then cut each side
+    function: Any = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[rank - 1]
+    y: Tensor = function(x, w, b, strides, 0, extra, a.get("group", 1), dilations)
+    for axis in range(rank):
+        y = y.narrow(2 + axis, pads[axis], y.shape[2 + axis] - pads[axis] - pads[rank + axis])
+    return y
+
+
+def _gemm(a: Attributes, x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
+    x = x.transpose(0, 1) if a.get("transA") else x
+    y = a.get("alpha", 1.0) * (x @ (w.transpose(0, 1) if a.get("transB") else w))
+    return y if b is None else y + a.get("beta", 1.0) * b
+
+
+def _clip(a: Attributes, x: Tensor, low: Tensor | None = None, high: Tensor | None = None) -> Tensor:
+    x = x if low is None else torch.maximum(x, low)
+    return x if high is None else torch.minimum(x, high)
+
+
+def _max_pool(a: Attributes, x: Tensor) -> Tensor:
+    rank = x.ndim - 2
+    pads = a.get("pads") or [0] * (2 * rank)
+    x = pad_onnx(x, [0, 0, *pads[:rank], 0, 0, *pads[rank:]], value=float("-inf"))
+    function: Any = (F.max_pool1d, F.max_pool2d, F.max_pool3d)[rank - 1]
+    strides, dilations = a.get("strides") or [1] * rank, a.get("dilations") or [1] * rank
+    y: Tensor = function(x, a["kernel_shape"], strides, 0, dilations, bool(a.get("ceil_mode", 0)))
+    return y
+
+
+def _average_pool(a: Attributes, x: Tensor) -> Tensor:
+    """Average over the window; padding counts only if the attribute says so."""
+    rank = x.ndim - 2
+    pads = a.get("pads") or [0] * (2 * rank)
+    widths = [0, 0, *pads[:rank], 0, 0, *pads[rank:]]
+    function: Any = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[rank - 1]
+    window, strides, ceil = a["kernel_shape"], a.get("strides") or [1] * rank, bool(a.get("ceil_mode", 0))
+    y: Tensor = function(pad_onnx(x, widths), window, strides, 0, ceil)
+    if any(pads) and not a.get("count_include_pad", 0):
+        share: Tensor = function(pad_onnx(torch.ones_like(x), widths), window, strides, 0, ceil)
+        y = y / share
+    return y
+
+
+def _pad(a: Attributes, x: Tensor, pads: Tensor, fill: Tensor | None = None, axes: Tensor | None = None) -> Tensor:
+    value = 0.0 if fill is None else float(fill)
+    return pad_onnx(x, ints(pads), None if axes is None else ints(axes), value)
+
+
+def _slice(
+    a: Attributes, x: Tensor, starts: Tensor, ends: Tensor, axes: Tensor | None = None, steps: Tensor | None = None
+) -> Tensor:
+    begins, stops = ints(starts), ints(ends)
+    where = range(len(begins)) if axes is None else ints(axes)
+    strides = [1] * len(begins) if steps is None else ints(steps)
+    for begin, stop, axis, stride in zip(begins, stops, where, strides, strict=True):
+        size = x.shape[axis]
+        # numpy's rules, also for negative strides, by way of an index
+        index = torch.arange(size)[:: 1 if stride > 0 else -1]
+        if stride > 0:
+            index = index[slice(begin, min(stop, size), stride)]
+        else:
+            kept = range(*slice(begin, None if stop < -size else stop, stride).indices(size))
+            index = torch.tensor(list(kept), dtype=torch.long)
+        x = x.index_select(axis % x.ndim, index.to(x.device))
+    return x
+
+
+def _reshape(a: Attributes, x: Tensor, shape: Tensor) -> Tensor:
+    wanted = ints(shape)
+    if not a.get("allowzero", 0):
+        wanted = [x.shape[i] if v == 0 else v for i, v in enumerate(wanted)]
+    return x.reshape(wanted)
+
+
+def _flatten(a: Attributes, x: Tensor) -> Tensor:
+    axis = a.get("axis", 1) % (x.ndim + 1)
+    rows = 1
+    for size in x.shape[:axis]:
+        rows *= size
+    return x.reshape(rows, -1)
+
+
+def _squeeze(a: Attributes, x: Tensor, axes: Tensor | None = None) -> Tensor:
+    return x.squeeze() if axes is None else x.squeeze(tuple(ints(axes)))
+
+
+def _unsqueeze(a: Attributes, x: Tensor, axes: Tensor) -> Tensor:
+    rank = x.ndim + axes.numel()
+    for axis in sorted(i % rank for i in ints(axes)):
+        x = x.unsqueeze(axis)
+    return x
+
+
+def _reduce_mean(a: Attributes, x: Tensor, axes: Tensor | None = None) -> Tensor:
+    where = ints(axes) if axes is not None else list(range(x.ndim))
+    return x.mean(where, keepdim=bool(a.get("keepdims", 1)))
+
+
+def _resize(
+    a: Attributes, x: Tensor, roi: Tensor | None = None, scales: Tensor | None = None, sizes: Tensor | None = None
+) -> Tensor:
+    rank = x.ndim - 2
+    if sizes is not None and sizes.numel():
+        size = ints(sizes)[-rank:]
+    else:
+        assert scales is not None
+        size = [int(n * float(s)) for n, s in zip(x.shape[2:], scales.tolist()[-rank:], strict=True)]
+    mode = a.get("mode", "nearest")
+    if mode == "nearest":
+        return F.interpolate(x, size=size, mode="nearest")
+    names = {1: "linear", 2: "bilinear", 3: "trilinear"}
+    corners = a.get("coordinate_transformation_mode", "half_pixel") == "align_corners"
+    return F.interpolate(x, size=size, mode=names[rank], align_corners=corners)
+
+
+def _depth_to_space(a: Attributes, x: Tensor) -> Tensor:
+    n, c, h, w = x.shape
+    b = a["blocksize"]
+    if a.get("mode", "DCR") == "CRD":
+        return F.pixel_shuffle(x, b)
+    return x.reshape(n, b, b, c // (b * b), h, w).permute(0, 3, 4, 1, 5, 2).reshape(n, c // (b * b), h * b, w * b)
+
+
+def _layer_norm(a: Attributes, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return F.layer_norm(x, x.shape[a.get("axis", -1) % x.ndim :], weight, bias, a.get("epsilon", 1e-5))
+
+
+def _gather(a: Attributes, x: Tensor, index: Tensor) -> Tensor:
+    axis = a.get("axis", 0) % x.ndim
+    picked = x.index_select(axis, index.reshape(-1).long() % x.shape[axis])
+    return picked.reshape(*x.shape[:axis], *index.shape, *x.shape[axis + 1 :])
+
+
+def _shape(a: Attributes, x: Tensor) -> Tensor:
+    return torch.tensor(x.shape[a.get("start", 0) : a.get("end", x.ndim)])
+
+
+def _expand(a: Attributes, x: Tensor, shape: Tensor) -> Tensor:
+    return x.expand(torch.broadcast_shapes(x.shape, tuple(ints(shape))))
+
+
+def _split(a: Attributes, x: Tensor, sizes: Tensor | None = None) -> tuple[Tensor, ...]:
+    axis = a.get("axis", 0)
+    if sizes is not None:
+        return tuple(x.split(ints(sizes), axis))
+    return tuple(x.split(-(-x.shape[axis] // a["num_outputs"]), axis))
+
+
+def _hard_sigmoid(a: Attributes, x: Tensor) -> Tensor:
+    return (a.get("alpha", 0.2) * x + a.get("beta", 0.5)).clamp(0, 1)
+
+
+_CAST = {1: torch.float32, 6: torch.int32, 7: torch.int64, 9: torch.bool, 10: torch.float16, 11: torch.float64}
+
+MEANING: dict[str, Callable[..., Tensor | tuple[Tensor, ...]]] = {
+    # the operators that can be integer (`operators.ROLES`)
+    "Conv": _conv,
+    "ConvTranspose": _conv_transpose,
+    "Gemm": _gemm,
+    "MatMul": lambda a, x, y: x @ y,
+    "Add": lambda a, x, y: x + y,
+    "Sub": lambda a, x, y: x - y,
+    "Mul": lambda a, x, y: x * y,
+    "AveragePool": _average_pool,
+    "GlobalAveragePool": lambda a, x: x.mean(list(range(2, x.ndim)), keepdim=True),
+    "ReduceMean": _reduce_mean,
+    "Concat": lambda a, *xs: torch.cat(xs, a["axis"]),
+    "HardSwish": lambda a, x: F.hardswish(x),
+    "HardSigmoid": _hard_sigmoid,
+    "Sigmoid": lambda a, x: torch.sigmoid(x),
+    "Softmax": lambda a, x: x.softmax(a.get("axis", -1)),
+    "Resize": _resize,
+    "MaxPool": _max_pool,
+    "Pad": _pad,
+    "Slice": _slice,
+    "Reshape": _reshape,
+    "Flatten": _flatten,
+    "Squeeze": _squeeze,
+    "Unsqueeze": _unsqueeze,
+    "Transpose": lambda a, x: x.permute(a.get("perm") or tuple(reversed(range(x.ndim)))),
+    "DepthToSpace": _depth_to_space,
+    "Split": _split,
+    "Expand": _expand,
+    "Identity": lambda a, x: x,
+    "Relu": lambda a, x: F.relu(x),
+    "Clip": _clip,
+    # operators that stay in float beside them
+    "Div": lambda a, x, y: x / y,
+    "Sqrt": lambda a, x: x.sqrt(),
+    "Pow": lambda a, x, y: x**y,
+    "Erf": lambda a, x: torch.erf(x),
+    "Tanh": lambda a, x: torch.tanh(x),
+    "Exp": lambda a, x: x.exp(),
+    "Gelu": lambda a, x: F.gelu(x, approximate=a.get("approximate", "none")),
+    "LeakyRelu": lambda a, x: F.leaky_relu(x, a.get("alpha", 0.01)),
+    "PRelu": lambda a, x, slope: torch.where(x < 0, x * slope, x),
+    "LayerNormalization": _layer_norm,
+    "Gather": _gather,
+    "Shape": _shape,
+    "Cast": lambda a, x: x.to(_CAST[a["to"]]),
+}

@@ -1,0 +1,102 @@
+"""Losses: what training makes small. A loss is ``loss(outputs, batch) -> scalar``."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from deploykit.core.errors import DeploykitError
+from deploykit.core.user_code import call, load_function
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TrainBatch:
+    """What a loss may look at besides the outputs."""
+
+    inputs: dict[str, Tensor]
+    """``[n, ...]`` by forward-argument name, augmented."""
+    labels: Tensor | None = None
+    """``[n]`` int64, or whatever the data brought."""
+    teacher: Any = None
+    """What the teacher returned for these inputs, without gradients; None without a teacher."""
+
+
+Loss = Callable[[Any, TrainBatch], "Tensor"]
+
+
+def load_loss(spec: str) -> Loss:
+    """The loss of a ``[train]`` table.
+
+    Args:
+        spec: ``ce`` or ``file.py:function`` (``package.module:function``).
+
+    Raises:
+        DeploykitError: no such loss.
+    """
+    if spec == "ce":
+        return cross_entropy
+    if ":" not in spec:
+        raise DeploykitError(f"no loss '{spec}'; write 'ce' or file.py:function(outputs, batch)")
+    return functools.partial(call, f"loss {spec}", load_function(spec, "loss"))
+
+
+def cross_entropy(outputs: Any, batch: TrainBatch) -> Tensor:
+    """Mean cross-entropy of logits ``[n, classes, ...]`` with labels ``[n, ...]``.
+
+    Raises:
+        DeploykitError: the data has no labels, or the model has several outputs.
+    """
+    import torch
+
+    if batch.labels is None:
+        raise DeploykitError("loss 'ce' needs labels, and the training data has none; see file.py:function for others")
+    logits = tensors(outputs)
+    if len(logits) != 1:
+        raise DeploykitError(f"loss 'ce' is for one output, the model has {len(logits)}; give loss = 'file.py:function'")
+    return torch.nn.functional.cross_entropy(logits[0], batch.labels)
+
+
+def distill_kl(temperature: float = 1.0) -> Loss:
+    """Distillation: follow the teacher's softened probabilities (Hinton et al. 2015, section 2).
+
+    With logits z (student), v (teacher) ``[n, classes]`` and p = softmax(v/T), q = softmax(z/T):
+
+        L = T² · mean over n of  sum_c p_c (log p_c - log q_c)
+
+    T² keeps the size of the gradients when T changes. Several outputs are summed.
+
+    Raises:
+        DeploykitError: (the loss) there is no teacher, or it has another number of outputs.
+    """
+
+    def loss(outputs: Any, batch: TrainBatch) -> Tensor:
+        import torch.nn.functional as F
+
+        student, teacher = tensors(outputs), tensors(batch.teacher)
+        if len(student) != len(teacher):
+            raise DeploykitError(f"the student has {len(student)} outputs, its teacher {len(teacher)}")
+        total = student[0].new_zeros(())
+        for z, v in zip(student, teacher, strict=True):
+            log_q, log_p = F.log_softmax(z / temperature, dim=1), F.log_softmax(v / temperature, dim=1)
+            total = total + F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+        return total * temperature**2
+
+    return loss
+
+
+def tensors(outputs: Any) -> list[Tensor]:
+    """What a model returned (a tensor, or a tuple or dict of tensors), as a list in the model's order."""
+    import torch
+
+    if isinstance(outputs, torch.Tensor):
+        return [outputs]
+    if isinstance(outputs, Mapping):
+        return [t for value in outputs.values() for t in tensors(value)]
+    if isinstance(outputs, (tuple, list)):
+        return [t for value in outputs for t in tensors(value)]
+    return []

@@ -1,0 +1,495 @@
+"""The whole road: model and data in, steps, hub, files, checks, measurements, manifest. One direction, no way back."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from deploykit import exporters, passes, targets
+from deploykit.core.artifact import Artifact, Check, File
+from deploykit.core.context import Context, Role
+from deploykit.core.data import DataSet, Preprocess
+from deploykit.core.errors import DeploykitError, GateFailed
+from deploykit.core.files import folder_in_place, refuse_existing
+from deploykit.core.manifest import Manifest, Score, Source, stored_files
+from deploykit.core.progress import say, status
+from deploykit.core.ranges import Ranges
+from deploykit.core.recipe import STAGES, Pass, Recipe, Stage, Step, dump_recipe
+from deploykit.core.target import Precision, QuantSpec, Target
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from deploykit.check import Answers, Gate, Metric
+    from deploykit.hub.graph import FloatGraph, Hub
+    from deploykit.models import Model
+
+HELD_OUT = 0.2
+"""Share of the calibration data that is kept for evaluation when there is no other."""
+HUB_SAMPLES = 200
+"""The hub runs without an optimizer, so files are compared with it on at most this many samples."""
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One step of a plan: a pass, and why it will not run, if so."""
+
+    step: Pass
+    refusal: str = ""
+    automatic: bool = False
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What an export may be told; see the options of ``deploykit export``."""
+
+    recipe: Recipe = field(default_factory=Recipe)
+    thresholds: str = "minmax"
+    precisions: tuple[Precision, ...] = ()
+    """Empty: those of the target."""
+    bias_correction: bool = True
+    keep_float: tuple[str, ...] = ()
+    """Layers that stay in float, by name."""
+    seed: int = 0
+    force: bool = False
+    """Run steps the target cannot profit from."""
+    overwrite: bool = False
+    benchmark: bool = True
+    threads: int = 1
+
+
+def plan(recipe: Recipe, target: Target, available: Sequence[str], automatic: bool = True) -> tuple[Planned, ...]:
+    """Which steps apply on a target, in which order, and why the others do not.
+
+    Args:
+        recipe: every step is built, so a wrong name or option raises before anything runs.
+        target: its ``profits`` decide.
+        available: which of data, labels, train there is.
+        automatic: whether bias correction is added in front of the hub steps.
+
+    Raises:
+        DeploykitError: unknown pass or option; steps out of stage order.
+    """
+    steps = [passes.build(step) for step in recipe.steps]
+    order = [STAGES.index(step.stage) for step in steps]
+    for before, after in zip(range(len(order)), range(1, len(order)), strict=False):
+        if order[after] < order[before]:
+            raise DeploykitError(
+                f"step '{recipe.steps[after].name}' works on the {steps[after].stage} and cannot come after "
+                f"'{recipe.steps[before].name}', which works on the {steps[before].stage}. "
+                f"Stages in order: {', '.join(STAGES)}."
+            )
+    planned = [Planned(step, refusal(step, target, available)) for step in steps]
+    named = {step.name for step in recipe.steps}
+    if automatic and "bias_correct" not in named and "int8" in "".join(target.precisions):
+        first_hub = next((i for i, s in enumerate(steps) if s.stage == "hub"), len(steps))
+        step = passes.build(Step("bias_correct"))
+        planned.insert(first_hub, Planned(step, refusal(step, target, available), automatic=True))
+    return tuple(planned)
+
+
+def refusal(step: Pass | type[Pass], target: Target, available: Sequence[str]) -> str:
+    missing = [need for need in step.needs if need not in available]
+    if missing:
+        option = {"data": "--calib", "labels": "labels in the data", "train": "--train"}
+        return f"needs {', '.join(option[m] for m in missing)}"
+    if not set(step.pays_if) & set(target.profits):
+        return (
+            f"cannot pay on target '{target.name}': it pays where {' or '.join(step.pays_if)} does, "
+            f"and this target profits from {', '.join(target.profits)}"
+        )
+    return ""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What one run shares between its targets."""
+
+    model: Model
+    data: Mapping[Role, DataSet]
+    example: Mapping[str, NDArray[Any]]
+    preprocess: Preprocess | None
+    held_out: bool
+    """Whether the evaluation data was taken from the calibration data."""
+
+
+def prepare(model: Model, data: Mapping[Role, DataSet], example: Mapping[str, NDArray[Any]] | None) -> Prepared:
+    """Splits off evaluation data where none was given, and takes an example batch.
+
+    Raises:
+        DeploykitError: there is neither calibration data nor an example input.
+    """
+    held_out = False
+    given = dict(data)
+    if "calibration" in given and "eval" not in given:
+        calibration = given["calibration"]
+        kept = max(1, round(len(calibration) * (1 - HELD_OUT)))
+        if kept < len(calibration):
+            given["holdout"] = calibration.take(slice(kept, None))
+            given["calibration"] = calibration.take(slice(0, kept))
+            held_out = True
+    source = given.get("calibration") or given.get("eval") or given.get("train")
+    if source is not None:
+        example = next(source.batches(2)).inputs
+    if example is None:
+        example = model.example()
+    if len(next(iter(example.values()))) == 1:
+        example = {name: np.concatenate([a, a]) for name, a in example.items()}
+    preprocess = None if source is None else source.preprocess
+    return Prepared(model, given, example, preprocess, held_out)
+
+
+def export(
+    prepared: Prepared,
+    chosen: Sequence[Target],
+    folders: Sequence[Path],
+    settings: Settings,
+    gate: Gate,
+    metric: Metric | None = None,
+    ranges: Ranges | None = None,
+) -> list[Artifact]:
+    """Runs the road for every target and writes one artifact folder per target.
+
+    One lowering and one calibration serve all targets; targets with equal QuantSpecs share one hub.
+
+    Raises:
+        DeploykitError: bad request; nothing is left behind.
+        GateFailed: an artifact was written but failed a check.
+    """
+    for folder in folders:
+        refuse_existing(folder, settings.overwrite)
+    available = _available(prepared)
+    for target in chosen:
+        exporters.load(target.exporter)
+        for planned in plan(settings.recipe, target, available, settings.bias_correction):
+            if planned.refusal and not planned.automatic and not (settings.force and "cannot pay" in planned.refusal):
+                raise DeploykitError(f"step {planned.step!r} {planned.refusal}. --force runs it all the same.")
+        _precisions(target, settings, prepared)
+    road = _Road(prepared, settings, gate, metric)
+    road.lower(chosen[0], ranges)
+    artifacts = []
+    failed: list[str] = []
+    for target, folder in zip(chosen, folders, strict=True):
+        with folder_in_place(folder, settings.overwrite) as work:
+            manifest = road.write(target, work)
+        exporter = exporters.load(target.exporter)
+        artifacts.append(
+            Artifact(
+                folder, target.name, target.exporter, manifest.files, manifest.inputs, manifest.outputs, exporter.load
+            )
+        )
+        failed += [
+            f"{folder}: {c.name} {c.value:.4g}, bound {c.bound:.4g} ({c.precision}; {c.detail})"
+            for c in manifest.checks
+            if c.passed is False and c.value is not None and c.bound is not None
+        ]
+    if failed:
+        raise GateFailed(
+            "the files were written but failed their checks:\n  " + "\n  ".join(failed)
+            + "\nTry --thresholds mse, more calibration data, or the step qat; --keep-float NAME keeps a layer in float."
+        )  # fmt: skip
+    return artifacts
+
+
+class _Road:
+    """One run: what has been computed so far, so that targets share it."""
+
+    def __init__(self, prepared: Prepared, settings: Settings, gate: Gate, metric: Metric | None) -> None:
+        self.prepared, self.settings, self.gate, self.metric = prepared, settings, gate, metric
+        self.seconds: dict[str, float] = {}
+        self.hubs: dict[QuantSpec, tuple[Hub, tuple[str, ...]]] = {}
+        self.notes: list[str] = []
+        self.early_steps: list[str] = []
+        self.graph: FloatGraph
+        self.reference: FloatGraph
+        self.ranges: Ranges | None = None
+        self.lowering_check: tuple[Check, ...] = ()
+        self.reference_answers: Answers | None = None
+
+    def lower(self, target: Target, given: Ranges | None) -> None:
+        """Model-stage steps, lowering, graph-stage steps, calibration."""
+        context = self._context(target)
+        early = [p for p in plan(self.settings.recipe, target, _available(self.prepared)) if p.step.stage != "hub"]
+        model_steps = [p.step for p in early if p.step.stage == "model"]
+        graph_steps = [p.step for p in early if p.step.stage == "graph"]
+        model = self.prepared.model
+        module = model.module
+        if model_steps and module is None:
+            raise DeploykitError(
+                f"step {model_steps[0]!r} works on a PyTorch module; {model.origin} enters at the graph stage"
+            )
+        with self._phase("compress"):
+            for step in model_steps:
+                module = self._run(step, module, context)
+        with self._phase("lower"), status("lowering to ONNX"):
+            self.graph = model.lower(self.prepared.example, module)
+            self.reference = self.graph if module is model.module else model.lower(self.prepared.example, model.module)
+        self.notes += self.graph.notes
+        self.lowering_check = self._check_lowering()
+        with self._phase("graph steps"):
+            for step in graph_steps:
+                self.graph = self._run(step, self.graph, context)
+        if given is not None and given.graph != self.graph.hash:
+            raise DeploykitError(
+                f"--ranges were measured on another graph ({given.graph}; this model lowers to {self.graph.hash}). "
+                "Leave --ranges out to calibrate again."
+            )
+        self.ranges = given
+        if given is None and "calibration" in self.prepared.data:
+            self.ranges = calibrate(self.graph, self.prepared.data["calibration"], self.settings.thresholds, self._phase)
+    def write(self, target: Target, folder: Path) -> Manifest:
+        """Everything for one target, into an empty folder."""
+        from deploykit import bench
+        from deploykit.report import write_usage
+
+        exporter = exporters.load(target.exporter)
+        precisions, notes = _precisions(target, self.settings, self.prepared)
+        hub, hub_steps = self._hub(target, any("int8" in p for p in precisions))
+        with self._phase(f"write {target.name}"):
+            files = exporter.export(hub, target, folder, precisions)
+        checks, scores = list(self.lowering_check), []
+        with self._phase(f"check {target.name}"):
+            scores, found = self._evaluate(hub, target, folder, files)
+            checks += found
+        from deploykit.hub.graph import specs
+
+        manifest = Manifest(
+            target=target.name,
+            exporter=target.exporter,
+            model=self.prepared.model.origin,
+            recipe=dump_recipe(self.settings.recipe),
+            steps=(*self.early_steps, *hub_steps),
+            seed=self.settings.seed,
+            graph=self.graph.hash,
+            thresholds=self.settings.thresholds,
+            inputs=specs(list(self.graph.model.graph.inputs)),
+            outputs=specs(list(self.graph.model.graph.outputs)),
+            files=files,
+            stored=(),
+            data={role: Source(d.origin, len(d), d.hash) for role, d in self.prepared.data.items()},
+            preprocess=self.prepared.preprocess,
+            checks=tuple(checks),
+            scores=tuple(scores),
+            notes=(*self.notes, *notes, *_shrink_notes(folder, files)),
+            versions=versions(),
+        )
+        if self.ranges is not None:
+            self.ranges.save(folder / "ranges.json")
+        write_usage(folder, manifest)
+        manifest = replace(manifest, stored=stored_files(folder))
+        manifest.save(folder)
+        if self.settings.benchmark:
+            with self._phase(f"benchmark {target.name}"):
+                measurements, advice = bench.measure_artifact(folder, threads=self.settings.threads)
+            manifest = replace(manifest, measurements=measurements, notes=(*manifest.notes, *advice))
+        manifest = replace(manifest, seconds={k: round(v, 3) for k, v in self.seconds.items()})
+        manifest.save(folder)
+        return manifest
+
+    def _hub(self, target: Target, integer: bool) -> tuple[Hub, tuple[str, ...]]:
+        """The hub of the target's spec after its hub steps, made once per spec."""
+        from deploykit.hub.graph import Hub
+        from deploykit.hub.quantize import quantize
+
+        if not integer or self.ranges is None:
+            return Hub(self.graph, target.quant), ()
+        if target.quant not in self.hubs:
+            with self._phase(f"quantize {target.name}"):
+                hub = quantize(
+                    self.graph, self.ranges, target.quant, self.settings.thresholds, self.settings.keep_float
+                )  # fmt: skip
+            context = self._context(target)
+            done = []
+            planned = plan(self.settings.recipe, target, _available(self.prepared), self.settings.bias_correction)
+            for p in planned:
+                if p.step.stage != "hub" or (p.automatic and p.refusal):
+                    continue
+                with self._phase(f"{type(p.step).__name__} {target.name}"):
+                    hub = p.step(hub, context)
+                done.append(repr(p.step))
+            self.hubs[target.quant] = hub, tuple(done)
+        return self.hubs[target.quant]
+
+    def _run(self, step: Pass, subject: Any, context: Context) -> Any:
+        say(f"running {step!r}")
+        result = step(subject, context)
+        self.early_steps.append(repr(step))
+        return result
+
+    def _context(self, target: Target) -> Context:
+        from deploykit.cost import cost
+        from deploykit.trainer import Trainer
+
+        example = self.prepared.example
+        return Context(
+            target=target,
+            data=self.prepared.data,
+            example=example,
+            original=self.prepared.model.module,
+            trainer=Trainer(self.settings.recipe.train, self.settings.seed),
+            cost=lambda module: cost(module, example),
+            seed=self.settings.seed,
+        )
+
+    def _check_lowering(self) -> tuple[Check, ...]:
+        """The float graph against the PyTorch module, on the example."""
+        from deploykit.check import check_lowering
+
+        module = self.prepared.model.module
+        return () if module is None else (check_lowering(self.reference, module, self.prepared.example),)
+
+    def _evaluate(
+        self, hub: Hub, target: Target, folder: Path, files: Sequence[File]
+    ) -> tuple[list[Score], list[Check]]:
+        """Answers of every file on the evaluation data, against labels, the original model and the hub."""
+        from deploykit import check
+        from deploykit.exporters import to_onnx
+        from deploykit.hub.slices import session
+
+        data = self.prepared.data.get("eval") or self.prepared.data.get("holdout")
+        if data is None:
+            return [], [Check("accuracy", "all", None, None, None, "no data to evaluate on: give --calib or --eval")]
+        label = data.origin if not self.prepared.held_out else "last 20 % of the calibration data"
+        exporter = exporters.load(target.exporter)
+        threads = self.settings.threads
+        if self.reference_answers is None:
+            run = to_onnx.runner(session(self.reference.bytes, threads))
+            self.reference_answers = check.answer(run, data, "original model")
+        baseline = check.score(self.reference_answers, self.reference_answers, "original", label, self.metric)
+        scores = [baseline]
+        checks: list[Check] = []
+        for file in files:
+            answers = check.answer(exporter.load(folder / file.path, threads), data, f"{target.name} {file.precision}")
+            found = check.score(answers, self.reference_answers, file.precision, label, self.metric)
+            scores.append(found)
+            checks += check.check_score(found, baseline, self.gate, exact=self.reference is self.graph)
+            if "int8" in file.precision:
+                checks.append(check.check_integer(hub, file.quantized))
+                part = data.spread(HUB_SAMPLES)
+                hub_run = to_onnx.runner(session(hub.bytes, threads, optimize=False))
+                ours = check.answer(exporter.load(folder / file.path, threads), part, "file against hub")
+                checks += check.check_file_against_hub(
+                    ours, check.answer(hub_run, part, "hub"), file.precision, self.gate
+                )  # fmt: skip
+            if file.precision == "int8":
+                found_checks, _ = check.check_operators(hub, exporter, target, data, self.gate)
+                checks += found_checks
+        return scores, checks
+
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        started = time.process_time()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.process_time() - started
+
+
+def calibrate(graph: FloatGraph, data: DataSet, thresholds: str = "minmax", phase: Any = None) -> Ranges:
+    """Statistics of a float graph on calibration data, with histograms if the threshold method needs them."""
+    import onnx
+
+    from deploykit.calibration.observe import observe
+    from deploykit.calibration.thresholds import METHODS, NEED_HISTOGRAM
+    from deploykit.core.errors import unknown
+    from deploykit.hub.quantize import observed
+
+    if thresholds not in METHODS:
+        raise unknown("threshold method", thresholds, METHODS)
+    names, channels = observed(graph)
+    model = onnx.load_model_from_string(graph.bytes)
+    if phase is None:
+        return observe(model, graph.hash, names, channels, data, thresholds in NEED_HISTOGRAM)
+    with phase("calibrate"):
+        return observe(model, graph.hash, names, channels, data, thresholds in NEED_HISTOGRAM)
+
+
+def compress(prepared: Prepared, settings: Settings, folder: Path) -> tuple[str, ...]:
+    """Runs the model-stage steps of a recipe and writes a folder that `load_model` and ``export`` read.
+
+    Raises:
+        DeploykitError: the recipe has other stages' steps, or the model is no PyTorch module.
+    """
+    from deploykit.models import save_compressed
+
+    refuse_existing(folder, settings.overwrite)
+    steps = [passes.build(step) for step in settings.recipe.steps]
+    for step in steps:
+        if step.stage != "model":
+            raise DeploykitError(
+                f"compress runs model-stage steps; {step!r} works on the {step.stage}. Use `deploykit export`."
+            )
+    module = prepared.model.module
+    if module is None:
+        raise DeploykitError(f"{prepared.model.origin} holds no PyTorch module to compress")
+    road = _Road(prepared, settings, _default_gate(), None)
+    context = road._context(targets.load("x86"))
+    for step in steps:
+        module = road._run(step, module, context)
+    with folder_in_place(folder, settings.overwrite) as work:
+        save_compressed(module, work, prepared.model.origin)
+    return tuple(road.early_steps)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the result depends on."""
+    names = ("deploykit", "torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "ai-edge-litert", "numpy")
+    found = {"python": platform.python_version()}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _default_gate() -> Gate:
+    from deploykit.check import Gate
+
+    return Gate()
+
+
+def _available(prepared: Prepared) -> list[str]:
+    found = []
+    if "calibration" in prepared.data:
+        found.append("data")
+    if any(d.labels is not None for d in prepared.data.values()):
+        found.append("labels")
+    if "train" in prepared.data:
+        found.append("train")
+    return found
+
+
+def _precisions(target: Target, settings: Settings, prepared: Prepared) -> tuple[list[Precision], tuple[str, ...]]:
+    """What will be written, and what the user should know about it.
+
+    Raises:
+        DeploykitError: integer files were asked for (or the target takes nothing else) and there is no calibration.
+    """
+    wanted = list(settings.precisions or target.precisions)
+    if "calibration" in prepared.data:
+        return wanted, ()
+    floats = [p for p in wanted if "int8" not in p]
+    if not floats or (settings.precisions and len(floats) < len(wanted)):
+        raise DeploykitError(f"target '{target.name}': int8 needs sample data; give --calib")
+    if len(floats) == len(wanted):
+        return floats, ()
+    return floats, ("no --calib: only float files were written; with sample data int8 files would be added",)
+
+
+def _shrink_notes(folder: Path, files: Sequence[File]) -> tuple[str, ...]:
+    """Says aloud when a quantized file did not get smaller."""
+    sizes = {f.precision: (folder / f.path).stat().st_size for f in files}
+    base = sizes.get("fp32")
+    return tuple(
+        f"{f.path} is {sizes[f.precision] / base:.2f} x the size of the fp32 file: the weights are too few to matter, "
+        "or they were not quantized"
+        for f in files
+        if base and "int8" in f.precision and sizes[f.precision] > 0.5 * base
+    )

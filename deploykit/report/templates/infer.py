@@ -1,0 +1,123 @@
+"""ABOUT"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+
+# region settings
+FILES = {"int8": "model.int8.onnx"}
+INPUTS: dict[str, tuple[tuple[int | str, ...], str]] = {"x": (("batch", 3, 224, 224), "float32")}
+CLASSES: tuple[str, ...] = ()
+PREPROCESS: dict[str, Any] | None = None
+# endregion
+
+Arrays = dict[str, np.ndarray[Any, Any]]
+
+
+# region runtime
+def open_model(path: Path, threads: int) -> Callable[[Arrays], Arrays]:
+    """Opens a file: arrays of one sample ``[1, ...]`` by input name in, by output name out."""
+    raise NotImplementedError
+
+
+# endregion
+
+
+def load_image(path: Path, steps: Mapping[str, Any]) -> np.ndarray[Any, Any]:
+    """An image file as the network takes it, ``[3, height, width]`` or ``[height, width, 3]`` float32."""
+    from PIL import Image
+
+    with Image.open(path) as opened:
+        image = opened.convert("L" if steps["channels"] == "L" else "RGB")
+    if steps["resize"]:
+        factor = steps["resize"] / min(image.size)
+        width, height = (max(steps["resize"], round(side * factor)) for side in image.size)
+        image = image.resize((width, height), Image.Resampling.BILINEAR)
+    if steps["crop"]:
+        height, width = steps["crop"]
+        left, top = round((image.width - width) / 2), round((image.height - height) / 2)
+        image = image.crop((left, top, left + width, top + height))
+    x = np.asarray(image, np.float32)
+    x = x[:, :, None] if x.ndim == 2 else x
+    if steps["channels"] == "BGR":
+        x = x[:, :, ::-1]
+    x = x * np.float32(steps["scale"])
+    if steps["mean"]:
+        x = x - np.asarray(steps["mean"], np.float32)
+    if steps["std"]:
+        x = x / np.asarray(steps["std"], np.float32)
+    return np.ascontiguousarray(x.transpose(2, 0, 1) if steps["layout"] == "NCHW" else x)
+
+
+def read_inputs(paths: list[Path]) -> Arrays:
+    """Every input ``[n, ...]`` by name: from one .npz, or from images."""
+    if paths[0].suffix == ".npz":
+        with np.load(paths[0]) as archive:
+            arrays: Arrays = {name: archive[name] for name in archive.files}
+    elif PREPROCESS is None:
+        stop(f"this network does not take image files: give an .npz with {', '.join(INPUTS)}; given: {paths[0]}")
+    else:
+        arrays = {next(iter(INPUTS)): np.stack([load_image(path, PREPROCESS) for path in paths])}
+    return {name: fit(name, arrays) for name in INPUTS}
+
+
+def fit(name: str, arrays: Arrays) -> np.ndarray[Any, Any]:
+    """One input with its batch dimension and type; stops if the shape is wrong."""
+    shape, dtype = INPUTS[name]
+    if name not in arrays:
+        stop(f"the network takes {', '.join(INPUTS)}; given: {', '.join(arrays) or 'nothing'}")
+    array = np.asarray(arrays[name], dtype)
+    if array.ndim == len(shape) - 1:
+        array = array[None]
+    wrong = array.ndim != len(shape) or any(isinstance(d, int) and d != n for d, n in zip(shape[1:], array.shape[1:]))
+    if wrong:
+        stop(f"input {name} has the shape {list(array.shape)}; the network takes {list(shape)}")
+    return array
+
+
+def show(name: str, row: np.ndarray[Any, Any], is_scores: bool) -> None:
+    """The five best classes, or what is in an output."""
+    if not is_scores:
+        print(f"  {name} {list(row.shape)}: min {row.min():.5g}, mean {row.mean():.5g}, max {row.max():.5g}")
+        return
+    for best in np.argsort(-row, kind="stable")[:5]:
+        label = CLASSES[best] if best < len(CLASSES) else f"class {best}"
+        print(f"  {row[best]:10.4f}  {label}")
+
+
+def stop(message: str) -> NoReturn:
+    """Ends with a sentence instead of a traceback."""
+    sys.exit(f"infer.py: {message}")
+
+
+def main() -> None:
+    """Reads the command line, runs every sample, prints what comes out."""
+    parser = argparse.ArgumentParser(description="Runs the network on images, or on the arrays of an .npz file.")
+    parser.add_argument("inputs", nargs="+", type=Path, help="image files, or one .npz with an array per input")
+    parser.add_argument("--precision", choices=list(FILES), default=list(FILES)[-1], help="which file to run")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--save", type=Path, help="write all outputs to this .npz")
+    options = parser.parse_args()
+    missing = [str(path) for path in options.inputs if not path.is_file()]
+    if missing:
+        stop(f"no file {', '.join(missing)}")
+    arrays = read_inputs(options.inputs)
+    model = open_model(Path(__file__).resolve().parent / FILES[options.precision], options.threads)
+    count = len(next(iter(arrays.values())))
+    results = [model({name: array[i : i + 1] for name, array in arrays.items()}) for i in range(count)]
+    for i, result in enumerate(results):
+        print(f"{options.inputs[i] if len(options.inputs) == count else f'sample {i}'}:")
+        for position, (name, value) in enumerate(result.items()):
+            show(name, value[0], is_scores=position == 0 and value.ndim == 2 and value.shape[1] > 1)
+    if options.save:
+        np.savez(options.save, **{name: np.concatenate([r[name] for r in results]) for name in results[0]})
+
+
+if __name__ == "__main__":
+    main()

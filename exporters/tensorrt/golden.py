@@ -1,0 +1,86 @@
+"""Golden inputs and outputs: what the device must compute, from ONNX Runtime on the machine of the export."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from deploykit.core.artifact import Runner
+from deploykit.core.errors import DeploykitError
+from deploykit.hub.graph import Hub, specs
+
+Sample = dict[str, NDArray[Any]]
+FEWEST = 4
+"""Samples at least, over as many runs as the batch makes necessary."""
+SLACK = 0.01
+"""Of the largest golden value: room for TF32, other summation orders and rounding ties on the device."""
+
+
+def golden_inputs(hub: Hub, model: ir.Model, batch: int) -> tuple[list[Sample], str]:
+    """Some runs' inputs, each of the batch the device will run, and a sentence on where they come from.
+
+    Real samples if the hub has them; else seeded numbers, uniform between the calibrated smallest and largest value of
+    the input (standard normal if nothing was calibrated), and 0 or 1 for integer inputs.
+
+    Raises:
+        DeploykitError: the hub's samples are not for this model's inputs.
+    """
+    inputs = specs(list(model.graph.inputs))
+    runs = -(-FEWEST // batch)
+    if hub.samples:
+        wrong = [s.name for s in inputs if s.name not in hub.samples or hub.samples[s.name].shape[1:] != s.shape[1:]]
+        if wrong:
+            raise DeploykitError(f"the samples do not fit the model's inputs {', '.join(wrong)}")
+        count = min(len(hub.samples[s.name]) for s in inputs)
+        runs = min(runs, -(-count // batch))
+        arrays = {s.name: np.resize(hub.samples[s.name][:count], (runs * batch, *s.shape[1:])) for s in inputs}
+        origin = "samples of the calibration data"
+    else:
+        random = np.random.default_rng(0)
+        arrays = {}
+        for s in inputs:
+            shape = (runs * batch, *(int(d) for d in s.shape[1:]))
+            stats = hub.ranges.tensors.get(s.name) if hub.ranges is not None else None
+            if not np.issubdtype(s.dtype, np.floating):
+                arrays[s.name] = random.integers(0, 2, shape)
+            elif stats is not None:
+                arrays[s.name] = random.uniform(stats.low, stats.high, shape)
+            else:
+                arrays[s.name] = random.standard_normal(shape)
+        origin = "seeded random numbers, no real samples were given"
+    arrays = {s.name: np.ascontiguousarray(arrays[s.name], dtype=s.dtype) for s in inputs}
+    return [{n: a[r * batch : (r + 1) * batch] for n, a in arrays.items()} for r in range(runs)], origin
+
+
+def write_arrays(folder: Path, kind: str, arrays: Mapping[str, NDArray[Any]]) -> dict[str, str]:
+    """Writes ``golden/KIND.NUMBER.bin`` per array, raw and little-endian; returns the paths by name.
+
+    Files are numbered because trtexec splits its arguments at commas and colons, which names may hold.
+    """
+    (folder / "golden").mkdir(exist_ok=True)
+    paths = {}
+    for number, (name, array) in enumerate(arrays.items()):
+        paths[name] = f"golden/{kind}.{number}.bin"
+        array.astype(array.dtype.newbyteorder("<"), copy=False).tofile(folder / paths[name])
+    return paths
+
+
+def relative_error(run: Runner, inputs: list[Sample], golden: list[Sample]) -> float:
+    """Largest |difference| / largest |golden value|, the worst output of the worst run; what build.py measures."""
+    worst = 0.0
+    for sample, expected in zip(inputs, golden, strict=True):
+        found = run(sample)
+        for name, array in expected.items():
+            difference = np.abs(found[name].astype(np.float64) - array).max()
+            worst = max(worst, float(difference / (np.abs(array).max() or 1.0)))
+    return worst
+
+
+def tolerance(expected_error: float) -> float:
+    """What the device may be off by, in the measure of `relative_error`."""
+    return round(2 * expected_error + SLACK, 6)

@@ -1,0 +1,1 @@
+"""Writing and running .tflite files. `operators.py` is the translation table; start reading there."""

@@ -1,0 +1,149 @@
+"""Operators that move elements around without computing: pad, slice, split, concat and changes of shape."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from deploykit.exporters.tflite import layout
+from deploykit.exporters.tflite.layout import View, identity, permuted, stored
+from deploykit.exporters.tflite.operation import Operation, Unsupported, canonical, read, requantize
+from deploykit.exporters.tflite.writer import Tensor
+
+LOWEST = np.finfo(np.float32).min
+
+
+def reshape(op: Operation) -> View:
+    """Reshape, Flatten, Squeeze, Unsqueeze: another view of the same tensor."""
+    view, shape = op.view(0), op.output_shape()
+    if np.prod(view.shape) != np.prod(shape):
+        raise Unsupported(f"it turns {view.shape} into {shape} at batch 1, so it mixes the batch with other axes")
+    found = layout.reshape(view, shape) or layout.reshape(canonical(op.writer, view), shape)
+    assert found is not None
+    return found
+
+
+def transpose(op: Operation) -> View:
+    """Transpose: another view of the same tensor."""
+    view = op.view(0)
+    return layout.transpose(view, tuple(op.attribute("perm", range(len(view.shape))[::-1])))
+
+
+def depth_to_space(op: Operation) -> View:
+    """DepthToSpace as ONNX defines it: reshape, transpose, reshape."""
+    view, (n, c, h, w), size = op.view(0), op.shape(0), op.attribute("blocksize")
+    depth = c // size**2
+    if op.attribute("mode", "DCR") == "CRD":
+        shape, axes = (n, depth, size, size, h, w), (0, 1, 4, 2, 5, 3)
+    else:
+        shape, axes = (n, size, size, depth, h, w), (0, 3, 4, 1, 5, 2)
+    blocks = layout.reshape(view, shape) or layout.reshape(canonical(op.writer, view), shape)
+    assert blocks is not None
+    found = layout.reshape(layout.transpose(blocks, axes), op.output_shape())
+    assert found is not None
+    return found
+
+
+def unchanged(op: Operation) -> View:
+    """Identity, and Expand where it has nothing to repeat."""
+    if op.shape(0) != op.output_shape():
+        raise Unsupported(f"repeating {op.shape(0)} to {op.output_shape()} is not supported")
+    return op.view(0)
+
+
+def pad(op: Operation) -> View:
+    """PAD with zeros, PADV2 with another constant, MIRROR_PAD."""
+    order, shape = op.natural(0), op.shape(0)
+    amounts = op.parameter(1)
+    assert amounts is not None
+    axes = op.parameter(3)
+    pads = [(0, 0)] * len(shape)
+    listed = range(len(shape)) if axes is None else [int(a) % len(shape) for a in axes]
+    for i, axis in enumerate(listed):
+        pads[axis] = (int(amounts[i]), int(amounts[i + len(amounts) // 2]))
+    if any(min(p) < 0 for p in pads):
+        raise Unsupported("it cuts (negative padding); use slicing")
+    mode, fill = op.attribute("mode", "constant"), op.parameter(2)
+    x, arranged = op.read(0, order), [pads[a] for a in order]
+    if mode == "constant":
+        made = padded(op, x, arranged, 0.0 if fill is None else float(fill))
+    elif mode == "reflect":
+        indices = op.writer.indices(f"{op.name}_paddings", arranged)
+        grown = _grown(x.shape, arranged)
+        made = op.writer.write("MIRROR_PAD", [x, indices], op.name, grown, x.quant, mode="REFLECT")
+    else:
+        raise Unsupported(f"LiteRT has no padding in mode '{mode}'; use constant or reflect")
+    return stored(made, op.output_shape(), order)
+
+
+def padded(op: Operation, x: Tensor, pads: Sequence[tuple[int, int]], fill: float = 0.0) -> Tensor:
+    """A stored tensor with padding of one value; -inf stands for the smallest there is."""
+    name, shape = f"{x.name}_padded", _grown(x.shape, pads)
+    indices = op.writer.indices(f"{name}_paddings", pads)
+    if fill == 0 or (fill == -np.inf and x.quant is not None and x.quant.zero_point == -128):
+        return op.writer.write("PAD", [x, indices], name, shape, x.quant)
+    if x.quant is None:
+        value = op.writer.constant(f"{name}_value", np.array([max(fill, LOWEST)], np.float32))
+    else:
+        integer = -128 if fill == -np.inf else min(max(x.quant.to_integer(fill), -128), 127)
+        value = op.writer.constant(f"{name}_value", np.array([integer], np.int8), x.quant)
+    return op.writer.write("PADV2", [x, indices, value], name, shape, x.quant)
+
+
+def take(op: Operation) -> View:
+    """Slice: STRIDED_SLICE with constant, forward steps."""
+    shape = op.shape(0)
+    starts, ends, axes, steps = (op.parameter(i) for i in range(1, 5))
+    assert starts is not None and ends is not None
+    begin, end, step = [0] * len(shape), list(shape), [1] * len(shape)
+    for i, start in enumerate(starts):
+        axis = int(axes[i]) % len(shape) if axes is not None else i
+        begin[axis], end[axis], step[axis] = slice(
+            int(start), int(ends[i]), int(steps[i]) if steps is not None else 1
+        ).indices(shape[axis])
+        if step[axis] < 0:
+            raise Unsupported("it counts backwards")
+    return cropped(op, op.view(0), begin, end, step)
+
+
+def split(op: Operation) -> list[View]:
+    """Split: one STRIDED_SLICE per part."""
+    shape, axis = op.shape(0), op.attribute("axis", 0) % len(op.shape(0))
+    parts, start = [], 0
+    for index in range(len(op.node.outputs)):
+        size = op.output_shape(index)[axis]
+        begin, end = [0] * len(shape), list(shape)
+        begin[axis], end[axis] = start, start + size
+        parts.append(cropped(op, op.view(0), begin, end))
+        start += size
+    return parts
+
+
+def cropped(op: Operation, view: View, begin: Sequence[int], end: Sequence[int], step: Sequence[int] = ()) -> View:
+    """The part of a view between two corners, all in ONNX's order of the axes."""
+    step = step or [1] * len(view.shape)
+    order = layout.natural(view) or identity(len(view.shape))
+    shape = tuple(len(range(b, e, s)) for b, e, s in zip(begin, end, step, strict=True))
+    x = read(op.writer, view, order)
+    corners = [
+        op.writer.indices(f"{op.name}_{what}", permuted(tuple(values), order))
+        for what, values in (("begin", begin), ("end", end), ("step", step))
+    ]
+    made = op.writer.write("STRIDED_SLICE", [x, *corners], op.name, permuted(shape, order), x.quant)
+    return stored(made, shape, order)
+
+
+def concat(op: Operation) -> View:
+    """CONCATENATION; int8 operands are brought to the result's scale first."""
+    shape = op.output_shape()
+    axis = op.attribute("axis") % len(shape)
+    order = op.natural(0)
+    parts = [op.read(i, order) for i in range(len(op.operands))]
+    if op.quant is not None:
+        parts = [requantize(op.writer, part, op.quant, f"{part.name}_rescaled") for part in parts]
+    return op.emit("CONCATENATION", parts, shape, order, axis=order.index(axis))
+
+
+def _grown(shape: Sequence[int], pads: Sequence[tuple[int, int]]) -> list[int]:
+    return [size + before + behind for size, (before, behind) in zip(shape, pads, strict=True)]

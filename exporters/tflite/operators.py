@@ -1,0 +1,80 @@
+"""The translation table: how each ONNX operator is written into a .tflite file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from deploykit.exporters.tflite.computing import (
+    PROBABILITY,
+    activation,
+    binary,
+    fully_connected,
+    hard_sigmoid,
+    mean,
+    resize,
+    softmax,
+    unary,
+)
+from deploykit.exporters.tflite.layout import View
+from deploykit.exporters.tflite.moving import concat, depth_to_space, pad, reshape, split, take, transpose, unchanged
+from deploykit.exporters.tflite.operation import Operation
+from deploykit.exporters.tflite.sliding import average_pool, convolution, max_pool, transposed_convolution
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How one ONNX operator is written.
+
+    ``operands``: how many leading inputs carry values (None: all); the others are shapes, axes, limits.
+    ``scale``: an integer result has a scale of its own (that of the QuantizeLinear behind it) or its input's.
+    ``fuses``: a Relu or Clip behind it becomes part of it.
+    ``float_only``: why it is written in float even between integers.
+    """
+
+    write: Callable[[Operation], View | Sequence[View]]
+    operands: int | None = 1
+    scale: Literal["own", "input"] = "own"
+    fuses: bool = False
+    float_only: str = ""
+
+
+TABLE: dict[str, Rule] = {
+    # products with constant weights
+    "Conv": Rule(convolution, operands=3, fuses=True),
+    "ConvTranspose": Rule(transposed_convolution, operands=3, fuses=True),
+    "Gemm": Rule(fully_connected, operands=3, fuses=True),
+    "MatMul": Rule(fully_connected, operands=2, fuses=True),
+    # arithmetic
+    "Add": Rule(binary("ADD"), operands=2, fuses=True),
+    "Sub": Rule(binary("SUB"), operands=2, fuses=True),
+    "Mul": Rule(binary("MUL"), operands=2, fuses=True),
+    "Div": Rule(binary("DIV"), operands=2, fuses=True, float_only="LiteRT has no int8 division"),
+    "ReduceMean": Rule(mean),
+    "GlobalAveragePool": Rule(mean),
+    "AveragePool": Rule(average_pool),
+    # activations
+    "Relu": Rule(activation),
+    "Clip": Rule(activation),
+    "HardSwish": Rule(unary("HARD_SWISH")),
+    "HardSigmoid": Rule(hard_sigmoid),
+    "Sigmoid": Rule(unary("LOGISTIC", PROBABILITY)),
+    "Softmax": Rule(softmax),
+    # selecting and moving elements
+    "MaxPool": Rule(max_pool, scale="input"),
+    "Resize": Rule(resize, scale="input"),
+    "Pad": Rule(pad, scale="input"),
+    "Slice": Rule(take, scale="input"),
+    "Split": Rule(split, scale="input"),
+    "Concat": Rule(concat, operands=None),
+    # changes of shape: no operator at all, or a RESHAPE where somebody reads the result
+    "Reshape": Rule(reshape, scale="input"),
+    "Flatten": Rule(reshape, scale="input"),
+    "Squeeze": Rule(reshape, scale="input"),
+    "Unsqueeze": Rule(reshape, scale="input"),
+    "Transpose": Rule(transpose, scale="input"),
+    "DepthToSpace": Rule(depth_to_space, scale="input"),
+    "Identity": Rule(unchanged, scale="input"),
+    "Expand": Rule(unchanged, scale="input"),
+}

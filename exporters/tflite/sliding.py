@@ -1,0 +1,162 @@
+"""Operators that slide a window over an image: convolutions and pools. Images are read and written channels-last."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from deploykit.exporters.tflite.layout import NHWC, View
+from deploykit.exporters.tflite.moving import cropped, padded
+from deploykit.exporters.tflite.operation import Constant, Operation, Unsupported
+from deploykit.exporters.tflite.windows import same_padding, used_padding
+from deploykit.exporters.tflite.writer import Quant, Tensor
+
+
+def convolution(op: Operation) -> View:
+    """CONV_2D, grouped or not, or DEPTHWISE_CONV_2D where every input channel has filters of its own."""
+    weights = op.shape(1)  # [out, in / group, h, w]
+    _require_image(op)
+    dilations = op.attribute("dilations", [1, 1])
+    x, padding = windowed(op, weights[2:], dilations)
+    strides = op.attribute("strides", [1, 1])
+    options: dict[str, Any] = {
+        "padding": padding, "strideH": strides[0], "strideW": strides[1],
+        "dilationHFactor": dilations[0], "dilationWFactor": dilations[1],
+    }  # fmt: skip
+    channels, group = op.shape(0)[1], op.attribute("group", 1)
+    if group == channels > 1:
+        kind, axis = "DEPTHWISE_CONV_2D", 3
+        filters = op.constant(1, lambda w: w.transpose(1, 2, 3, 0), axis)
+        options["depthMultiplier"] = weights[0] // group
+    else:
+        kind, axis = "CONV_2D", 0
+        filters = op.constant(1, lambda w: w.transpose(0, 2, 3, 1), axis)
+    return op.emit(kind, [x, filters, bias(op, filters, weights[0])], op.output_shape(), NHWC, fuses=True, **options)
+
+
+def transposed_convolution(op: Operation) -> View:
+    """TRANSPOSE_CONV. Where ONNX's padding is not SAME, the whole result is computed and its border cut off."""
+    weights = op.shape(1)  # [in, out, h, w]
+    _require_image(op)
+    if op.attribute("group", 1) != 1:
+        raise Unsupported("LiteRT has no grouped transposed convolution; use resize and convolution")
+    if any(d != 1 for d in op.attribute("dilations", [1, 1])):
+        raise Unsupported("LiteRT has no dilated transposed convolution")
+    _require_explicit_padding(op)
+    strides = op.attribute("strides", [1, 1])
+    begins = op.attribute("pads", [0, 0, 0, 0])[:2]
+    sizes, outs, kernel = op.shape(0)[2:], op.output_shape()[2:], weights[2:]
+    full = [(i - 1) * s + k for i, s, k in zip(sizes, strides, kernel, strict=True)]
+    axes = list(zip(sizes, outs, full, begins, strides, strict=True))
+    same = all(-(-o // s) == i and f >= o and b == (f - o) // 2 for i, o, f, b, s in axes)
+    made = list(outs) if same else [max(f, b + o) for _, o, f, b, _ in axes]
+    filters = op.constant(1, lambda w: w.transpose(1, 2, 3, 0))
+    size = op.writer.indices(f"{op.name}_size", [1, *made, weights[1]])
+    result = op.emit(
+        "TRANSPOSE_CONV", [size, filters, op.read(0, NHWC), bias(op, filters, weights[1])], (1, weights[1], *made), NHWC,
+        padding="SAME" if same else "VALID", strideH=strides[0], strideW=strides[1],
+    )  # fmt: skip
+    if made == list(outs):
+        return result
+    return cropped(op, result, (0, 0, *begins), (1, weights[1], *(b + o for b, o in zip(begins, outs, strict=True))))
+
+
+def max_pool(op: Operation) -> View:
+    """MAX_POOL_2D; padding never wins."""
+    _require_image(op)
+    if any(d != 1 for d in op.attribute("dilations", [1, 1])):
+        raise Unsupported("LiteRT has no dilated max pool")
+    if len(op.node.outputs) > 1 and list(op.node.outputs[1].uses()):
+        raise Unsupported("the positions of the maxima are not available")
+    x, padding = windowed(op, op.attribute("kernel_shape"), [1, 1], fill=-np.inf)
+    return _pool(op, "MAX_POOL_2D", x, padding)
+
+
+def average_pool(op: Operation) -> View:
+    """AVERAGE_POOL_2D: its SAME leaves padding out of the mean, explicit zeros are counted."""
+    _require_image(op)
+    source = op.view(0).tensor
+    if source.quant != op.quant:
+        raise Unsupported(
+            "LiteRT's average pool has one scale for input and output; add 'AveragePool' to the target's shared_scale"
+        )
+    kernel = op.attribute("kernel_shape")
+    if any(d != 1 for d in op.attribute("dilations", [1, 1])):
+        raise Unsupported("LiteRT has no dilated average pool")
+    declared = op.attribute("pads", [0, 0, 0, 0])
+    used = _used(op, kernel, [1, 1])
+    if op.attribute("count_include_pad", 0):
+        if any(e > max(d, 0) for (_, e), d in zip(used, declared[2:], strict=True)):
+            raise Unsupported("its last window reaches beyond the padding (ceil_mode); use sizes that divide")
+        x, padding = windowed(op, kernel, [1, 1], explicit=True)
+    else:
+        x, padding = windowed(op, kernel, [1, 1])
+        if x is not op.read(0, NHWC):
+            raise Unsupported("it leaves unsymmetric padding out of the mean; use count_include_pad=True")
+    return _pool(op, "AVERAGE_POOL_2D", x, padding)
+
+
+def windowed(
+    op: Operation, kernel: Sequence[int], dilations: Sequence[int], fill: float = 0.0, explicit: bool = False
+) -> tuple[Tensor, str]:
+    """The image to slide over, padded where LiteRT cannot do it on the way, and the padding that is left to LiteRT.
+
+    Args:
+        op: its operand 0 is the image; ``pads`` and ``strides`` are its attributes.
+        kernel: [h, w].
+        dilations: [h, w].
+        fill: the padding's value.
+        explicit: do not leave padding to LiteRT.
+
+    Returns:
+        The tensor, channels-last, and ``"VALID"`` or ``"SAME"``.
+    """
+    _require_explicit_padding(op)
+    x = op.read(0, NHWC)
+    used = _used(op, kernel, dilations)
+    if all(b == 0 and e <= 0 for b, e in used):
+        return x, "VALID"
+    pads = [(b, max(e, 0)) for b, e in used]
+    strides = op.attribute("strides", [1, 1])
+    sizes, outs = op.shape(0)[2:], op.output_shape()[2:]
+    same = [same_padding(*axis) for axis in zip(sizes, outs, kernel, strides, dilations, strict=True)]
+    if pads == same and not explicit:
+        return x, "SAME"
+    return padded(op, x, [(0, 0), *pads, (0, 0)], fill), "VALID"
+
+
+def bias(op: Operation, filters: Tensor, channels: int) -> Tensor:
+    """The bias, int32 in steps of s_x * s_w where the operator is integer; zeros where there is none."""
+    if len(op.operands) > 2 and isinstance(op.operands[2], Constant):
+        return op.constant(2, lambda b: np.broadcast_to(b.reshape(-1), (channels,)))
+    if op.quant is None:
+        return op.float_constant(f"{op.name}_bias", np.zeros(channels, np.float32))
+    source = op.view(0).tensor.quant
+    assert source is not None and filters.quant is not None
+    scales = np.float32(source.scales[0]) * np.array(filters.quant.scales, np.float32)
+    return op.writer.constant(f"{op.name}_bias", np.zeros(channels, np.int32), Quant(tuple(scales.tolist())))
+
+
+def _pool(op: Operation, kind: str, x: Tensor, padding: str) -> View:
+    kernel, strides = op.attribute("kernel_shape"), op.attribute("strides", [1, 1])
+    return op.emit(
+        kind, [x], op.output_shape(), NHWC, fuses=True, padding=padding,
+        strideH=strides[0], strideW=strides[1], filterHeight=kernel[0], filterWidth=kernel[1],
+    )  # fmt: skip
+
+
+def _used(op: Operation, kernel: Sequence[int], dilations: Sequence[int]) -> list[tuple[int, int]]:
+    strides, begins = op.attribute("strides", [1, 1]), op.attribute("pads", [0, 0, 0, 0])[:2]
+    return used_padding(op.shape(0)[2:], op.output_shape()[2:], kernel, strides, dilations, begins)
+
+
+def _require_image(op: Operation) -> None:
+    if len(op.shape(0)) != 4:
+        raise Unsupported(f"it has {len(op.shape(0)) - 2} spatial axes; LiteRT's is for images with 2")
+
+
+def _require_explicit_padding(op: Operation) -> None:
+    if op.attribute("auto_pad", "NOTSET") not in ("NOTSET", "VALID"):
+        raise Unsupported("auto_pad is out of use in ONNX; export the model with explicit pads")

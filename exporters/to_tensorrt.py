@@ -1,0 +1,225 @@
+"""A bundle for TensorRT, written on a machine without a GPU: ONNX variants, golden data and the script that builds.
+
+Engines run only on the GPU and the TensorRT that built them, so this writes what a device needs to build its own:
+
+* ``model.fp32.onnx`` and ``model.int8.onnx``: float32 between the operators; TensorRT 8 and 10 pick the kernels' types
+  (weak typing, ``--fp16``, ``--int8``); the operator set is the oldest parser's;
+* ``model.fp16.onnx`` and ``model.int8-fp16.onnx``: float16 between float32 inputs and outputs; the file's types are the
+  kernels' types (strong typing, TensorRT 10 and later);
+* ``golden/``, ``bundle.json``, ``build.py``, ``build.sh``, ``BUILD.md``: `./build.sh` on the device builds every variant
+  its TensorRT can, checks and times them, and keeps the fastest.
+
+What each choice rests on: docs/exporters/tensorrt.md.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+from deploykit.core.artifact import Arrays, File, Island, Runner, Runtime
+from deploykit.core.errors import DeploykitError
+from deploykit.core.target import Precision, Target
+from deploykit.exporters.tensorrt import lint as trt_lint
+from deploykit.exporters.tensorrt.golden import golden_inputs, relative_error, tolerance, write_arrays
+from deploykit.exporters.tensorrt.half import bake_half
+from deploykit.exporters.tensorrt.lint import LINEAR, Finding, lint, runs_in_int8
+from deploykit.exporters.tensorrt.opset import lower_opset, verify_opset
+from deploykit.exporters.tensorrt.options import Options, options
+from deploykit.exporters.tensorrt.shapes import bind_batch, is_dynamic
+from deploykit.hub.graph import Hub, serialize, specs
+
+DEVICE_FILES = ("build.py", "build.sh", "BUILD.md")
+
+
+def export(hub: Hub, target: Target, out_dir: Path, precisions: Sequence[Precision]) -> tuple[File, ...]:
+    """Writes the bundle.
+
+    Golden inputs are ``hub.samples``, or seeded random numbers where there are none.
+
+    Raises:
+        DeploykitError: operators that the operator set or float16 does not have (all of them named), a file that
+            breaks a rule TensorRT rejects, wrong options, int8 without calibration.
+    """
+    settings = options(target)
+    reference = _variant(hub, "fp32", settings)
+    model = ir.from_proto(reference[0])
+    dynamic = is_dynamic(model)
+    bound = model.graph.inputs[0].shape[0]  # type: ignore[index]
+    batch = settings.batch if dynamic else (bound, bound, bound)
+    inputs, origin = golden_inputs(hub, model, int(batch[1]))  # type: ignore[arg-type]
+    compute = _runner(reference[0].SerializeToString(), "the float model", threads=1)
+    golden = [compute(sample) for sample in inputs]
+
+    files, models, findings = [], {}, {}
+    for precision in precisions:
+        proto, notes = reference if precision == "fp32" else _variant(hub, precision, settings)
+        found = lint(proto)
+        _refuse_errors(found, precision)
+        path = out_dir / f"model.{precision}.onnx"
+        path.write_bytes(proto.SerializeToString(deterministic=True))
+        counts, islands = _integer_operators(proto, found, hub) if precision.startswith("int8") else ({}, ())
+        in_islands = {island.layer for island in islands}
+        notes += [str(f) for f in found if f.node not in in_islands]
+        files.append(File(path.name, precision, counts, islands, tuple(notes)))
+        error = relative_error(load(path), inputs, golden)
+        models[precision] = {
+            "file": path.name,
+            "opset": proto.opset_import[0].version,
+            "expected_error": round(error, 6),
+            "tolerance": tolerance(error),
+        }
+        findings[path.name] = [asdict(f) for f in found]
+
+    about = {
+        "format": "deploykit-tensorrt-1",
+        "target": target.name,
+        "tensorrt": settings.trt,
+        "batch": batch,
+        "dynamic": dynamic,
+        "inputs": [asdict(s) for s in specs(list(model.graph.inputs))],
+        "outputs": [asdict(s) for s in specs(list(model.graph.outputs))],
+        "models": models,
+        "golden_from": origin,
+        "golden": [
+            {"inputs": write_arrays(out_dir, f"{i}.input", x), "outputs": write_arrays(out_dir, f"{i}.output", y)}
+            for i, (x, y) in enumerate(zip(inputs, golden, strict=True))
+        ],
+        "lint": findings,
+    }
+    _write_bundle(out_dir, about, [f.path for f in files])
+    return tuple(files)
+
+
+def load(path: Path, threads: int = 1) -> Runner:
+    """Runs a variant's ONNX file in ONNX Runtime on the CPU, in batches of any size.
+
+    This checks the file's numbers. It is no TensorRT engine: nothing about speed follows, and the sums on the device
+    round elsewhere.
+
+    Args:
+        path: a ``model.*.onnx`` of a bundle.
+        threads: intra-op threads.
+
+    Raises:
+        DeploykitError: the file is missing, truncated or no ONNX model.
+    """
+    return _runner(str(path), str(path), threads)
+
+
+def _runner(model: str | bytes, what: str, threads: int) -> Runner:
+    import onnxruntime as ort
+
+    settings = ort.SessionOptions()
+    settings.intra_op_num_threads = threads
+    settings.log_severity_level = 3
+    # ORT's quantization passes give biases the scale s_x * s_w, which underflows in a float16 graph (top-1 falls to 0
+    # on MobileNetV1), and are not what the device runs. Without them Q, DQ and the operators run as they are written.
+    settings.add_session_config_entry("session.disable_quant_qdq", "1")
+    try:
+        session = ort.InferenceSession(model, settings, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ORT's exceptions have no common base class
+        raise DeploykitError(f"{what} is not an ONNX file ONNX Runtime can run: {str(error).splitlines()[0]}") from None
+    first = session.get_inputs()[0].shape[0]
+    fixed = first if isinstance(first, int) else None
+    names = [o.name for o in session.get_outputs()]
+
+    def run(arrays: Arrays) -> dict[str, Any]:
+        feed = {name: np.asarray(array) for name, array in arrays.items()}
+        count = len(next(iter(feed.values())))
+        step = fixed or count
+        parts = []
+        for start in range(0, count, step):
+            rows = np.minimum(np.arange(start, start + step), count - 1)  # the last batch is filled up with its last row
+            parts.append(session.run(names, {name: array[rows] for name, array in feed.items()}))
+        return {name: np.concatenate(outputs)[:count] for name, outputs in zip(names, zip(*parts, strict=True), strict=True)}
+
+    return run
+
+
+def runtime() -> Runtime:
+    """ONNX Runtime stands in for TensorRT: it checks numbers, its times mean nothing for the device."""
+    import onnxruntime as ort
+
+    return Runtime(f"onnxruntime {ort.__version__} for numbers", "needs TensorRT on the device (run build.sh there)")
+
+
+def _variant(hub: Hub, precision: Precision, settings: Options) -> tuple[onnx.ModelProto, list[str]]:
+    """One variant's model, verified, and notes about it."""
+    if precision.startswith("int8") and hub.quantized is None:
+        raise DeploykitError(f"{precision} needs calibration: give --calib")
+    source = hub.quantized if precision.startswith("int8") else hub.graph.model
+    assert source is not None
+    strong = precision.endswith("fp16")
+    opset = settings.opset_strong if strong else settings.opset_weak
+    model = bind_batch(source, settings.bound)
+    lower_opset(model, opset)
+    notes = list(bake_half(model)) if strong else []
+    _forget_origin(model)
+    proto = onnx.load_model_from_string(serialize(model))
+    del proto.graph.value_info[:]  # parsers infer shapes again
+    verify_opset(proto, opset)
+    return proto, notes
+
+
+def _forget_origin(model: ir.Model) -> None:
+    """Drops what only tools need; stack traces would carry the user's paths, and older IR versions have no metadata."""
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    model.doc_string = model.graph.doc_string = None
+    for node in model.graph:
+        node.metadata_props.clear()
+        node.doc_string = None
+        for value in node.outputs:
+            value.metadata_props.clear()
+    for value in [*model.graph.inputs, *model.graph.initializers.values()]:
+        value.metadata_props.clear()
+
+
+def _refuse_errors(found: tuple[Finding, ...], precision: Precision) -> None:
+    errors = [str(f) for f in found if f.severity == "E"]
+    if errors:
+        raise DeploykitError(f"TensorRT would reject model.{precision}.onnx: {'; '.join(errors)}")
+
+
+def _integer_operators(
+    proto: onnx.ModelProto, found: tuple[Finding, ...], hub: Hub
+) -> tuple[dict[str, int], tuple[Island, ...]]:
+    """How many linear operators run in int8, and why the others do not."""
+    sentences = {f.node: f.sentence for f in found if f.severity == "S"}
+    decisions = {d.layer: d.why for d in hub.decisions if not d.quantized}
+    counts: Counter[str] = Counter()
+    islands = []
+    for node in trt_lint.read(proto).graph:
+        if node.op_type not in LINEAR:
+            continue
+        layer = trt_lint.name(node)
+        if runs_in_int8(node):
+            counts[node.op_type] += 1
+        else:
+            why = sentences.get(layer) or decisions.get(layer) or "its inputs are not quantized"
+            islands.append(Island(node.op_type, layer, why))
+    return dict(sorted(counts.items())), tuple(islands)
+
+
+def _write_bundle(out_dir: Path, about: dict[str, Any], models: list[str]) -> None:
+    """The scripts, then ``bundle.json`` with the checksums of everything else."""
+    device = resources.files("deploykit.exporters.tensorrt.device")
+    for name in DEVICE_FILES:
+        (out_dir / name).write_bytes((device / name).read_bytes())
+    (out_dir / "build.sh").chmod(0o755)
+    golden = [path for run in about["golden"] for paths in run.values() for path in paths.values()]
+    about["sha256"] = {
+        name: hashlib.sha256((out_dir / name).read_bytes()).hexdigest() for name in sorted([*models, *golden])
+    }
+    (out_dir / "bundle.json").write_text(json.dumps(about, indent=1, sort_keys=True) + "\n", encoding="utf-8")

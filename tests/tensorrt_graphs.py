@@ -1,0 +1,178 @@
+"""Graphs for the TensorRT tests: each breaks one rule of the lint, or none."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from deploykit.calibration.observe import observe
+from deploykit.core.data import DataSet
+from deploykit.core.target import QuantSpec
+from deploykit.hub.graph import Hub
+from deploykit.hub.lower import from_proto
+from deploykit.hub.quantize import observed, quantize
+
+RANDOM = np.random.default_rng(0)
+F16 = np.float16
+
+
+def model(
+    body: str, x: str = "float[1,16,8,8] x", y: str = "float[1,16,8,8] y", opset: int = 17, **arrays: Any
+) -> onnx.ModelProto:
+    """A model from ONNX's text form; the arrays are its initializers, Python numbers are float32."""
+    ir_version = onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", opset)])
+    text = f'<ir_version: {ir_version}, opset_import: ["": {opset}]> test ({x}) => ({y}) {{ {body} }}'
+    proto = onnx.parser.parse_model(text)
+    for name, value in arrays.items():
+        array = np.asarray(value, np.float32) if isinstance(value, (float, list)) else np.asarray(value)
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
+    for node in proto.graph.node:
+        node.name = node.output[0]
+    return proto
+
+
+def weights(*shape: int, axis: int = 0) -> dict[str, NDArray[Any]]:
+    """An int8 weight ``w`` with its scales ``ws`` and zero points ``wz`` along an axis."""
+    w = RANDOM.integers(-127, 128, shape).astype(np.int8)
+    scales = (0.001 + 0.001 * RANDOM.random(shape[axis])).astype(np.float32)
+    return {"w": w, "ws": scales, "wz": np.zeros(shape[axis], np.int8)}
+
+
+PAIR = "q = QuantizeLinear(x, s, z) d = DequantizeLinear(q, s, z)"
+WEIGHT = "wd = DequantizeLinear<axis=0>(w, ws, wz)"
+CONV = f"{PAIR} {WEIGHT} y = Conv<pads=[1,1,1,1]>(d, wd, b)"
+
+
+def conv(body: str = CONV, **changes: Any) -> onnx.ModelProto:
+    """A quantized convolution, changed."""
+    usual: dict[str, Any] = {"s": 0.05, "z": np.int8(0), **weights(16, 16, 3, 3), "b": np.zeros(16, np.float32)}
+    return model(body, **{**usual, **changes})
+
+
+def residual() -> onnx.ModelProto:
+    """Everything as TensorRT likes it: a residual block whose skip branch is quantized, a pool and a product."""
+    return conv(
+        """
+        q = QuantizeLinear(x, s, z) d = DequantizeLinear(q, s, z)
+        wd = DequantizeLinear<axis=0>(w, ws, wz)
+        c = Conv<pads=[1,1,1,1]>(d, wd, b)
+        r = Relu(c)
+        rq = QuantizeLinear(r, s, z) rd = DequantizeLinear(rq, s, z)
+        c2 = Conv<pads=[1,1,1,1]>(rd, wd, b)
+        a = Add(c2, rd)
+        r2 = Relu(a)
+        p = GlobalAveragePool(r2)
+        f = Flatten(p)
+        fq = QuantizeLinear(f, s, z) fd = DequantizeLinear(fq, s, z)
+        vd = DequantizeLinear<axis=0>(v, vs, vz)
+        y = Gemm<transB=1>(fd, vd)
+        """,
+        y="float[1,10] y",
+        **{"v" + k[1:]: a for k, a in weights(10, 16).items()},
+    )
+
+
+BROKEN: dict[str, tuple[str, str, onnx.ModelProto]] = {
+    "zero point 3": ("Q1", "E", conv(z=np.int8(3))),
+    "weight zero point 2": ("Q1", "E", conv(wz=np.full(16, 2, np.int8))),
+    "uint8": ("Q2", "S", conv(z=np.uint8(0))),
+    "no zero point": ("Q3", "S", conv(CONV.replace(", s, z)", ", s)"))),
+    "int16": ("Q4", "E", conv(z=np.int16(0), opset=21)),
+    "scale 0": ("Q5", "E", conv(s=0.0)),
+    "scale -0.05": ("Q5", "E", conv(s=-0.05)),
+    "computed scale": (
+        "Q6",
+        "E",
+        conv("m = ReduceMax<keepdims=0>(x) s = Mul(m, k) " + CONV, k=1 / 127, s=np.zeros(0, np.float32)),
+    ),
+    "int32 bias": (
+        "Q7",
+        "E",
+        conv(
+            CONV.replace(", b)", ", bd)").replace("y =", "bd = DequantizeLinear<axis=0>(b, bs, bz) y ="),
+            b=np.full(16, 100, np.int32), bs=np.full(16, 1e-4, np.float32), bz=np.zeros(16, np.int32),
+        ),
+    ),
+    "int8 bias": (
+        "Q7",
+        "S",
+        conv(
+            CONV.replace(", b)", ", bd)").replace("y =", "bd = DequantizeLinear<axis=0>(b, bs, bz) y ="),
+            b=np.full(16, 5, np.int8), bs=np.full(16, 1e-4, np.float32), bz=np.zeros(16, np.int8),
+        ),
+    ),
+    "half weight scales": ("Q8", "E", conv(ws=np.full(16, 0.01, F16), opset=19)),
+    "half bias": ("Q8", "E", conv(b=np.zeros(16, F16))),
+    "activation per channel": (
+        "Q9",
+        "S",
+        conv(CONV.replace("Linear(", "Linear<axis=1>("), s=np.full(16, 0.05, np.float32), z=np.zeros(16, np.int8)),
+    ),
+    "conv weight axis 1": ("Q10", "S", conv(CONV.replace("<axis=0>", "<axis=1>"))),
+    "float weight": ("Q11", "S", conv(f"{PAIR} y = Conv<pads=[1,1,1,1]>(d, wf)", wf=np.ones((16, 16, 3, 3), np.float32))),
+    "float input": ("Q11", "S", conv(f"{WEIGHT} y = Conv<pads=[1,1,1,1]>(x, wd)")),
+    "transposed conv": (
+        "Q12",
+        "S",
+        conv(CONV.replace("Conv", "ConvTranspose").replace("<axis=0>", "<axis=1>")),
+    ),
+    "integer operator": (
+        "Q13",
+        "E",
+        conv("q, s, z = DynamicQuantizeLinear(x) y = Identity(x)", s=np.zeros(0, np.float32), z=np.zeros(0, np.int8)),
+    ),
+    "pair before relu": (
+        "Q14",
+        "S",
+        conv(CONV.replace("y =", "c =") + " cq = QuantizeLinear(c, s, z) cd = DequantizeLinear(cq, s, z) y = Relu(cd)"),
+    ),
+    "half scales in operator set 17": (
+        "Q23",
+        "E",
+        conv(
+            x="float16[1,16,8,8] x", y="float16[1,16,8,8] y",
+            s=F16(0.05), ws=np.full(16, 0.01, F16), b=np.zeros(16, F16),
+        ),
+    ),
+}  # fmt: skip
+"""What is wrong -> the one rule it breaks, its severity, the graph."""
+for _, _, proto in BROKEN.values():  # computed names are no initializers
+    made = {o for node in proto.graph.node for o in node.output}
+    kept = [i for i in proto.graph.initializer if i.name not in made]
+    used = {i for node in proto.graph.node for i in node.input}
+    del proto.graph.initializer[:]
+    proto.graph.initializer.extend(i for i in kept if i.name in used)
+
+
+def small_net(operator: str = "Conv") -> onnx.ModelProto:
+    """A float residual net over ``x`` [batch, 3, 8, 8] with a pool and a Gemm, as the hub gets it."""
+    w = {n: (0.3 * RANDOM.standard_normal(s)).astype(np.float32) for n, s in _SHAPES.items()}
+    body = f"""
+        c1 = Conv<pads=[1,1,1,1]>(x, w1, b1) r1 = Relu(c1)
+        c2 = {operator}<pads=[1,1,1,1]>(r1, w2, b2)
+        a = Add(c2, r1) r2 = Clip(a, low, high)
+        p = ReduceMean<keepdims=0>(r2, axes)
+        y = Gemm<transB=1>(p, w3, b3)
+    """
+    return model(body, "float[batch,3,8,8] x", "float[batch,10] y", 20, axes=np.array([2, 3]), low=0.0, high=6.0, **w)
+
+
+_SHAPES = {"w1": (16, 3, 3, 3), "b1": (16,), "w2": (16, 16, 3, 3), "b2": (16,), "w3": (10, 16), "b3": (10,)}
+
+
+def samples(count: int = 8, *shape: int) -> NDArray[np.float32]:
+    """Normal numbers ``[count, *shape]``, 3x8x8 unless told."""
+    return np.random.default_rng(1).standard_normal((count, *(shape or (3, 8, 8)))).astype(np.float32)
+
+
+def hub(
+    proto: onnx.ModelProto, spec: QuantSpec, data: dict[str, NDArray[Any]], keep_float: tuple[str, ...] = ()
+) -> Hub:
+    """Calibrated and quantized."""
+    graph = from_proto(proto, "test")
+    names, channels = observed(graph)
+    ranges = observe(onnx.load_model_from_string(graph.bytes), graph.hash, names, channels, DataSet.of(data))
+    return quantize(graph, ranges, spec, keep_float=keep_float)
