@@ -28,6 +28,11 @@ from typing import Any
 
 PACKAGE = "onnxruntime_ep_nv_tensorrt_rtx"
 STUB = "int initLibNvInferPlugins(void *logger, const char *space) { return 1; }"
+LIBRARIES = {
+    "libtensorrt_rtx.so.*": "libnvinfer.so.11",
+    "libtensorrt_onnxparser_rtx.so.*": "libnvonnxparser.so.11",
+}
+"""RTX's libraries, and the names under which the bindings look for TensorRT's."""
 PRODUCT_LAYERS = {"CONVOLUTION": "convolutions", "DECONVOLUTION": "deconvolutions", "MATRIX_MULTIPLY": "products"}
 PRODUCT_KERNELS = ("correlation", "convolution", "deconv", "gemm")
 
@@ -63,7 +68,7 @@ def judge(files: list[Path], python: str) -> list[dict[str, Any]]:
     """
     source = libraries(python)
     with tempfile.TemporaryDirectory() as folder:
-        for pattern, name in (("libtensorrt_rtx.so.*", "libnvinfer.so.11"), ("libtensorrt_onnxparser_rtx.so.*", "libnvonnxparser.so.11")):  # fmt: skip
+        for pattern, name in LIBRARIES.items():
             found = sorted(source.glob(pattern))
             if not found:
                 raise Unavailable(f"{source} has no {pattern}")
@@ -128,7 +133,9 @@ def child(file: str) -> None:
         "error": "" if plan is not None else "the builder returned no engine",
         **{word: layers.get(kind, 0) for kind, word in PRODUCT_LAYERS.items()},
         "kernels": dict(sorted(kernels.items())),
-        "int8_convolution_kernels": sum(n for k, n in kernels.items() if k.endswith("Int8") and not k.startswith("gemm")),
+        "int8_convolution_kernels": sum(
+            n for k, n in kernels.items() if k.endswith("Int8") and not k.startswith("gemm")
+        ),
         "int8_gemm_kernels": kernels.get("gemm Int8", 0),
         "quantize_operations": sum(line.partition(",")[0].count("Roun") for line in log.lines if _is_kernel(line)),
         "plan_bytes": plan.nbytes if plan is not None else None,

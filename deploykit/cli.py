@@ -100,7 +100,7 @@ def export(
     from deploykit.core.files import refuse_existing
     from deploykit.core.manifest import load_manifest
     from deploykit.core.ranges import load_ranges
-    from deploykit.models import load_metric
+    from deploykit.core.user_code import load_function
 
     chosen = [targets.load(name) for name in target]
     settings = pipeline.Settings(
@@ -121,7 +121,7 @@ def export(
     look = _preprocess(preprocess, resize, crop, mean, std, scale)
     prepared = _prepare(model, weights, {"calibration": calib, "train": train, "eval": evaluation}, look, input_shape, seed)
     given = load_ranges(ranges) if ranges is not None else None
-    measured = load_metric(metric) if metric is not None else None
+    measured = load_function(metric, "metric") if metric is not None else None
     try:
         pipeline.export(prepared, chosen, folders, settings, Gate(max_drop=max_drop), measured, given)
     finally:
@@ -152,7 +152,7 @@ def calibrate(
         raise DeploykitError(f"{out} already exists. Give another -o, or --overwrite to replace it.")
     look = _preprocess(preprocess, resize, crop, mean, std, scale)
     prepared = _prepare(model, weights, {"calibration": calib}, look, None, 0)
-    graph = prepared.model.lower(prepared.example, prepared.model.module)
+    graph = pipeline.float_graph(prepared.model, prepared.example)
     found = pipeline.calibrate(graph, prepared.data["calibration"], thresholds)
     found.save(out)
     print(f"{out}: {len(found.tensors)} tensors on {found.samples} samples")
@@ -334,14 +334,14 @@ def _prepare(
     seed: int,
 ) -> Prepared:
     from deploykit import pipeline
-    from deploykit.models import load_model, parse_input
+    from deploykit.models import input_specs, load_model
     from deploykit.sources import load_data
 
     loaded = load_model(model, weights)
     data = {
-        role: load_data(spec, loaded.inputs(), look, role, seed) for role, spec in sources.items() if spec is not None
+        role: load_data(spec, input_specs(loaded), look, role, seed) for role, spec in sources.items() if spec is not None
     }
-    example = None if not input_shape else dict(parse_input(text) for text in input_shape)
+    example = None if not input_shape else dict(_input(text) for text in input_shape)
     return pipeline.prepare(loaded, data, example)  # type: ignore[arg-type]
 
 
@@ -357,6 +357,24 @@ def _preprocess(
     if path is None and not flags:
         return None
     return load_preprocess(path if path is not None else {}, flags)
+
+
+def _input(text: str) -> tuple[str, Any]:
+    """``x=1x3x224x224`` or ``ids=1x128:int64`` as a name and an example array."""
+    import re
+
+    import numpy as np
+
+    found = re.fullmatch(r"(\w+)=(\d+(?:x\d+)*)(?::(\w+))?", text)
+    if found is None:
+        raise DeploykitError(f"--input takes NAME=1x3x224x224 or NAME=1x128:int64, given '{text}'")
+    name, shape, dtype = found[1], [int(d) for d in found[2].split("x")], found[3] or "float32"
+    try:
+        kind = np.dtype(dtype)
+    except TypeError:
+        raise unknown("dtype", dtype, ("float32", "int64", "int32", "bool")) from None
+    random = np.random.default_rng(0)
+    return name, (random.standard_normal(shape) if kind.kind == "f" else random.integers(0, 2, shape)).astype(kind)
 
 
 def _numbers(name: str, text: str) -> list[float]:

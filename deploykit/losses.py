@@ -57,7 +57,9 @@ def cross_entropy(outputs: Any, batch: TrainBatch) -> Tensor:
         raise DeploykitError("loss 'ce' needs labels, and the training data has none; see file.py:function for others")
     logits = tensors(outputs)
     if len(logits) != 1:
-        raise DeploykitError(f"loss 'ce' is for one output, the model has {len(logits)}; give loss = 'file.py:function'")
+        raise DeploykitError(
+            f"loss 'ce' is for one output, the model has {len(logits)}; give loss = 'file.py:function'"
+        )
     return torch.nn.functional.cross_entropy(logits[0], batch.labels)
 
 

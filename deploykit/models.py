@@ -235,7 +235,7 @@ def _plain_state(module: nn.Module) -> tuple[dict[str, torch.Tensor], list[str]]
 
     state, masked = dict(module.state_dict()), []
     for path, layer in module.named_modules():
-        for leaf in list(layer.parametrizations) if parametrize.is_parametrized(layer) else []:  # type: ignore[arg-type]
+        for leaf in list(layer.parametrizations) if parametrize.is_parametrized(layer) else []:
             if mask_of(layer, leaf) is None:
                 continue
             prefix = f"{path}." if path else ""
@@ -297,16 +297,17 @@ def _read_weights(path: Path) -> dict[str, torch.Tensor]:
     if path.suffix not in (".pt", ".pth"):
         raise DeploykitError(f"weights are .safetensors, .pt or .pth; given {path}")
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        named = re.search(r"GLOBAL (\S+)", str(error))
-        inside = f" ({named[1]})" if named else ""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged pickle can raise anything
+        foreign = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
+        if foreign is None:
+            raise DeploykitError(f"{path} is damaged or no file of weights ({type(error).__name__})") from None
         raise DeploykitError(
-            f"{path} holds more than weights{inside}, and reading that would run code from the file. Load it where "
-            f"it was made and save the weights alone: torch.save(model.state_dict(), ...)."
+            f"{path} holds more than weights ({foreign[1]}), and reading that would run code from the file. Load it "
+            f"where it was made and save the weights alone: torch.save(model.state_dict(), ...)."
         ) from None
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
-        raise DeploykitError(f"{path} is damaged or no file of weights: {_first_line(error)}") from None
     if isinstance(found, Mapping) and isinstance(found.get("state_dict"), Mapping):
         found = found["state_dict"]
     if not isinstance(found, Mapping):

@@ -27,6 +27,7 @@ from deploykit.core.target import Precision, QuantSpec, Target
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+    from torch import nn
 
     from deploykit.check import Answers, Gate, Metric
     from deploykit.hub.graph import FloatGraph, Hub
@@ -140,11 +141,45 @@ def prepare(model: Model, data: Mapping[Role, DataSet], example: Mapping[str, ND
     if source is not None:
         example = next(source.batches(2)).inputs
     if example is None:
-        example = model.example()
+        example = _example(model)
     if len(next(iter(example.values()))) == 1:
         example = {name: np.concatenate([a, a]) for name, a in example.items()}
     preprocess = None if source is None else source.preprocess
     return Prepared(model, given, example, preprocess, held_out)
+
+
+def _example(model: Model) -> dict[str, NDArray[Any]]:
+    """Random inputs of the shapes a .pt2 or .onnx declares, for a model without sample data."""
+    from deploykit.models import input_specs
+
+    random = np.random.default_rng(0)
+    found = {}
+    for spec in input_specs(model):
+        if not spec.dtype:
+            raise DeploykitError(
+                f"what does '{spec.name}' look like? Give sample data (--calib) or the shape, "
+                f"e.g. --input {spec.name}=1x3x224x224"
+            )
+        shape = [2 if i == 0 and isinstance(d, str) else d for i, d in enumerate(spec.shape)]
+        if any(isinstance(d, str) for d in shape):
+            raise DeploykitError(f"input '{spec.name}' has free dimensions {spec.shape}: give --input {spec.name}=...")
+        whole = not spec.dtype.startswith("float")
+        array = random.integers(0, 2, shape) if whole else random.standard_normal(shape)
+        found[spec.name] = array.astype(spec.dtype)
+    return found
+
+
+def float_graph(model: Model, example: Mapping[str, NDArray[Any]], module: nn.Module | None = None) -> FloatGraph:
+    """The float graph of a model in any form; ``module`` stands in for the model's own after model-stage steps."""
+    from deploykit.hub.lower import lower, lower_program, read_onnx
+
+    if model.onnx is not None:
+        return read_onnx(model.onnx)
+    if model.program is not None:
+        return lower_program(model.program)
+    chosen = module if module is not None else model.module
+    assert chosen is not None
+    return lower(chosen, example)
 
 
 def export(
@@ -230,8 +265,9 @@ class _Road:
             for step in model_steps:
                 module = self._run(step, module, context)
         with self._phase("lower"), status("lowering to ONNX"):
-            self.graph = model.lower(self.prepared.example, module)
-            self.reference = self.graph if module is model.module else model.lower(self.prepared.example, model.module)
+            self.graph = float_graph(model, self.prepared.example, module)
+            same = module is model.module
+            self.reference = self.graph if same else float_graph(model, self.prepared.example)
         self.notes += self.graph.notes
         self.lowering_check = self._check_lowering()
         with self._phase("graph steps"):
@@ -333,7 +369,7 @@ class _Road:
             target=target,
             data=self.prepared.data,
             example=example,
-            original=self.prepared.model.module,
+            original=_teacher(self.prepared.model),
             trainer=Trainer(self.settings.recipe.train, self.settings.seed),
             cost=lambda module: cost(module, example),
             seed=self.settings.seed,
@@ -447,6 +483,13 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def _teacher(model: Model) -> nn.Module | None:
+    """The model as it came in, if torch can run it."""
+    if model.program is not None:
+        return model.program.module()
+    return model.module
 
 
 def _default_gate() -> Gate:

@@ -1,4 +1,4 @@
-"""`Trainer`: fits a module to a loss. Built on accelerate, so ``accelerate launch`` spreads it over devices as it is."""
+"""`Trainer`: fits a module to a loss. Built on accelerate: ``accelerate launch`` spreads it over devices unchanged."""
 
 from __future__ import annotations
 

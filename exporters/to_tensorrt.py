@@ -6,8 +6,8 @@ Engines run only on the GPU and the TensorRT that built them, so this writes wha
   (weak typing, ``--fp16``, ``--int8``); the operator set is the oldest parser's;
 * ``model.fp16.onnx`` and ``model.int8-fp16.onnx``: float16 between float32 inputs and outputs; the file's types are the
   kernels' types (strong typing, TensorRT 10 and later);
-* ``golden/``, ``bundle.json``, ``build.py``, ``build.sh``, ``BUILD.md``: `./build.sh` on the device builds every variant
-  its TensorRT can, checks and times them, and keeps the fastest.
+* ``golden/``, ``bundle.json``, ``build.py``, ``build.sh``, ``BUILD.md``: `./build.sh` on the device builds every
+  variant its TensorRT can, checks and times them, and keeps the fastest.
 
 What each choice rests on: docs/exporters/tensorrt.md.
 """
@@ -36,7 +36,7 @@ from deploykit.exporters.tensorrt.half import bake_half
 from deploykit.exporters.tensorrt.lint import LINEAR, Finding, lint, runs_in_int8
 from deploykit.exporters.tensorrt.opset import lower_opset, verify_opset
 from deploykit.exporters.tensorrt.options import Options, options
-from deploykit.exporters.tensorrt.shapes import bind_batch, is_dynamic
+from deploykit.exporters.tensorrt.shapes import bind_batch
 from deploykit.hub.graph import Hub, serialize, specs
 
 DEVICE_FILES = ("build.py", "build.sh", "BUILD.md")
@@ -53,11 +53,11 @@ def export(hub: Hub, target: Target, out_dir: Path, precisions: Sequence[Precisi
     """
     settings = options(target)
     reference = _variant(hub, "fp32", settings)
-    model = ir.from_proto(reference[0])
-    dynamic = is_dynamic(model)
-    bound = model.graph.inputs[0].shape[0]  # type: ignore[index]
-    batch = settings.batch if dynamic else (bound, bound, bound)
-    inputs, origin = golden_inputs(hub, model, int(batch[1]))  # type: ignore[arg-type]
+    graph = ir.from_proto(reference[0]).graph
+    takes, gives = specs(list(graph.inputs)), specs(list(graph.outputs))
+    dynamic = isinstance(takes[0].shape[0], str)
+    batch = settings.batch if dynamic else 3 * (int(takes[0].shape[0]),)
+    inputs, origin = golden_inputs(hub, takes, batch[1])
     compute = _runner(reference[0].SerializeToString(), "the float model", threads=1)
     golden = [compute(sample) for sample in inputs]
 
@@ -87,8 +87,8 @@ def export(hub: Hub, target: Target, out_dir: Path, precisions: Sequence[Precisi
         "tensorrt": settings.trt,
         "batch": batch,
         "dynamic": dynamic,
-        "inputs": [asdict(s) for s in specs(list(model.graph.inputs))],
-        "outputs": [asdict(s) for s in specs(list(model.graph.outputs))],
+        "inputs": [asdict(s) for s in takes],
+        "outputs": [asdict(s) for s in gives],
         "models": models,
         "golden_from": origin,
         "golden": [
@@ -140,9 +140,13 @@ def _runner(model: str | bytes, what: str, threads: int) -> Runner:
         step = fixed or count
         parts = []
         for start in range(0, count, step):
-            rows = np.minimum(np.arange(start, start + step), count - 1)  # the last batch is filled up with its last row
+            rows = np.minimum(
+                np.arange(start, start + step), count - 1
+            )  # the last batch is filled up with its last row
             parts.append(session.run(names, {name: array[rows] for name, array in feed.items()}))
-        return {name: np.concatenate(outputs)[:count] for name, outputs in zip(names, zip(*parts, strict=True), strict=True)}
+        return {
+            name: np.concatenate(outputs)[:count] for name, outputs in zip(names, zip(*parts, strict=True), strict=True)
+        }
 
     return run
 

@@ -34,7 +34,7 @@ def model(
     return proto
 
 
-def weights(*shape: int, axis: int = 0) -> dict[str, NDArray[Any]]:
+def weights(*shape: int, axis: int = 0) -> dict[str, Any]:
     """An int8 weight ``w`` with its scales ``ws`` and zero points ``wz`` along an axis."""
     w = RANDOM.integers(-127, 128, shape).astype(np.int8)
     scales = (0.001 + 0.001 * RANDOM.random(shape[axis])).astype(np.float32)
@@ -112,7 +112,11 @@ BROKEN: dict[str, tuple[str, str, onnx.ModelProto]] = {
         conv(CONV.replace("Linear(", "Linear<axis=1>("), s=np.full(16, 0.05, np.float32), z=np.zeros(16, np.int8)),
     ),
     "conv weight axis 1": ("Q10", "S", conv(CONV.replace("<axis=0>", "<axis=1>"))),
-    "float weight": ("Q11", "S", conv(f"{PAIR} y = Conv<pads=[1,1,1,1]>(d, wf)", wf=np.ones((16, 16, 3, 3), np.float32))),
+    "float weight": (
+        "Q11",
+        "S",
+        conv(f"{PAIR} y = Conv<pads=[1,1,1,1]>(d, wf)", wf=np.ones((16, 16, 3, 3), np.float32)),
+    ),
     "float input": ("Q11", "S", conv(f"{WEIGHT} y = Conv<pads=[1,1,1,1]>(x, wd)")),
     "transposed conv": (
         "Q12",

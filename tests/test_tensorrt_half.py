@@ -114,7 +114,9 @@ def test_weight_scales_of_the_hub_are_normal_numbers_in_half() -> None:
             i.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(i) * np.float32(1e-4), "w1"))
     found = hub(tiny, targets.load("jetson").quant, {"x": samples()}).quantized
     assert found is not None
-    scales = [v.const_value.numpy() for n, v in found.graph.initializers.items() if n.endswith("_q_scale") and v.const_value]
+    scales = [
+        v.const_value.numpy() for n, v in found.graph.initializers.items() if n.endswith("_q_scale") and v.const_value
+    ]
     assert scales
     assert min(s.min() for s in scales) >= 2.0**-14
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -34,7 +36,9 @@ def test_a_finding_names_the_layer_and_says_what_is_wrong() -> None:
 @pytest.mark.parametrize(("operator", "axis", "wrong"), [("MatMul", 1, 0), ("Gemm", 1, 0), ("Gemm<transB=1>", 0, 1)])
 def test_weight_scales_must_lie_along_the_output_channels(operator: str, axis: int, wrong: int) -> None:
     for chosen, rules in ((axis, set()), (wrong, {"Q10"})):
-        body = CONV.replace("<axis=0>", f"<axis={chosen}>").replace("Conv<pads=[1,1,1,1]>(d, wd, b)", f"{operator}(d, wd)")
+        body = CONV.replace("<axis=0>", f"<axis={chosen}>").replace(
+            "Conv<pads=[1,1,1,1]>(d, wd, b)", f"{operator}(d, wd)"
+        )
         proto = model(
             body, "float[4,16] x", "float[4,16] y", s=0.05, z=np.int8(0), **weights(16, 16, axis=chosen)
         )  # fmt: skip
@@ -72,7 +76,8 @@ def test_per_tensor_and_blocked_weights_are_fine() -> None:
 )
 def test_the_hub_of_a_tensorrt_target_breaks_no_rule(target: str, channels: int, layers: list[str]) -> None:
     random = np.random.default_rng(channels)
-    shape, arrays, body, here = f"float[batch,{channels},8,8]", {}, [], "x"
+    shape, body, here = f"float[batch,{channels},8,8]", [], "x"
+    arrays: dict[str, Any] = {}
     for i, layer in enumerate(layers):
         arrays[f"w{i}"] = random.standard_normal((channels, 1 if layer == "depthwise" else channels, 3, 3)).astype("f")
         body.append(

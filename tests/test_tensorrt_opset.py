@@ -29,11 +29,13 @@ def run(proto: onnx.ModelProto, x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 3
-    (y,) = ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"]).run(None, {"x": x})
+    (y,) = ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"]).run(
+        None, {"x": x}
+    )
     return np.asarray(y)
 
 
-SAME = {
+SAME: dict[str, tuple[str, str, dict[str, Any]]] = {
     "mean": ("y = ReduceMean<keepdims=0>(x, axes)", "float[2,16] y", {"axes": np.array([2, 3])}),
     "max over all": ("y = ReduceMax<keepdims=0>(x)", "float y", {}),
     "sum of squares": ("y = ReduceSumSquare(x, axes)", "float[2,16,8,1] y", {"axes": np.array([-1])}),
@@ -70,7 +72,9 @@ def test_a_lowered_graph_computes_the_same(what: str, opset: int) -> None:
 
 
 @settings(max_examples=20, deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=3), st.permutations([-1, 2, 1, 0]))
+@given(
+    st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=3), st.permutations([-1, 2, 1, 0])
+)
 def test_pads_of_some_axes_land_on_those_axes(amounts: list[tuple[int, int]], axes: list[int]) -> None:
     shape = [2, 3, 4, 5]
     chosen = axes[: len(amounts)]

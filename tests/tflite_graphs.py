@@ -41,7 +41,7 @@ def graph(
             "test",
             [helper.make_tensor_value_info(n, TensorProto.FLOAT, ["batch", *shape]) for n, shape in inputs.items()],
             [helper.make_tensor_value_info(n, TensorProto.FLOAT, None) for n in outputs],
-            [numpy_helper.from_array(np.ascontiguousarray(array), n) for n, array in (constants or {}).items()],
+            [numpy_helper.from_array(np.array(array, order="C"), n) for n, array in (constants or {}).items()],
         ),
         opset_imports=[helper.make_opsetid("", 20)],
         ir_version=10,

@@ -83,7 +83,6 @@ class Measurement:
     where: str
     """Machine and runtime, e.g. ``"this machine: AMD EPYC 7B13, onnxruntime 1.31.1"``."""
 
-
     @property
     def spread(self) -> float | None:
         """p90 / p50: near 1 on a quiet machine. None where nothing was timed."""
@@ -141,5 +140,7 @@ class Artifact:
         expected = {spec.name: spec for spec in self.inputs}
         if len(args) > len(expected) or set(inputs) != set(expected):
             raise DeploykitError(f"this artifact takes the inputs {', '.join(expected)}; given: {', '.join(inputs)}")
-        arrays = {n: np.asarray(getattr(v, "numpy", lambda v=v: v)(), dtype=expected[n].dtype) for n, v in inputs.items()}
+        arrays = {
+            n: np.asarray(getattr(v, "numpy", lambda v=v: v)(), dtype=expected[n].dtype) for n, v in inputs.items()
+        }
         return self.runner(precision)(arrays)

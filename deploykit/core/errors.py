@@ -27,6 +27,7 @@ class MissingExtra(DeploykitError):
     """
 
     def __init__(self, what: str, extra: str) -> None:
+        """Says what to install."""
         super().__init__(f"{what} needs the extra '{extra}': pip install 'deploykit[{extra}]'")
         self.extra = extra
 

@@ -79,6 +79,32 @@ def lower(module: torch.nn.Module, example: Mapping[str, NDArray[Any]]) -> Float
     return FloatGraph(model, found, notes)
 
 
+def lower_program(program: torch.export.ExportedProgram) -> FloatGraph:
+    """The float graph of a torch.export program (a ``.pt2`` file); its free dimensions stay what they are.
+
+    Raises:
+        DeploykitError: torch cannot export the program.
+    """
+    import torch
+
+    inputs = list(program.graph_signature.user_inputs)
+    outputs = [f"output_{i}" for i in range(len(program.graph_signature.user_outputs))]
+    with _quiet():
+        try:
+            exported = torch.onnx.export(
+                program, dynamo=True, verbose=False, input_names=inputs,
+                output_names=outputs if len(outputs) > 1 else ["output"], external_data=False, opset_version=OPSET,
+            )  # fmt: skip
+        except Exception as error:
+            raise DeploykitError(
+                f"torch cannot export this program to ONNX: {type(error).__name__}: {_first_line(error)}"
+            ) from error
+    assert exported is not None
+    model = simplify(_asserted(exported.model))
+    _name_by_module(model.graph)
+    return FloatGraph(model)
+
+
 def read_onnx(path: Path) -> FloatGraph:
     """The float graph of a user's ``.onnx``.
 
@@ -182,7 +208,10 @@ def _export(
             dynamic_shapes=shapes, external_data=False, opset_version=OPSET,
         )  # fmt: skip
     assert program is not None
-    model: ir.Model = program.model
+    return _asserted(program.model)
+
+
+def _asserted(model: ir.Model) -> ir.Model:
     got = model.opset_imports.get("", 0)
     if got != OPSET:  # torch does not always honour the request and says nothing
         raise DeploykitError(f"torch exported operator set {got}, asked was {OPSET}")

@@ -100,9 +100,9 @@ def weight_axis(node: ir.Node) -> int:
     return len(weight.shape) - 1
 
 
-def channel_axis(node: ir.Node, rank: int) -> int:
-    """The axis of a linear operator's output along which its bias runs."""
-    return 1 if node.op_type in ("Conv", "ConvTranspose") else rank - 1
+def channel_axis(operator: str, rank: int) -> int:
+    """The axis of a linear operator's output (of that rank) along which its bias runs."""
+    return 1 if operator in ("Conv", "ConvTranspose") else rank - 1
 
 
 def is_float(value: ir.Value | None) -> bool:

@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from deploykit.calibration.thresholds import threshold
-from deploykit.core.errors import DeploykitError
+from deploykit.core.errors import DeploykitError, unknown
 from deploykit.core.ranges import Ranges, Stats
 from deploykit.core.target import QuantSpec
 from deploykit.hub.graph import Decision, FloatGraph, Hub, add_initializer, attribute, constant, drop_unused
@@ -49,7 +49,7 @@ def observed(graph: FloatGraph) -> tuple[list[str], dict[str, int]]:
                 names[value.name or ""] = None
         if role(node) == "linear":
             output = node.outputs[0]
-            channels[output.name or ""] = channel_axis(node, len(output.shape) if output.shape is not None else 2)
+            channels[output.name or ""] = channel_axis(node.op_type, len(output.shape) if output.shape is not None else 2)
     return list(names), channels
 
 
@@ -85,9 +85,15 @@ def plan(graph: ir.Graph, spec: QuantSpec, keep_float: Iterable[str] = ()) -> Pl
         graph: the float graph; not changed.
         spec: placement, shared scales, operators that stay float.
         keep_float: names of nodes that stay in float.
+
+    Raises:
+        DeploykitError: no operator has one of those names.
     """
     made = Plan()
     excluded = set(keep_float)
+    layers = {_name(node) for node in graph}
+    for name in excluded - layers:
+        raise unknown("layer", name, layers)
     fused: set[str] = set()
     for node in graph:
         name = _name(node)

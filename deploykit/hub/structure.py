@@ -7,7 +7,7 @@ The functions here give a layer a class of its own first, so that a teacher is s
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +66,8 @@ def mask_of(layer: nn.Module, name: str) -> Mask | None:
     """The mask on a parameter of a layer, if there is one."""
     if not parametrize.is_parametrized(layer, name):
         return None
-    last = layer.parametrizations[name][-1]  # type: ignore[union-attr,operator,index]
+    chains: Any = layer.parametrizations
+    last = chains[name][-1]
     return last if isinstance(last, Mask) else None
 
 
@@ -83,7 +84,7 @@ def bake(module: nn.Module) -> tuple[nn.Module, dict[str, NDArray[np.bool_]]]:
     for path, layer in list(plain.named_modules()):
         if not parametrize.is_parametrized(layer):
             continue
-        chains = dict(layer.parametrizations.items())  # type: ignore[union-attr,operator]
+        chains = dict(layer.parametrizations.items())
         weights = {name: getattr(layer, name).detach().clone() for name in chains}
         for name in chains:
             held = mask_of(layer, name)

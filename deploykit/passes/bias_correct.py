@@ -14,6 +14,7 @@ does not grow with the number of samples.
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -58,18 +59,14 @@ class BiasCorrect:
         slicer = Slicer(onnx.load_model_from_string(hub.bytes))
         layers = [n for n in slicer.model.graph.node if _is_correctable(n, slicer, hub.ranges.tensors)]
         inputs = _IntegerInputs(slicer, [_integer_input(n, slicer) for n in layers], data)
-        for layer in track(layers, "correcting biases"):
-            mean_x = inputs.mean(_integer_input(layer, slicer))
-            y = _run_layer(slicer, layer, mean_x)
-            expected = hub.ranges.tensors[layer.output[0]].mean
-            assert expected is not None
-            _shift_bias(slicer, layer, expected - channel_mean(y, channel_axis(_Named(layer.op_type), y.ndim)))  # type: ignore[arg-type]
+        with contextlib.closing(inputs):
+            for layer in track(layers, "correcting biases"):
+                mean_x = inputs.mean(_integer_input(layer, slicer))
+                y = _run_layer(slicer, layer, mean_x)
+                expected = hub.ranges.tensors[layer.output[0]].mean
+                assert expected is not None
+                _shift_bias(slicer, layer, expected - channel_mean(y, channel_axis(layer.op_type, y.ndim)))
         return replace(hub, quantized=ir.from_proto(slicer.model))
-
-
-@dataclass(frozen=True)
-class _Named:
-    op_type: str
 
 
 def _is_correctable(node: onnx.NodeProto, slicer: Slicer, means: Mapping[str, Any]) -> bool:
@@ -137,8 +134,12 @@ class _IntegerInputs:
         for source in sources:
             self.uses[source] -= 1
             if self.uses[source] == 0 and source in self.stored:
-                del self.stored[source]
+                self.stored.pop(source).file.close()
         return spool
+
+    def close(self) -> None:
+        for spool in self.stored.values():
+            spool.file.close()
 
     def _batches(self, sources: Sequence[str]) -> Iterator[dict[str, NDArray[Any]]]:
         kept = {s: self.stored[s].batches() for s in sources if s in self.stored}
@@ -151,7 +152,7 @@ class _Spool:
     """Batches of one tensor, in memory while they are few and in a temporary file when they are many."""
 
     def __init__(self) -> None:
-        self.file = tempfile.SpooledTemporaryFile(max_size=IN_MEMORY)  # noqa: SIM115 (closed with the object)
+        self.file = tempfile.SpooledTemporaryFile(max_size=IN_MEMORY)  # noqa: SIM115 (closed by its owner)
         self.shapes: list[tuple[int, ...]] = []
         self.dtype: Any = None
         self.sum: Any = 0

@@ -20,6 +20,7 @@ def result_table(finished: Sequence[tuple[Path, Manifest]]) -> Table:
     """Target × precision: size, accuracy, agreement with the original, latency; under it where that was measured."""
     from rich import box
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(box=box.SIMPLE_HEAD, caption_justify="left", caption_style="")
     table.add_column("target")
@@ -32,7 +33,7 @@ def result_table(finished: Sequence[tuple[Path, Manifest]]) -> Table:
         found = rows(manifest)
         for row in found:
             table.add_row(*_cells(row, places), end_section=row is found[-1])
-    table.caption = "\n".join(f"[{n}] {place}".replace("[", "\\[") for place, n in places.items())
+    table.caption = Text("\n".join(f"[{n}] {place}" for place, n in places.items()))
     return table
 
 
@@ -40,7 +41,7 @@ def _cells(row: Row, places: dict[str, int]) -> tuple[str, ...]:
     score, measured = row.score, row.measurement
     where = "" if row.file is None else "not measured"
     if measured is not None:
-        where = f"\\[{places.setdefault(measured.where, len(places) + 1)}]"
+        where = f"[{places.setdefault(measured.where, len(places) + 1)}]"
     return (
         row.target,
         row.precision,

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 from numpy.typing import NDArray
 
-from deploykit.core.artifact import Runner
+from deploykit.core.artifact import Runner, TensorSpec
 from deploykit.core.errors import DeploykitError
-from deploykit.hub.graph import Hub, specs
+from deploykit.hub.graph import Hub
 
 Sample = dict[str, NDArray[Any]]
 FEWEST = 4
@@ -21,7 +20,7 @@ SLACK = 0.01
 """Of the largest golden value: room for TF32, other summation orders and rounding ties on the device."""
 
 
-def golden_inputs(hub: Hub, model: ir.Model, batch: int) -> tuple[list[Sample], str]:
+def golden_inputs(hub: Hub, inputs: Sequence[TensorSpec], batch: int) -> tuple[list[Sample], str]:
     """Some runs' inputs, each of the batch the device will run, and a sentence on where they come from.
 
     Real samples if the hub has them; else seeded numbers, uniform between the calibrated smallest and largest value of
@@ -30,31 +29,38 @@ def golden_inputs(hub: Hub, model: ir.Model, batch: int) -> tuple[list[Sample], 
     Raises:
         DeploykitError: the hub's samples are not for this model's inputs.
     """
-    inputs = specs(list(model.graph.inputs))
     runs = -(-FEWEST // batch)
     if hub.samples:
-        wrong = [s.name for s in inputs if s.name not in hub.samples or hub.samples[s.name].shape[1:] != s.shape[1:]]
-        if wrong:
-            raise DeploykitError(f"the samples do not fit the model's inputs {', '.join(wrong)}")
-        count = min(len(hub.samples[s.name]) for s in inputs)
-        runs = min(runs, -(-count // batch))
-        arrays = {s.name: np.resize(hub.samples[s.name][:count], (runs * batch, *s.shape[1:])) for s in inputs}
-        origin = "samples of the calibration data"
+        arrays, origin = _real(hub, inputs), "samples of the calibration data"
+        runs = min(runs, -(-min(len(a) for a in arrays.values()) // batch))
     else:
-        random = np.random.default_rng(0)
-        arrays = {}
-        for s in inputs:
-            shape = (runs * batch, *(int(d) for d in s.shape[1:]))
-            stats = hub.ranges.tensors.get(s.name) if hub.ranges is not None else None
-            if not np.issubdtype(s.dtype, np.floating):
-                arrays[s.name] = random.integers(0, 2, shape)
-            elif stats is not None:
-                arrays[s.name] = random.uniform(stats.low, stats.high, shape)
-            else:
-                arrays[s.name] = random.standard_normal(shape)
-        origin = "seeded random numbers, no real samples were given"
-    arrays = {s.name: np.ascontiguousarray(arrays[s.name], dtype=s.dtype) for s in inputs}
-    return [{n: a[r * batch : (r + 1) * batch] for n, a in arrays.items()} for r in range(runs)], origin
+        arrays, origin = _random(hub, inputs, runs * batch), "seeded random numbers, no real samples were given"
+    return [
+        {s.name: np.take(arrays[s.name], range(r * batch, (r + 1) * batch), axis=0, mode="wrap") for s in inputs}
+        for r in range(runs)
+    ], origin
+
+
+def _real(hub: Hub, inputs: Sequence[TensorSpec]) -> Sample:
+    wrong = [s.name for s in inputs if s.name not in hub.samples or hub.samples[s.name].shape[1:] != s.shape[1:]]
+    if wrong:
+        raise DeploykitError(f"the samples do not fit the model's inputs {', '.join(wrong)}")
+    return {s.name: np.asarray(hub.samples[s.name], s.dtype) for s in inputs}
+
+
+def _random(hub: Hub, inputs: Sequence[TensorSpec], count: int) -> Sample:
+    random = np.random.default_rng(0)
+    arrays: Sample = {}
+    for s in inputs:
+        shape = (count, *(int(d) for d in s.shape[1:]))
+        stats = hub.ranges.tensors.get(s.name) if hub.ranges is not None else None
+        if not np.issubdtype(s.dtype, np.floating):
+            arrays[s.name] = random.integers(0, 2, shape).astype(s.dtype)
+        elif stats is not None:
+            arrays[s.name] = random.uniform(stats.low, stats.high, shape).astype(s.dtype)
+        else:
+            arrays[s.name] = random.standard_normal(shape).astype(s.dtype)
+    return arrays
 
 
 def write_arrays(folder: Path, kind: str, arrays: Mapping[str, NDArray[Any]]) -> dict[str, str]:

@@ -57,7 +57,7 @@ def lint(proto: onnx.ModelProto) -> tuple[Finding, ...]:
 
 def read(proto: onnx.ModelProto) -> ir.Model:
     """The graph with the types of its tensors inferred, as far as it is consistent."""
-    return ir.from_proto(onnx.shape_inference.infer_shapes(proto))
+    return ir.serde.deserialize_model(onnx.shape_inference.infer_shapes(proto))
 
 
 def name(node: ir.Node) -> str:

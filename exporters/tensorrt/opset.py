@@ -1,8 +1,8 @@
 """Lowers a graph to an older operator set, by a rule for every operator whose definition changed in between.
 
-``onnx.version_converter`` fails on Pad and writes invalid ReduceMean nodes on the way down, and torch's exporter returns
-another operator set than the one asked for without a word. Here the ONNX schemas say which operators changed; each
-needs a rule below that rewrites it or says why it cannot. Nothing is relabelled without a rule.
+``onnx.version_converter`` fails on Pad and writes invalid ReduceMean nodes on the way down, and torch's exporter
+returns another operator set than the one asked for without a word. Here the ONNX schemas say which operators changed;
+each needs a rule below that rewrites it or says why it cannot. Nothing is relabelled without a rule.
 """
 
 from __future__ import annotations
@@ -157,21 +157,23 @@ def _drop_defaults(node: ir.Node, **defaults: object) -> str | None:
 
 
 def _gelu(graph: ir.Graph, node: ir.Node) -> str | None:
-    """x/2 (1 + erf(x/√2)), or with tanh √(2/π) (x + 0.044715 x³): the function body in the ONNX specification of Gelu."""
+    """x/2 (1 + erf(x/√2)), or tanh of √(2/π) (x + 0.044715 x³) for erf: the function body of Gelu in ONNX."""
     x, name = node.inputs[0], node.name or "gelu"
     assert x is not None
-    if x.dtype not in (ir.DataType.FLOAT, ir.DataType.FLOAT16):
-        return f"it computes in {x.dtype}"
+    dtype, shape = x.dtype, x.shape
+    if dtype not in (ir.DataType.FLOAT, ir.DataType.FLOAT16):
+        return f"it computes in {dtype}"
     made: list[ir.Node] = []
 
     def number(value: float, what: str) -> ir.Value:
-        return add_initializer(graph, f"{name}_{what}", np.asarray(value, x.dtype.numpy()))  # type: ignore[union-attr]
+        return add_initializer(graph, f"{name}_{what}", np.asarray(value, dtype.numpy()))
 
     def op(op_type: str, *inputs: ir.Value) -> ir.Value:
         new = ir.Node("", op_type, list(inputs), name=f"{name}.{len(made)}")
-        new.outputs[0].name, new.outputs[0].dtype, new.outputs[0].shape = f"{name}.{len(made)}", x.dtype, x.shape
+        result = new.outputs[0]
+        result.name, result.dtype, result.shape = new.name, dtype, shape
         made.append(new)
-        return new.outputs[0]
+        return result
 
     if attribute(node, "approximate", "none") == "tanh":
         cube = op("Mul", op("Mul", x, x), x)

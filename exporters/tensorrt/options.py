@@ -21,9 +21,9 @@ class Options:
     trt: tuple[str, str]
     """Oldest and newest TensorRT the device's software releases bring, e.g. ``["8.5", "10.16"]``."""
     opset_weak: int
-    """Operator set of fp32 and int8 files, which the oldest TensorRT reads (weak typing: it picks the kernels' types)."""
+    """Operator set of fp32 and int8 files, for the oldest TensorRT (weak typing: it picks the kernels' types)."""
     opset_strong: int
-    """Operator set of fp16 and int8-fp16 files (strong typing: the file's types are the kernels' types, TensorRT 10)."""
+    """Operator set of fp16 and int8-fp16 files, for TensorRT 10 (strong typing: the file's types are the kernels')."""
     batch: tuple[int, int, int]
     """Smallest, best and largest batch. Three equal numbers: the batch is bound in the files."""
 
@@ -72,5 +72,7 @@ def options(target: Target) -> Options:
     found = from_table(Options, target.options, f"target {target.name} [options]")
     highest = max(found.opset_weak, found.opset_strong)
     if highest > target.opset:
-        raise DeploykitError(f"target {target.name} [options]: operator set {highest} is above its opset = {target.opset}")
+        raise DeploykitError(
+            f"target {target.name} [options]: operator set {highest} is above its opset = {target.opset}"
+        )
     return found

@@ -38,9 +38,5 @@ def bind_batch(model: ir.Model, batch: int | None) -> ir.Model:
                 dims[0].dim_value = batch
     # Shapes of the hub's tensors name the free batch: inferred anew, they say what this file will run.
     del proto.graph.value_info[:]
-    return ir.from_proto(onnx.shape_inference.infer_shapes(proto, strict_mode=True, data_prop=True))
-
-
-def is_dynamic(model: ir.Model) -> bool:
-    """Whether an input has a free dimension, so that TensorRT needs an optimization profile."""
-    return any(not isinstance(d, int) for value in model.graph.inputs for d in (value.shape or ()))
+    inferred = onnx.shape_inference.infer_shapes(proto, strict_mode=True, data_prop=True)
+    return ir.serde.deserialize_model(inferred)

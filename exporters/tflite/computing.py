@@ -94,7 +94,7 @@ def op_limits(op: Operation) -> Limits:
     if op.node.op_type == "Relu":
         return 0.0, inf
     low, high = op.parameter(1), op.parameter(2)
-    return -inf if low is None else float(low), inf if high is None else float(high)
+    return -inf if low is None else float(low.item()), inf if high is None else float(high.item())
 
 
 def unary(kind: str, quant: Quant | None = None) -> Callable[[Operation], View]:

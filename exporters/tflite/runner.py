@@ -100,6 +100,15 @@ def _interpreter_class() -> Any:
     raise MissingExtra("running .tflite files", "tflite")
 
 
+def describe(path: Path) -> Any:
+    """How a file stores its inputs and outputs: ``{"inputs": [{"name", "order", "batched"}, ...], "outputs": ...}``.
+
+    Raises:
+        DeploykitError: the file is damaged, or was not written by deploykit.
+    """
+    return _described(path.read_bytes(), path)
+
+
 def _described(data: bytes, path: Path) -> Any:
     """The metadata entry that tells names, orders of axes and which inputs have a batch."""
     try:
@@ -107,7 +116,7 @@ def _described(data: bytes, path: Path) -> Any:
             raise DeploykitError(f"{path} is not a .tflite file")
         model = _follow(data, 0)
         for code in _items(data, _field(data, model, OPERATOR_CODES)):  # written first, so they lie at the file's end
-            data[code + 4]
+            _field(data, code, 0)
         buffers = _items(data, _field(data, model, BUFFERS))
         for entry in _items(data, _field(data, model, MODEL_METADATA)):
             if _bytes(data, _field(data, entry, NAME)) == METADATA.encode():

@@ -135,8 +135,8 @@ class _Translation:
                 self.values[node.outputs[0]] = self._quantize(node)
             elif node.op_type == "DequantizeLinear":
                 self.values[node.outputs[0]] = self._dequantize(node)
-            else:
-                self._operation(node)
+            elif node.outputs[0].dtype in (None, ir.DataType.FLOAT):
+                self._operation(node)  # the others compute shapes, which are known here
         except Unsupported as error:
             self.complaints.append(f"{node.name or node.outputs[0].name} ({node.op_type}): {error}")
             for value in node.outputs:
@@ -245,7 +245,7 @@ def _tail(node: ir.Node) -> tuple[ir.Node | None, Limits | None]:
     if any(v is not None and b is None for v, b in zip(tail.inputs[1:3], bounds, strict=True)):
         return None, None
     low, high = (*bounds, None, None)[:2]
-    return tail, (-inf if low is None else float(low), inf if high is None else float(high))
+    return tail, (-inf if low is None else float(low.item()), inf if high is None else float(high.item()))
 
 
 def _quant(operand: View | Constant) -> Quant | None:

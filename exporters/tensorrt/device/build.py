@@ -34,8 +34,7 @@ FLAGS = {
 # Highest ONNX operator set each parser reads.
 PARSER_OPSETS = (((11, 0), 25), ((10, 13), 24), ((10, 9), 22), ((10, 0), 20), ((8, 4), 17), ((8, 0), 13))
 
-# JetPack by the major number of Jetson Linux.
-JETPACKS = {"32": "4", "34": "5", "35": "5", "36": "6", "38": "7"}
+WARMUP_MS = 500
 
 
 class Plan(NamedTuple):
@@ -43,17 +42,18 @@ class Plan(NamedTuple):
 
     variant: str
     precision: str
+    like: str  # the model that computes in the types this plan allows: its tolerance counts too
     flags: Tuple[str, ...]
     since: Version
     before: Version
 
 
 PLANS = (
-    Plan("fp32", "fp32", (), (8, 0), (99, 0)),
-    Plan("fp16-weak", "fp32", ("--fp16",), (8, 0), (11, 0)),
-    Plan("fp16", "fp16", ("--stronglyTyped",), (10, 0), (99, 0)),
-    Plan("int8-weak", "int8", ("--int8", "--fp16"), (8, 0), (11, 0)),
-    Plan("int8-fp16", "int8-fp16", ("--stronglyTyped",), (10, 0), (99, 0)),
+    Plan("fp32", "fp32", "fp32", (), (8, 0), (99, 0)),
+    Plan("fp16-weak", "fp32", "fp16", ("--fp16",), (8, 0), (11, 0)),
+    Plan("fp16", "fp16", "fp16", ("--stronglyTyped",), (10, 0), (99, 0)),
+    Plan("int8-weak", "int8", "int8-fp16", ("--int8", "--fp16"), (8, 0), (11, 0)),
+    Plan("int8-fp16", "int8-fp16", "int8-fp16", ("--stronglyTyped",), (10, 0), (99, 0)),
 )
 
 
@@ -93,7 +93,9 @@ def read_bundle(folder: str) -> Bundle:
         fail("cannot read {}: {}. Copy the whole bundle folder to the device.".format(path, error))
     if bundle.get("format") != "deploykit-tensorrt-1":
         fail("{} has the format {}, this script reads deploykit-tensorrt-1".format(path, bundle.get("format")))
-    damaged = [name for name, digest in sorted(bundle["sha256"].items()) if sha256(os.path.join(folder, name)) != digest]
+    damaged = [
+        name for name, digest in sorted(bundle["sha256"].items()) if sha256(os.path.join(folder, name)) != digest
+    ]
     if damaged:
         fail("missing or changed since the export: {}. Copy the bundle again.".format(", ".join(damaged)))
     return bundle
@@ -131,7 +133,11 @@ def tensorrt_version(banner: str) -> Version:
     """Version from trtexec's first line: ``[TensorRT v8502]`` is 8.5.2, ``[TensorRT v101300]`` is 10.13.0."""
     match = re.search(r"\[TensorRT v(\d+)\]", banner)
     if not match:
-        fail("cannot read the TensorRT version from trtexec's banner. It said: {}".format(banner.strip()[:200] or "nothing"))
+        fail(
+            "cannot read the TensorRT version from trtexec's banner. It said: {}".format(
+                banner.strip()[:200] or "nothing"
+            )
+        )
     number = int(match.group(1))
     unit = 10000 if number >= 100000 else 1000
     return number // unit, number % unit // 100, number % 100
@@ -149,15 +155,13 @@ def jetson_release() -> str:
 def device_facts(release: str) -> Dict[str, str]:
     """What engine.json says about the machine."""
     facts = {"machine": platform.machine(), "system": platform.platform()}
+    if release:
+        facts["jetson_linux"] = release
     try:
         with open("/proc/device-tree/model") as file:
             facts["model"] = file.read().strip("\0\n ")
     except OSError:
         pass
-    match = re.search(r"R(\d+)", release)
-    if match:
-        facts["jetson_linux"] = release
-        facts["jetpack"] = JETPACKS.get(match.group(1), "unknown")
     return facts
 
 
@@ -217,7 +221,7 @@ def shape_flags(bundle: Bundle, names: Tuple[str, ...], batches: Tuple[int, ...]
         return []
     flags = []
     for name, batch in zip(names, batches):
-        shapes = ["{}:{}".format(i["name"], "x".join(map(str, [batch] + i["shape"][1:]))) for i in bundle["inputs"]]
+        shapes = ["{}:{}".format(i["name"], "x".join(map(str, [batch, *i["shape"][1:]]))) for i in bundle["inputs"]]
         flags.append("--{}={}".format(name, ",".join(shapes)))
     return flags
 
@@ -243,7 +247,7 @@ def golden_argv(trtexec: str, plan: Plan, bundle: Bundle, number: int) -> List[s
     argv = [trtexec, "--loadEngine={}".format(engine_path(plan)), "--loadInputs={}".format(loads)]
     argv += shape_flags(bundle, ("shapes",), (bundle["batch"][1],))
     argv += ["--exportOutput=build/{}.output.json".format(plan.variant)]
-    return argv + ["--iterations=1", "--duration=0", "--warmUp=0"]
+    return [*argv, "--iterations=1", "--duration=0", "--warmUp=0"]
 
 
 def timing_argv(trtexec: str, plan: Plan, bundle: Bundle, runs: int) -> List[str]:
@@ -253,10 +257,7 @@ def timing_argv(trtexec: str, plan: Plan, bundle: Bundle, runs: int) -> List[str
     argv += ["--warmUp={}".format(WARMUP_MS), "--duration=3", "--iterations={}".format(runs)]
     argv += ["--useCudaGraph", "--useSpinWait", "--noDataTransfers"]
     argv += ["--exportTimes=build/{}.times.json".format(plan.variant)]
-    return argv + ["--profilingVerbosity=detailed", "--exportLayerInfo=build/{}.layers.json".format(plan.variant)]
-
-
-WARMUP_MS = 500
+    return [*argv, "--profilingVerbosity=detailed", "--exportLayerInfo=build/{}.layers.json".format(plan.variant)]
 
 
 def engine_path(plan: Plan) -> str:
@@ -305,7 +306,7 @@ def read_array(path: str, dtype: str) -> List[float]:
         numbers.frombytes(file.read())
     if sys.byteorder == "big":
         numbers.byteswap()
-    return numbers.tolist()
+    return [float(n) for n in numbers]
 
 
 def golden_error(folder: str, bundle: Bundle, number: int, exported: str) -> float:
@@ -327,9 +328,10 @@ def golden_error(folder: str, bundle: Bundle, number: int, exported: str) -> flo
 
 def attempt(plan: Plan, trtexec: str, version: Version, folder: str, bundle: Bundle, args: Any) -> Result:
     """Builds, checks and times one plan."""
-    name, tolerance = plan.variant, bundle["models"][plan.precision]["tolerance"]
-    workspace = args.workspace_mb
-    trouble = run(build_argv(trtexec, version, plan, bundle, workspace), folder, "build/{}.build.log".format(name))
+    name, models = plan.variant, bundle["models"]
+    tolerance = max(models[p]["tolerance"] for p in (plan.precision, plan.like) if p in models)
+    argv = build_argv(trtexec, version, plan, bundle, args.workspace_mb)
+    trouble = run(argv, folder, "build/{}.build.log".format(name))
     if trouble:
         return Result(name, tolerance=tolerance, trouble=trouble)
     megabytes = os.path.getsize(os.path.join(folder, engine_path(plan))) / 1e6
@@ -358,7 +360,9 @@ def table(results: List[Result], kept: Optional[Result]) -> str:
     for r in results:
         numbers = [r.median_ms, r.p99_ms, r.error, r.megabytes]
         cells = ["-" if n is None else "{:.{}f}".format(n, d) for n, d in zip(numbers, (3, 3, 4, 2))]
-        lines.append("{:<10} {:>10} {:>10} {:>9} {:>9}  ".format(r.variant, *cells) + ("kept" if r is kept else r.trouble))
+        lines.append(
+            "{:<10} {:>10} {:>10} {:>9} {:>9}  ".format(r.variant, *cells) + ("kept" if r is kept else r.trouble)
+        )
     return "\n".join(line.rstrip() for line in lines)
 
 
@@ -380,7 +384,9 @@ def main(arguments: Optional[List[str]] = None) -> int:
     parser = argparse.ArgumentParser(description="Build the TensorRT engine of this bundle on this device.")
     parser.add_argument("--trtexec", help="path of trtexec (default: PATH, then /usr/src/tensorrt/bin)")
     parser.add_argument("--only", choices=[p.variant for p in PLANS], help="build one variant")
-    parser.add_argument("--workspace-mb", type=int, help="memory for the builder (default: half of what is free on Jetson)")
+    parser.add_argument(
+        "--workspace-mb", type=int, help="memory for the builder (default: half of what is free on Jetson)"
+    )
     parser.add_argument("--runs", type=int, default=200, help="timed runs at least (default: 200)")
     args = parser.parse_args(arguments)
 
@@ -416,7 +422,13 @@ def main(arguments: Optional[List[str]] = None) -> int:
         fail("no variant was built within its tolerance; model.engine was not written. Logs: build/", 3)
     plan = next(p for p in plans if p.variant == kept.variant)
     argv = build_argv(trtexec, version, plan, bundle, args.workspace_mb)
-    about = {"target": bundle["target"], "device": device, "tensorrt": dotted(version), "argv": argv, "batch": bundle["batch"]}
+    about = {
+        "target": bundle["target"],
+        "device": device,
+        "tensorrt": dotted(version),
+        "argv": argv,
+        "batch": bundle["batch"],
+    }
     keep(kept, results, folder, about)
     print("kept {} as model.engine".format(kept.variant))
     return 0

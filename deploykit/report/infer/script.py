@@ -36,14 +36,14 @@ def load_image(path: Path, steps: Mapping[str, Any]) -> np.ndarray[Any, Any]:
     with Image.open(path) as opened:
         image = opened.convert("L" if steps["channels"] == "L" else "RGB")
     if steps["resize"]:
-        factor = steps["resize"] / min(image.size)
-        width, height = (max(steps["resize"], round(side * factor)) for side in image.size)
+        short, side = min(image.size), steps["resize"]
+        width, height = (side if length == short else int(side * length / short) for length in image.size)
         image = image.resize((width, height), Image.Resampling.BILINEAR)
     if steps["crop"]:
         height, width = steps["crop"]
         left, top = round((image.width - width) / 2), round((image.height - height) / 2)
         image = image.crop((left, top, left + width, top + height))
-    x = np.asarray(image, np.float32)
+    x: np.ndarray[Any, Any] = np.asarray(image, np.float32)
     x = x[:, :, None] if x.ndim == 2 else x
     if steps["channels"] == "BGR":
         x = x[:, :, ::-1]
@@ -75,8 +75,8 @@ def fit(name: str, arrays: Arrays) -> np.ndarray[Any, Any]:
     array = np.asarray(arrays[name], dtype)
     if array.ndim == len(shape) - 1:
         array = array[None]
-    wrong = array.ndim != len(shape) or any(isinstance(d, int) and d != n for d, n in zip(shape[1:], array.shape[1:]))
-    if wrong:
+    fixed = [isinstance(d, int) and d != n for d, n in zip(shape[1:], array.shape[1:])]
+    if array.ndim != len(shape) or any(fixed):
         stop(f"input {name} has the shape {list(array.shape)}; the network takes {list(shape)}")
     return array
 
@@ -116,7 +116,8 @@ def main() -> None:
         for position, (name, value) in enumerate(result.items()):
             show(name, value[0], is_scores=position == 0 and value.ndim == 2 and value.shape[1] > 1)
     if options.save:
-        np.savez(options.save, **{name: np.concatenate([r[name] for r in results]) for name in results[0]})
+        outputs: dict[str, Any] = {name: np.concatenate([r[name] for r in results]) for name in results[0]}
+        np.savez(options.save, **outputs)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How `infer.py` opens the files of `deploykit.exporters.to_onnx`; needs: onnxruntime."""
+"""How `infer.py` runs the files of `deploykit.exporters.to_onnx`."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 
+PACKAGES = ("onnxruntime",)
 Arrays = dict[str, np.ndarray[Any, Any]]
 
 
 # region runtime
 def open_model(path: Path, threads: int) -> Callable[[Arrays], Arrays]:
-    """Opens an .onnx in ONNX Runtime: arrays of one sample ``[1, ...]`` by input name in, by output name out."""
+    """Opens a file in ONNX Runtime: arrays of one sample ``[1, ...]`` by input name in, by output name out."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()

@@ -1,0 +1,103 @@
+"""The Python face: the same road as the command line, with Python objects for model and data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from deploykit import pipeline, targets
+from deploykit.check import Gate
+from deploykit.core.artifact import Artifact
+from deploykit.core.data import DataSet, Preprocess
+from deploykit.core.errors import DeploykitError
+from deploykit.core.ranges import load_ranges
+from deploykit.core.recipe import Recipe, load_recipe
+from deploykit.exporters import open_artifact
+from deploykit.models import Model, accept_module, input_specs, load_model
+from deploykit.sources import from_python, load_data
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["export", "load", "open_artifact"]
+
+
+def export(
+    model: nn.Module | str | Path,
+    target: str,
+    calibration: Any = None,
+    *,
+    train: Any = None,
+    evaluation: Any = None,
+    weights: str | Path | None = None,
+    recipe: Recipe | str | Path | None = None,
+    preprocess: Preprocess | None = None,
+    example: Mapping[str, Any] | None = None,
+    metric: Callable[[Mapping[str, Any], Any], float] | None = None,
+    ranges: str | Path | None = None,
+    out: str | Path = "out",
+    gate: Gate | None = None,
+    **settings: Any,
+) -> Artifact:
+    """Writes checked files for a device and returns them, callable.
+
+    Args:
+        model: an nn.Module in eval mode, or a MODEL argument as on the command line.
+        target: a name from ``deploykit targets``, or a ``.toml`` of your own.
+        calibration: sample inputs: a DataLoader, a list of batches, an array or tensor ``[n, ...]``, a dict of arrays
+            by forward-argument name, or a path as on the command line. Without it only float files are written.
+        train: like ``calibration``, for steps that train.
+        evaluation: like ``calibration``, with labels: ``(inputs, labels)`` batches.
+        weights: for a factory.
+        recipe: a `Recipe` or a TOML file.
+        preprocess: what is done to images read from files.
+        example: arrays ``[n, ...]`` by input name, where there is no sample data.
+        metric: ``metric(outputs, labels) -> percent``, higher is better; default: top-1 accuracy.
+        ranges: a file that ``deploykit calibrate`` wrote.
+        out: folder to write.
+        gate: the bounds the files must meet.
+        settings: fields of `deploykit.pipeline.Settings`, e.g. ``thresholds="mse"``, ``overwrite=True``.
+
+    Raises:
+        DeploykitError: something about the request or its inputs that you can mend.
+        GateFailed: the files were written but failed a check.
+    """
+    loaded = load_model(str(model), None if weights is None else Path(weights)) if _is_spec(model) else None
+    if loaded is None:
+        loaded = accept_module(model)
+        if weights is not None:
+            raise DeploykitError("weights are for factories; load them into the module yourself")
+    given = {"calibration": calibration, "train": train, "eval": evaluation}
+    data = {role: _data(source, loaded, preprocess, role) for role, source in given.items() if source is not None}
+    prepared = pipeline.prepare(loaded, data, example)  # type: ignore[arg-type]
+    steps = recipe if isinstance(recipe, Recipe) else load_recipe(Path(recipe)) if recipe is not None else Recipe()
+    known = load_ranges(Path(ranges)) if ranges is not None else None
+    chosen = pipeline.Settings(recipe=steps, **settings)
+    folder = Path(out)
+    pipeline.export(prepared, [targets.load(target)], [folder], chosen, gate or Gate(), metric, known)
+    return open_artifact(folder)
+
+
+def load(folder: str | Path) -> nn.Module:
+    """The module in a folder that ``deploykit compress`` wrote, its zeros held.
+
+    Raises:
+        DeploykitError: not such a folder, or its factory is gone.
+    """
+    module = load_model(str(folder)).module
+    if module is None:
+        raise DeploykitError(f"{folder} holds no PyTorch module")
+    return module
+
+
+def _is_spec(model: Any) -> bool:
+    return isinstance(model, (str, Path))
+
+
+def _data(source: Any, model: Model, preprocess: Preprocess | None, role: str) -> DataSet:
+    if isinstance(source, (str, Path)):
+        return load_data(str(source), input_specs(model), preprocess, role)
+    return from_python(source, input_specs(model))
+
+

@@ -1,0 +1,151 @@
+"""How to run an artifact: `infer.py` and `README.md` beside its files. Neither needs deploykit, nor holds a timing."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from pprint import pformat
+from typing import Any
+
+from deploykit.core.figures import file_size
+from deploykit.core.manifest import Manifest
+from deploykit.report.words import preprocessing, shape
+
+PARTS = "deploykit.report.infer"
+
+
+@dataclass(frozen=True)
+class Usage:
+    """How the files of an exporter are run."""
+
+    commands: tuple[str, ...]
+    about: str
+
+
+def write_usage(folder: Path, manifest: Manifest) -> None:
+    """Writes ``README.md`` and, where a script on any machine can run the files, ``infer.py``.
+
+    Args:
+        folder: where the manifest's files lie already.
+        manifest: need not be saved yet. The same manifest and files give the same bytes.
+    """
+    runtime = _runtime(manifest.exporter)
+    if hasattr(runtime, "open_model"):
+        (folder / "infer.py").write_text(_script(folder, manifest, runtime), encoding="utf-8")
+    (folder / "README.md").write_text(_readme(folder, manifest), encoding="utf-8")
+
+
+def usage(manifest: Manifest) -> Usage:
+    """The commands that run an artifact, and a sentence about them."""
+    runtime = _runtime(manifest.exporter)
+    if not hasattr(runtime, "open_model"):
+        return Usage(tuple(runtime.COMMANDS), runtime.ABOUT)
+    images = manifest.preprocess is not None
+    packages = ["numpy", *runtime.PACKAGES, *(["pillow"] if images else [])]
+    commands = (f"pip install {' '.join(packages)}", f"python infer.py {'image.jpg' if images else 'inputs.npz'}")
+    precisions = [f.precision for f in manifest.files]
+    about = (
+        "`infer.py` is self-contained: its preprocessing and its ten lines around the runtime are meant to be copied."
+    )
+    if len(precisions) > 1:
+        about = f"It runs the {precisions[-1]} file; `--precision {precisions[0]}` runs another. {about}"
+    return Usage(commands, about)
+
+
+def _runtime(exporter: str) -> Any:
+    return importlib.import_module(f"{PARTS}.run_{exporter}")
+
+
+def _script(folder: Path, manifest: Manifest, runtime: Any) -> str:
+    settings: dict[str, object] = {
+        "FILES": {f.precision: f.path for f in manifest.files},
+        "INPUTS": {s.name: (s.shape, s.dtype) for s in manifest.inputs},
+        "CLASSES": manifest.classes,
+        "PREPROCESS": _settled(manifest),
+    }
+    if hasattr(runtime, "settings"):
+        settings |= runtime.settings(folder, manifest.files)
+    script = _source("script.py")
+    constants = "\n".join(f"{name} = {pformat(value, width=110, sort_dicts=False)}" for name, value in settings.items())
+    script = _replace(script, "settings", constants)
+    script = _replace(script, "runtime", _region(_source(f"run_{manifest.exporter}.py"), "runtime"))
+    commands = usage(manifest).commands
+    about = f"Runs {manifest.model}, exported for {manifest.target}:\n\n    " + "\n    ".join(commands)
+    return script.replace('"""ABOUT"""', f"{about!r}" if '"""' in about or "\\" in about else f'"""{about}\n"""', 1)
+
+
+def _settled(manifest: Manifest) -> dict[str, object] | None:
+    """The preprocessing as plain values, the crop as (height, width)."""
+    steps = manifest.preprocess
+    if steps is None:
+        return None
+    crop = (steps.crop, steps.crop) if isinstance(steps.crop, int) else steps.crop
+    return {
+        "resize": steps.resize,
+        "crop": crop,
+        "scale": steps.scale,
+        "mean": steps.mean,
+        "std": steps.std,
+        "layout": steps.layout,
+        "channels": steps.channels,
+    }
+
+
+def _source(name: str) -> str:
+    return (resources.files(PARTS) / name).read_text(encoding="utf-8")
+
+
+def _region(source: str, name: str) -> str:
+    return source.partition(f"# region {name}\n")[2].partition("# endregion")[0].strip("\n")
+
+
+def _replace(source: str, name: str, content: str) -> str:
+    """Puts the content in place of a region and of its two marks."""
+    before, _, rest = source.partition(f"# region {name}\n")
+    return f"{before}{content}\n{rest.partition('# endregion')[2]}"
+
+
+def _readme(folder: Path, manifest: Manifest) -> str:
+    how = usage(manifest)
+    lines = [
+        f"# {manifest.model} for {manifest.target}",
+        "",
+        "Files for one device, written by deploykit " + manifest.versions.get("deploykit", "") + ".",
+        "",
+        "| file | precision | size | integer operators |",
+        "|---|---|---|---|",
+    ]
+    for file in manifest.files:
+        counts = ", ".join(f"{n} {kind}" for kind, n in file.quantized.items()) or "none"
+        size = file_size((folder / file.path).stat().st_size)
+        lines.append(f"| `{file.path}` | {file.precision} | {size} | {counts} |")
+    lines += ["", "## Run it", "", *(f"    {command}" for command in how.commands), "", how.about, ""]
+    lines += ["## What goes in", ""]
+    lines += [f"- `{s.name}`: {shape(s.shape)}, {s.dtype}" for s in manifest.inputs]
+    if manifest.preprocess is not None:
+        lines += ["", "An image becomes that by these steps, which are part of the model's contract:", ""]
+        lines += [f"{i}. {step}" for i, step in enumerate(preprocessing(manifest.preprocess), 1)]
+    elif hasattr(_runtime(manifest.exporter), "open_model"):
+        arrays = ", ".join(f"{s.name}={s.name}" for s in manifest.inputs)
+        lines += ["", f'`inputs.npz` holds them by name: `numpy.savez("inputs.npz", {arrays})`.']
+    lines += ["", "## What comes out", ""]
+    lines += [f"- `{s.name}`: {shape(s.shape)}, {s.dtype}" for s in manifest.outputs]
+    if manifest.classes:
+        lines += ["", "Classes, in order: " + ", ".join(manifest.classes) + "."]
+    notes = [*manifest.notes, *(note for file in manifest.files for note in file.notes)]
+    if notes:
+        lines += ["", "## Good to know", "", *(f"- {note}" for note in dict.fromkeys(notes))]
+    lines += [
+        "",
+        "## How good it is",
+        "",
+        "`manifest.json` holds accuracy, checks, timings, the recipe and every version. Where deploykit is installed:",
+        "",
+        "    deploykit verify .      # are these the files that were checked?",
+        "    deploykit report .      # report.html, to read and to hand on",
+        "    deploykit benchmark .   # time them on this machine",
+        "",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,239 @@
+"""build.py, the script that runs on the device. No trtexec runs here, so nothing below says anything about speed."""
+
+from __future__ import annotations
+
+import ast
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tensorrt_graphs import hub, samples, small_net
+
+from deploykit import targets
+from deploykit.exporters import to_tensorrt
+from deploykit.exporters.tensorrt.device import build
+
+SCRIPT = Path(build.__file__)
+STATIC: dict[str, Any] = {
+    "dynamic": False,
+    "batch": [1, 1, 1],
+    "inputs": [{"name": "x", "shape": [1, 3, 8, 8], "dtype": "float32"}],
+    "models": {
+        p: {"file": f"model.{p}.onnx", "opset": 19 if "fp16" in p else 17}
+        for p in ("fp32", "fp16", "int8", "int8-fp16")
+    },
+    "golden": [{"inputs": {"x": "golden/0.input.0.bin"}, "outputs": {"y": "golden/0.output.0.bin"}}],
+}
+DYNAMIC = {**STATIC, "dynamic": True, "batch": [1, 8, 32], "inputs": [{"name": "x", "shape": ["batch", 3, 8, 8]}]}
+VERSIONS = {"8.2": (8, 2, 1), "8.5": (8, 5, 2), "8.6": (8, 6, 1), "10.3": (10, 3, 0), "10.13": (10, 13, 0),
+            "10.16": (10, 16, 0), "11.4": (11, 4, 0)}  # fmt: skip
+RELEASES = {
+    "v8502": "8.5",
+    "v8601": "8.6",
+    "v100300": "10.3",
+    "v101300": "10.13",
+    "v101600": "10.16",
+    "v110400": "11.4",
+}
+PLANS = {p.variant: p for p in build.PLANS}
+COMMON = "--timingCacheFile=build/timing.cache --profilingVerbosity=detailed"
+
+GOLDEN_ARGV = {
+    # by hand from the table of trtexec's flags in docs/exporters/tensorrt.md
+    ("8.2", "fp16-weak"): f"--fp16 --workspace=512 {COMMON} --buildOnly",
+    ("8.5", "fp32"): f"--memPoolSize=workspace:512 {COMMON} --buildOnly",
+    ("8.5", "int8-weak"): f"--int8 --fp16 --memPoolSize=workspace:512 {COMMON} --buildOnly",
+    ("8.6", "int8-weak"): f"--int8 --fp16 --memPoolSize=workspace:512 {COMMON} --skipInference",
+    ("10.3", "fp16-weak"): f"--fp16 --memPoolSize=workspace:512 {COMMON} --skipInference",
+    ("10.3", "int8-fp16"): f"--stronglyTyped --memPoolSize=workspace:512 {COMMON} --skipInference",
+    ("10.13", "int8-weak"): f"--int8 --fp16 --memPoolSize=workspace:512 {COMMON} --skipInference",
+    ("10.16", "fp16"): f"--stronglyTyped --memPoolSize=workspace:512 {COMMON} --skipInference",
+    ("11.4", "fp16"): f"--memPoolSize=workspace:512 {COMMON} --skipInference",
+    ("11.4", "int8-fp16"): f"--memPoolSize=workspace:512 {COMMON} --skipInference",
+}
+LEGAL = {
+    "8.2": [],
+    "8.5": ["fp32", "fp16-weak", "int8-weak"],
+    "8.6": ["fp32", "fp16-weak", "int8-weak"],
+    "10.3": ["fp32", "fp16-weak", "fp16", "int8-weak", "int8-fp16"],
+    "10.13": ["fp32", "fp16-weak", "fp16", "int8-weak", "int8-fp16"],
+    "10.16": ["fp32", "fp16-weak", "fp16", "int8-weak", "int8-fp16"],
+    "11.4": ["fp32", "fp16", "int8-fp16"],
+}
+
+
+def test_the_script_is_python_3_6_and_imports_the_standard_library_alone() -> None:
+    tree = ast.parse(SCRIPT.read_text(encoding="utf-8"), feature_version=(3, 6))
+    names = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
+    names |= {n.module or "" for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+    assert names <= set(sys.stdlib_module_names) - {"__future__", "dataclasses"}
+
+
+@pytest.mark.parametrize(("release", "variant"), GOLDEN_ARGV)
+def test_the_build_command_fits_the_release(release: str, variant: str) -> None:
+    plan = PLANS[variant]
+    argv = build.build_argv("trtexec", VERSIONS[release], plan, STATIC, 512)
+    start = ["trtexec", f"--onnx=model.{plan.precision}.onnx", f"--saveEngine=build/{variant}.engine"]
+    assert argv == [*start, *GOLDEN_ARGV[release, variant].split()]
+
+
+@pytest.mark.parametrize("release", LEGAL)
+def test_only_variants_the_release_can_build_are_tried(release: str) -> None:
+    plans, refused = build.legal_plans(STATIC, VERSIONS[release])
+    assert [p.variant for p in plans] == LEGAL[release]
+    assert len(plans) + len(refused) == len(build.PLANS)
+
+
+def test_a_refused_variant_says_why() -> None:
+    _, old = build.legal_plans(STATIC, (8, 2, 1))
+    assert "fp32: model.fp32.onnx has ONNX operator set 17, TensorRT 8.2.1 reads up to 13" in old
+    assert "fp16: TensorRT 8.2.1 has no strong typing" in old
+    _, new = build.legal_plans(STATIC, (11, 4, 0))
+    assert new == [f"{v}: TensorRT 11.4.0 has no weak typing" for v in ("fp16-weak", "int8-weak")]
+
+
+def test_free_batches_get_a_profile_and_run_at_its_best() -> None:
+    argv = build.build_argv("trtexec", (10, 3, 0), PLANS["int8-fp16"], DYNAMIC, None)
+    assert argv[4:7] == ["--minShapes=x:1x3x8x8", "--optShapes=x:8x3x8x8", "--maxShapes=x:32x3x8x8"]
+    assert not any("workspace" in a for a in argv)
+    assert "--shapes=x:8x3x8x8" in build.timing_argv("trtexec", PLANS["fp32"], DYNAMIC, 200)
+    assert "--shapes=x:8x3x8x8" in build.golden_argv("trtexec", PLANS["fp32"], DYNAMIC, 0)
+
+
+def test_golden_and_timing_runs_are_apart() -> None:
+    golden = build.golden_argv("trtexec", PLANS["int8-weak"], STATIC, 0)
+    assert golden == [
+        "trtexec", "--loadEngine=build/int8-weak.engine", "--loadInputs=x:golden/0.input.0.bin",
+        "--exportOutput=build/int8-weak.output.json", "--iterations=1", "--duration=0", "--warmUp=0",
+    ]  # fmt: skip
+    timing = build.timing_argv("trtexec", PLANS["int8-weak"], STATIC, 200)
+    assert {"--useCudaGraph", "--useSpinWait", "--noDataTransfers", "--iterations=200"} <= set(timing)
+
+
+@pytest.mark.parametrize(
+    ("banner", "version"),
+    [("v8201", (8, 2, 1)), ("v8502", (8, 5, 2)), ("v8602", (8, 6, 2)), ("v100300", (10, 3, 0)),
+     ("v101602", (10, 16, 2)), ("v110400", (11, 4, 0))],
+)  # fmt: skip
+def test_the_version_is_read_from_the_banner(banner: str, version: tuple[int, ...]) -> None:
+    line = f"&&&& RUNNING TensorRT.trtexec [TensorRT {banner}] [b26] # /usr/src/tensorrt/bin/trtexec --help"
+    assert build.tensorrt_version(line) == version
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    folder = tmp_path / "bundle"
+    folder.mkdir()
+    target = targets.load("jetson")
+    to_tensorrt.export(hub(small_net(), target.quant, {"x": samples()}), target, folder, target.precisions)
+    return folder
+
+
+def start(bundle: Path, *arguments: str, python: str = sys.executable, **told: Any) -> subprocess.CompletedProcess[str]:
+    """Runs build.py against a fake trtexec that was told what to pretend."""
+    place = bundle.parent / "fake"
+    place.mkdir(exist_ok=True)
+    fake = place / "fake_trtexec"
+    source = (Path(__file__).parent / "fake_trtexec.py").read_text()
+    fake.write_text(f"#!{sys.executable}\n{source}")
+    fake.chmod(0o755)
+    (place / "fake.json").write_text(json.dumps({"version": "v100300", "output": "y", **told}))
+    command = [python, str(bundle / "build.py"), "--trtexec", str(fake), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=bundle.parent)
+
+
+def calls(bundle: Path) -> list[list[str]]:
+    path = bundle.parent / "fake" / "argv.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_every_release_accepts_every_command_line(bundle: Path, release: str) -> None:
+    done = start(bundle, "--workspace-mb", "256", version=release)
+    assert done.returncode == 0, done.stdout + done.stderr
+    variants = LEGAL[RELEASES[release]]
+    assert len(calls(bundle)) == len(variants) * (1 + 4 + 1)  # build, four golden inputs, timing
+    kept = json.loads((bundle / "engine.json").read_text())
+    assert [r["variant"] for r in kept["results"]] == variants
+    assert (bundle / "model.engine").read_text() == f"fake engine of {kept['variant']}"
+
+
+def test_the_whole_way_runs_in_python_3_6(bundle: Path) -> None:
+    python = shutil.which("python3.6")
+    if python is None or subprocess.run([python, "-c", ""], capture_output=True).returncode:
+        pytest.skip("no python3.6 on this machine: only its syntax was checked")
+    done = start(bundle, python=python)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (bundle / "engine.json").exists()
+
+
+def test_the_table_has_a_line_per_variant(bundle: Path) -> None:
+    lines = start(bundle).stdout.splitlines()
+    head = next(i for i, line in enumerate(lines) if line.startswith("variant"))
+    assert lines[head].split() == ["variant", "median", "ms", "p99", "ms", "max", "err", "MB"]
+    assert [line.split()[0] for line in lines[head + 1 : head + 6]] == LEGAL["10.3"]
+
+
+def test_a_fast_variant_with_wrong_outputs_is_not_kept(bundle: Path) -> None:
+    done = start(bundle, off={"int8-weak": 0.5})
+    assert "outputs are off by 0.5000" in done.stdout
+    assert json.loads((bundle / "engine.json").read_text())["variant"] == "int8-fp16"
+
+
+def test_a_variant_that_fails_to_build_does_not_stop_the_others(bundle: Path) -> None:
+    done = start(bundle, broken=["int8-weak"], killed=["int8-fp16"])
+    assert done.returncode == 0
+    assert "Error[4]: made up (log: build/int8-weak.build.log)" in done.stdout
+    assert "killed, probably out of memory: try --workspace-mb" in done.stdout
+    assert json.loads((bundle / "engine.json").read_text())["variant"] == "fp16-weak"
+
+
+def test_nothing_within_tolerance_ends_with_3_and_keeps_nothing(bundle: Path) -> None:
+    done = start(bundle, off={v: 2.0 for v in LEGAL["10.3"]})
+    assert done.returncode == 3
+    assert "no variant was built within its tolerance" in done.stderr
+    assert not (bundle / "model.engine").exists()
+    assert not (bundle / "engine.json").exists()
+
+
+def test_one_variant_can_be_asked_for(bundle: Path) -> None:
+    start(bundle, "--only", "fp16")
+    assert {a for call in calls(bundle) for a in call if "Engine=" in a} == {
+        "--saveEngine=build/fp16.engine",
+        "--loadEngine=build/fp16.engine",
+    }
+
+
+@pytest.mark.parametrize("damage", ["change", "delete"])
+def test_a_damaged_bundle_is_refused_before_anything_is_built(bundle: Path, damage: str) -> None:
+    victim = bundle / "model.int8.onnx"
+    if damage == "delete":
+        victim.unlink()
+    else:
+        victim.write_bytes(victim.read_bytes()[:-1] + b"!")
+    done = start(bundle)
+    assert done.returncode == 2
+    assert "missing or changed since the export: model.int8.onnx" in done.stderr
+    assert calls(bundle) == []
+
+
+def test_without_trtexec_the_message_says_where_it_comes_from(bundle: Path) -> None:
+    command = [sys.executable, str(bundle / "build.py"), "--trtexec", "/nowhere/trtexec"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "trtexec not found (looked for: /nowhere/trtexec)" in done.stderr
+    assert "JetPack" in done.stderr
+
+
+def test_a_release_outside_the_range_is_said(bundle: Path) -> None:
+    assert "made for TensorRT 8.5 to 10.16" in start(bundle, version="v110400").stdout
+
+
+def test_the_shell_script_passes_its_arguments_on(bundle: Path) -> None:
+    done = subprocess.run(["sh", str(bundle / "build.sh"), "--trtexec", "/nowhere"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "/nowhere" in done.stderr
