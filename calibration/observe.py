@@ -120,7 +120,7 @@ def channel_mean(array: NDArray[Any], axis: int) -> NDArray[Any]:
     """
     axis %= array.ndim
     flat = array.reshape(-1, array.shape[axis], int(np.prod(array.shape[axis + 1 :])))
-    return flat.mean(axis=2).mean(axis=0)
+    return np.asarray(flat.mean(axis=2).mean(axis=0))
 
 
 class StreamingHistogram:

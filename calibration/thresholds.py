@@ -52,13 +52,16 @@ def percentile(stats: Stats, steps: int, symmetric: bool) -> tuple[float, float]
     x, p = _distribution(stats)
     cumulative = np.cumsum(p)
     tail = 1.0 - PERCENTILE / 100.0
-    low = float(x[np.searchsorted(cumulative, tail)])
-    high = float(x[min(np.searchsorted(cumulative, 1.0 - tail), len(x) - 1)])
+    low = float(x[int(np.searchsorted(cumulative, tail))])
+    high = float(x[min(int(np.searchsorted(cumulative, 1.0 - tail)), len(x) - 1)])
     return max(stats.low, min(low, 0.0)), min(stats.high, max(high, 0.0))
 
 
 def mse(stats: Stats, steps: int, symmetric: bool) -> tuple[float, float]:
-    """The shrunken range with the least expected squared error: scale^2/12 for what is rounded, distance for what is cut."""
+    """The shrunken range with the least expected squared error.
+
+    What lies inside is rounded (scale^2 / 12 on average), what lies outside is cut (its squared distance).
+    """
     x, p = _distribution(stats)
 
     def error(low: float, high: float) -> float:
@@ -107,9 +110,7 @@ METHODS: dict[str, Callable[[Stats, int, bool], tuple[float, float]]] = {
 NEED_HISTOGRAM = frozenset({"percentile", "mse", "entropy"})
 
 
-def _best_shrunken(
-    stats: Stats, symmetric: bool, cost: Callable[[float, float], float]
-) -> tuple[float, float]:
+def _best_shrunken(stats: Stats, symmetric: bool, cost: Callable[[float, float], float]) -> tuple[float, float]:
     low, high = min(stats.low, 0.0), max(stats.high, 0.0)
     if symmetric:
         low, high = -max(-low, high), max(-low, high)
@@ -127,5 +128,5 @@ def _distribution(stats: Stats) -> tuple[NDArray[np.float64], NDArray[np.float64
     if histogram is None:
         raise DeploykitError("these ranges have no histograms; calibrate with the threshold method you want")
     bins = len(histogram.counts)
-    x = (np.arange(bins) + 0.5 - bins / 2) * (2 * histogram.limit / bins)
+    x: NDArray[np.float64] = (np.arange(bins, dtype=np.float64) + 0.5 - bins / 2) * (2 * histogram.limit / bins)
     return x, histogram.counts / max(histogram.counts.sum(), 1)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from deploykit import pipeline, targets
 from deploykit.check import Gate
 from deploykit.core.artifact import Artifact
+from deploykit.core.context import Role
 from deploykit.core.data import DataSet, Preprocess
 from deploykit.core.errors import DeploykitError
 from deploykit.core.ranges import load_ranges
@@ -68,9 +69,9 @@ def export(
         loaded = accept_module(model)
         if weights is not None:
             raise DeploykitError("weights are for factories; load them into the module yourself")
-    given = {"calibration": calibration, "train": train, "eval": evaluation}
+    given: dict[Role, Any] = {"calibration": calibration, "train": train, "eval": evaluation}
     data = {role: _data(source, loaded, preprocess, role) for role, source in given.items() if source is not None}
-    prepared = pipeline.prepare(loaded, data, example)  # type: ignore[arg-type]
+    prepared = pipeline.prepare(loaded, data, example)
     steps = recipe if isinstance(recipe, Recipe) else load_recipe(Path(recipe)) if recipe is not None else Recipe()
     known = load_ranges(Path(ranges)) if ranges is not None else None
     chosen = pipeline.Settings(recipe=steps, **settings)
@@ -95,9 +96,7 @@ def _is_spec(model: Any) -> bool:
     return isinstance(model, (str, Path))
 
 
-def _data(source: Any, model: Model, preprocess: Preprocess | None, role: str) -> DataSet:
+def _data(source: Any, model: Model, preprocess: Preprocess | None, role: Role) -> DataSet:
     if isinstance(source, (str, Path)):
         return load_data(str(source), input_specs(model), preprocess, role)
     return from_python(source, input_specs(model))
-
-

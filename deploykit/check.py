@@ -163,9 +163,7 @@ def answer(run: Runner, data: DataSet, what: str) -> Answers:
     return Answers({name: np.concatenate([f[name] for f in found]) for name in found[0]}, data.labels)
 
 
-def score(
-    answers: Answers, reference: Answers, precision: str, data: str, metric: Metric | None = None
-) -> Score:
+def score(answers: Answers, reference: Answers, precision: str, data: str, metric: Metric | None = None) -> Score:
     """Compares a file's answers with the labels and with the reference's answers.
 
     The first output counts as class scores if it has two axes and more than one column.
@@ -215,7 +213,9 @@ def check_lowering(graph: FloatGraph, module: torch.nn.Module, example: Mapping[
 
     with torch.no_grad():
         found = module(**{n: torch.from_numpy(np.ascontiguousarray(a)) for n, a in example.items()})
-    listed = [found] if isinstance(found, torch.Tensor) else list(found.values() if isinstance(found, Mapping) else found)
+    listed = (
+        [found] if isinstance(found, torch.Tensor) else list(found.values() if isinstance(found, Mapping) else found)
+    )
     outputs = session(graph.bytes).run(None, dict(example))
     worst = max(
         float(np.abs(ours - theirs.numpy()).max() / max(float(theirs.abs().max()), 1e-9))

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import sys
-
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -17,6 +16,7 @@ from deploykit.core.errors import DeploykitError, unknown
 from deploykit.core.target import PRECISIONS
 
 if TYPE_CHECKING:
+    from deploykit.core.context import Role
     from deploykit.core.recipe import Recipe
     from deploykit.pipeline import Prepared
 
@@ -81,7 +81,7 @@ def export(
     ranges: Annotated[Path | None, typer.Option(help="Ranges that `calibrate` wrote")] = None,
     thresholds: Thresholds = "minmax",
     precision: Annotated[
-        list[str] | None, typer.Option("--precision", help="Write only these: fp32, fp16, int8; may be repeated")
+        list[str] | None, typer.Option("--precision", help="Write only this: fp32, fp16, int8, int8-fp16; may be repeated")
     ] = None,
     bias_correction: Annotated[bool, typer.Option(help="Correct biases after quantizing")] = True,
     keep_float: Annotated[list[str] | None, typer.Option(help="Layer that stays in float, by name")] = None,
@@ -119,7 +119,9 @@ def export(
     for folder in folders:
         refuse_existing(folder, overwrite)
     look = _preprocess(preprocess, resize, crop, mean, std, scale)
-    prepared = _prepare(model, weights, {"calibration": calib, "train": train, "eval": evaluation}, look, input_shape, seed)
+    prepared = _prepare(
+        model, weights, {"calibration": calib, "train": train, "eval": evaluation}, look, input_shape, seed
+    )
     given = load_ranges(ranges) if ranges is not None else None
     measured = load_function(metric, "metric") if metric is not None else None
     try:
@@ -298,9 +300,7 @@ def doctor(as_json: Json = False) -> None:
 
 
 @app.command()
-def demo(
-    out: Out = Path("demo"), overwrite: Overwrite = True, as_json: Json = False
-) -> None:
+def demo(out: Out = Path("demo"), overwrite: Overwrite = True, as_json: Json = False) -> None:
     """Train a small network on scikit-learn's digits and export it for x86, mobile-arm and jetson."""
     from deploykit.demo import run
 
@@ -328,7 +328,7 @@ def _recipe(path: Path | None) -> Recipe:
 def _prepare(
     model: str,
     weights: Path | None,
-    sources: dict[str, str | None],
+    sources: dict[Role, str | None],
     look: Any,
     input_shape: list[str] | None,
     seed: int,
@@ -339,10 +339,12 @@ def _prepare(
 
     loaded = load_model(model, weights)
     data = {
-        role: load_data(spec, input_specs(loaded), look, role, seed) for role, spec in sources.items() if spec is not None
+        role: load_data(spec, input_specs(loaded), look, role, seed)
+        for role, spec in sources.items()
+        if spec is not None
     }
     example = None if not input_shape else dict(_input(text) for text in input_shape)
-    return pipeline.prepare(loaded, data, example)  # type: ignore[arg-type]
+    return pipeline.prepare(loaded, data, example)
 
 
 def _preprocess(
@@ -414,12 +416,13 @@ def _card(target: Any) -> str:
     quant = target.quant
     sign = "s" if quant.activation_signed else "u"
     kind = "symmetric" if quant.activation_symmetric else "asymmetric"
+    scales = quant.scale.replace("_", " ")
     lines = [
         f"{target.name}: {target.title}",
-        f"  files        {', '.join(target.precisions)} (exporter {target.exporter}, operator sets up to {target.opset})",
+        f"  files        {', '.join(target.precisions)} (exporter {target.exporter}, ONNX opset up to {target.opset})",
         f"  profits      {', '.join(target.profits)}",
         f"  channels     best in multiples of {target.channel_multiple}",
-        f"  activations  {sign}{quant.activation_bits} {kind}, {quant.scale.replace('_', ' ')} scales, {quant.placement}",
+        f"  activations  {sign}{quant.activation_bits} {kind}, {scales} scales, {quant.placement}",
         f"  weights      s{quant.weight_bits} per {quant.weight_granularity}, bias {quant.bias}",
         f"  timed here   {target.measured_here or 'no: only on the device'}",
     ]
@@ -447,6 +450,3 @@ def _print_table(table: Any) -> None:
     from rich.console import Console
 
     Console(width=None if sys.stdout.isatty() else 140).print(table)
-
-
-

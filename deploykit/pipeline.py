@@ -22,7 +22,7 @@ from deploykit.core.files import folder_in_place, refuse_existing
 from deploykit.core.manifest import Manifest, Score, Source, stored_files
 from deploykit.core.progress import say, status
 from deploykit.core.ranges import Ranges
-from deploykit.core.recipe import STAGES, Pass, Recipe, Stage, Step, dump_recipe
+from deploykit.core.recipe import STAGES, Pass, Recipe, Step, dump_recipe
 from deploykit.core.target import Precision, QuantSpec, Target
 
 if TYPE_CHECKING:
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 HELD_OUT = 0.2
 """Share of the calibration data that is kept for evaluation when there is no other."""
+GOLDEN = 8
+"""Real samples that exporters may use, e.g. as golden inputs to be compared on the device."""
 HUB_SAMPLES = 200
 """The hub runs without an optimizer, so files are compared with it on at most this many samples."""
 
@@ -98,6 +100,7 @@ def plan(recipe: Recipe, target: Target, available: Sequence[str], automatic: bo
 
 
 def refusal(step: Pass | type[Pass], target: Target, available: Sequence[str]) -> str:
+    """Why a step will not run on a target with what there is; empty if it will."""
     missing = [need for need in step.needs if need not in available]
     if missing:
         option = {"data": "--calib", "labels": "labels in the data", "train": "--train"}
@@ -160,9 +163,9 @@ def _example(model: Model) -> dict[str, NDArray[Any]]:
                 f"what does '{spec.name}' look like? Give sample data (--calib) or the shape, "
                 f"e.g. --input {spec.name}=1x3x224x224"
             )
-        shape = [2 if i == 0 and isinstance(d, str) else d for i, d in enumerate(spec.shape)]
-        if any(isinstance(d, str) for d in shape):
+        if any(isinstance(d, str) for d in spec.shape[1:]):
             raise DeploykitError(f"input '{spec.name}' has free dimensions {spec.shape}: give --input {spec.name}=...")
+        shape = [d if isinstance(d, int) else 2 for d in spec.shape]
         whole = not spec.dtype.startswith("float")
         array = random.integers(0, 2, shape) if whole else random.standard_normal(shape)
         found[spec.name] = array.astype(spec.dtype)
@@ -229,7 +232,7 @@ def export(
     if failed:
         raise GateFailed(
             "the files were written but failed their checks:\n  " + "\n  ".join(failed)
-            + "\nTry --thresholds mse, more calibration data, or the step qat; --keep-float NAME keeps a layer in float."
+            + "\nTry --thresholds mse, more calibration data, the step qat, or --keep-float NAME for a bad layer."
         )  # fmt: skip
     return artifacts
 
@@ -280,23 +283,26 @@ class _Road:
             )
         self.ranges = given
         if given is None and "calibration" in self.prepared.data:
-            self.ranges = calibrate(self.graph, self.prepared.data["calibration"], self.settings.thresholds, self._phase)
+            self.ranges = calibrate(
+                self.graph, self.prepared.data["calibration"], self.settings.thresholds, self._phase
+            )
+
     def write(self, target: Target, folder: Path) -> Manifest:
         """Everything for one target, into an empty folder."""
         from deploykit import bench
+        from deploykit.hub.graph import specs
         from deploykit.report import write_usage
 
         exporter = exporters.load(target.exporter)
         precisions, notes = _precisions(target, self.settings, self.prepared)
         hub, hub_steps = self._hub(target, any("int8" in p for p in precisions))
+        source = self.prepared.data.get("calibration")
+        samples = next(source.batches(GOLDEN)).inputs if source is not None else {}
         with self._phase(f"write {target.name}"):
+            hub = replace(hub, samples=samples)
             files = exporter.export(hub, target, folder, precisions)
-        checks, scores = list(self.lowering_check), []
         with self._phase(f"check {target.name}"):
-            scores, found = self._evaluate(hub, target, folder, files)
-            checks += found
-        from deploykit.hub.graph import specs
-
+            scores, checks = self._evaluate(hub, target, folder, files)
         manifest = Manifest(
             target=target.name,
             exporter=target.exporter,
@@ -312,7 +318,7 @@ class _Road:
             stored=(),
             data={role: Source(d.origin, len(d), d.hash) for role, d in self.prepared.data.items()},
             preprocess=self.prepared.preprocess,
-            checks=tuple(checks),
+            checks=(*self.lowering_check, *checks),
             scores=tuple(scores),
             notes=(*self.notes, *notes, *_shrink_notes(folder, files)),
             versions=versions(),

@@ -6,8 +6,9 @@ asked sample by sample; only batches from another iterable are kept in memory.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ from deploykit.core.user_code import call, load_function
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from PIL.Image import Image
+    from torch.utils.data import DataLoader
 
 LABELS = ("y", "labels", "label")
 """Keys that hold labels, unless an input has that name."""
@@ -104,19 +106,24 @@ def from_python(
     import torch
     from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+    looked_at = False
     if isinstance(data, DataSet):
         found = data
-    elif isinstance(data, DataLoader) and data.batch_sampler and not isinstance(data.dataset, IterableDataset):
+    elif (
+        isinstance(data, DataLoader)
+        and not isinstance(data.dataset, IterableDataset)
+        and data.batch_sampler is not None
+    ):
         # its own sampler and collate function, one sample at a time: shuffles and subsets are kept, workers are not
         with seeded(seed):
             order = [int(i) for batch in data.batch_sampler for i in batch]
-        found = _dataset(lambda i: _first(data.collate_fn([data.dataset[i]])), order, inputs, origin)
+        found, looked_at = _dataset(partial(_collated, data), order, inputs, origin), True
     elif isinstance(data, Dataset) and not isinstance(data, IterableDataset):
         try:
             order = list(range(len(data)))  # type: ignore[arg-type]
         except TypeError:
             raise DeploykitError(f"{origin}: {type(data).__name__} has no length") from None
-        found = _dataset(data.__getitem__, order, inputs, origin)
+        found, looked_at = _dataset(data.__getitem__, order, inputs, origin), True
     elif isinstance(data, (np.ndarray, torch.Tensor, Mapping, tuple)):
         arrays, own = _split(data, inputs, origin)
         found = DataSet.of(arrays, own, origin)
@@ -130,7 +137,7 @@ def from_python(
         if len(own) != len(found):
             raise DeploykitError(f"{origin}: {len(found)} samples, but {len(own)} labels")
         found = replace(found, labels=own)
-    return _checked(found, inputs, role)
+    return _checked(found, inputs, role, looked_at)
 
 
 def load_preprocess(source: Path | Mapping[str, Any], flags: Mapping[str, Any] | None = None) -> Preprocess:
@@ -299,7 +306,7 @@ def _read_arrays(
         if path.suffix == ".npy":
             name = _only(inputs, origin, "a .npy; give a .npz with one array per input")
             return {name: np.load(path, mmap_mode="r", allow_pickle=False)}, None
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             arrays = {key: file[key] for key in file.files}
     except DeploykitError:
         raise
@@ -356,21 +363,31 @@ def _no_image(shape: tuple[int, ...], p: Preprocess) -> str:
 # ------------------------------------------------------------------ loaders
 
 
-def _dataset(item: Any, order: Sequence[int], inputs: Sequence[TensorSpec], origin: str) -> DataSet:
-    """Samples asked for one at a time; one pass now collects the labels."""
+def _dataset(item: Callable[[int], Any], order: Sequence[int], inputs: Sequence[TensorSpec], origin: str) -> DataSet:
+    """Samples asked for one at a time; one pass now collects the labels and looks at the values."""
 
-    def sample(i: int) -> Sample:
-        return _split(item(i), inputs, f"{origin}: sample {i}", labelled=False)[0]
+    def split(i: int) -> tuple[dict[str, NDArray[Any]], NDArray[Any] | None]:
+        where = f"{origin}: sample {i}"
+        return _split(call(where, item, i), inputs, where)
 
-    labels = [_split(item(i), inputs, f"{origin}: sample {i}")[1] for i in track(order, "reading labels")]
-    known = [label for label in labels if label is not None]
-    if known and len(known) != len(labels):
-        raise DeploykitError(f"{origin}: only {len(known)} of {len(labels)} samples have a label")
-    return DataSet(sample, tuple(order), _labels(np.stack(known), origin) if known else None, origin)
+    labels, first = [], None
+    for i in track(order, "looking at samples"):
+        arrays, label = split(i)
+        first = first or arrays
+        _check_values(arrays, first, f"{origin}: sample {i}")
+        labels += [] if label is None else [label]
+    if labels and len(labels) != len(order):
+        raise DeploykitError(f"{origin}: only {len(labels)} of {len(order)} samples have a label")
+    return DataSet(lambda i: split(i)[0], tuple(order), np.stack(labels) if labels else None, origin)
+
+
+def _collated(loader: DataLoader[Any], i: int) -> Any:
+    """Sample ``i`` as the loader would put it into a batch."""
+    return _first(loader.collate_fn([loader.dataset[i]]))
 
 
 def _in_memory(batches: Iterable[Any], inputs: Sequence[TensorSpec], origin: str) -> DataSet:
-    parts = [_split(batch, inputs, f"{origin}: batch {k}") for k, batch in enumerate(batches)]
+    parts = [_split(batch, inputs, f"{origin}: batch {k}") for k, batch in enumerate(call(origin, list, batches))]
     if not parts:
         raise DeploykitError(f"{origin}: it yields nothing")
     labels = [own for _, own in parts if own is not None]
@@ -383,9 +400,7 @@ def _in_memory(batches: Iterable[Any], inputs: Sequence[TensorSpec], origin: str
         raise DeploykitError(f"{origin}: the batches do not go together: {error}") from None
 
 
-def _split(
-    item: Any, inputs: Sequence[TensorSpec], where: str, labelled: bool = True
-) -> tuple[dict[str, NDArray[Any]], NDArray[Any] | None]:
+def _split(item: Any, inputs: Sequence[TensorSpec], where: str) -> tuple[dict[str, NDArray[Any]], NDArray[Any] | None]:
     """Inputs by name, and labels, from any accepted form of a sample, a batch or a whole set."""
     labels = None
     names = [spec.name for spec in inputs]
@@ -416,7 +431,7 @@ def _split(
     if missing:
         raise DeploykitError(f"{where}: no data for {', '.join(missing)}; the model takes {', '.join(names)}")
     arrays = {name: _array(item[name], where) for name in names}
-    return arrays, None if labels is None or not labelled else _labels(labels, where)
+    return arrays, None if labels is None else _labels(labels, where)
 
 
 def _array(value: Any, where: str) -> NDArray[Any]:
@@ -453,8 +468,8 @@ def _only(inputs: Sequence[TensorSpec], origin: str, what: str) -> str:
     return inputs[0].name
 
 
-def _checked(data: DataSet, inputs: Sequence[TensorSpec], role: Role) -> DataSet:
-    """The data set, if every sample can be fed to the model."""
+def _checked(data: DataSet, inputs: Sequence[TensorSpec], role: Role, looked_at: bool = False) -> DataSet:
+    """The data set, if every sample can be fed to the model; ``looked_at``: its values are known to be good."""
     if len(data) < 2:
         raise DeploykitError(f"{data.origin}: {len(data)} sample; at least 2 are needed")
     first = data.sample(data.index[0])
@@ -463,7 +478,7 @@ def _checked(data: DataSet, inputs: Sequence[TensorSpec], role: Role) -> DataSet
             raise DeploykitError(f"{data.origin}: no data for {spec.name}; it has {', '.join(first)}")
         _check_dtype(spec, first[spec.name], data)
         _check_shape(spec, first[spec.name].shape, data)
-    if data.preprocess is None:  # pixels are finite, and their sizes are known from the headers
+    if data.preprocess is None and not looked_at:  # pixels are finite, their sizes known from the headers
         for number, i in enumerate(data.index):
             _check_values(data.sample(i), first, f"{data.origin}: sample {number}")
     if role == "calibration" and all(_equal(data.sample(i), first) for i in data.index[1:]):

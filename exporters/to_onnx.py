@@ -1,4 +1,4 @@
-"""ONNX for ONNX Runtime (and any other reader of standard Q/DQ graphs): the hub itself, without what only tools need."""
+"""ONNX for ONNX Runtime and other readers of standard Q/DQ graphs: the hub itself, without what only tools need."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import onnxruntime as ort
 from deploykit.core.artifact import Arrays, File, Runner, Runtime
 from deploykit.core.errors import DeploykitError
 from deploykit.core.target import Precision, Target
-from deploykit.exporters.tensorrt.half import bake_half
+from deploykit.exporters.half import bake_half
 from deploykit.hub.graph import Hub
 
 

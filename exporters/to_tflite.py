@@ -23,11 +23,13 @@ def export(hub: Hub, target: Target, out_dir: Path, precisions: Sequence[Precisi
         precisions: of fp32, fp16 (float16 weights, float32 sums) and int8.
 
     Raises:
-        DeploykitError: a precision this exporter does not write, or operators it cannot write (all are named).
+        DeploykitError: a precision or option this exporter does not know, or operators it cannot write (all are named).
         MissingExtra: LiteRT's schema is not installed.
     """
     from deploykit.exporters.tflite.translate import translate
 
+    if target.options:
+        raise DeploykitError(f"target {target.name}: the tflite exporter has no options; given: {', '.join(target.options)}")
     files = []
     for precision in precisions:
         model = _model(hub, target, precision)

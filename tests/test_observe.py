@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.graphs import conv_relu_conv, images, measured, normal, residual
 
 from deploykit.calibration.observe import StreamingHistogram, channel_mean
 from deploykit.core.errors import DeploykitError
 from deploykit.hub.quantize import observed
 from deploykit.hub.slices import Slicer, session
+from tests.graphs import conv_relu_conv, images, measured, normal, residual
 
 
 def all_values(made, data, names):

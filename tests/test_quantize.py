@@ -5,12 +5,12 @@ import onnx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.graphs import conv_relu_conv, graph, images, measured, normal, residual, run
 
 from deploykit.core.errors import DeploykitError
 from deploykit.core.target import QuantSpec
 from deploykit.hub.quantize import BIAS_LIMIT, activation_params, quantize, weight_scale
 from deploykit.hub.slices import Slicer
+from tests.graphs import conv_relu_conv, graph, images, measured, normal, residual, run
 
 EVERYWHERE = QuantSpec()
 LINEAR_INPUTS = QuantSpec(
@@ -87,9 +87,7 @@ def test_ranges_of_another_graph_are_refused() -> None:
 def test_a_dead_channel_does_not_saturate_its_bias() -> None:
     weight, bias = normal(0, 4, 3, 3, 3), np.array([5.0, 0, 0, 0], np.float32)
     weight[0] = 1e-12
-    made = graph(
-        "(float[batch,3,8,8] x) => (float[batch,4,6,6] y) { y = Conv(x, w, b) }", w=weight, b=bias
-    )
+    made = graph("(float[batch,3,8,8] x) => (float[batch,4,6,6] y) { y = Conv(x, w, b) }", w=weight, b=bias)
     hub = hub_of(made)
     stored = {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load_model_from_string(hub.bytes).graph.initializer}
     integers = np.concatenate([a for a in stored.values() if a.dtype == np.int32])
@@ -153,7 +151,9 @@ def test_moving_data_keeps_its_scale() -> None:
 
 
 def test_a_constant_factor_is_quantized_with_a_scale_of_its_own() -> None:
-    made = graph("(float[batch,3,8,8] x) => (float[batch,3,8,8] y) { y = Mul(x, k) }", k=np.full((3, 1, 1), 0.25, np.float32))
+    made = graph(
+        "(float[batch,3,8,8] x) => (float[batch,3,8,8] y) { y = Mul(x, k) }", k=np.full((3, 1, 1), 0.25, np.float32)
+    )
     (found,), (expected,) = run(hub_of(made).bytes, images()), run(made.bytes, images())
     assert np.abs(found - expected).max() < 0.02
 
@@ -180,7 +180,7 @@ def test_layers_named_by_the_user_stay_float() -> None:
 
 
 def test_a_name_that_keeps_nothing_in_float_is_an_error() -> None:
-    with pytest.raises(DeploykitError, match="no layer 'yy'. Did you mean 'y'"):
+    with pytest.raises(DeploykitError, match=r"no layer 'yy'\. Did you mean 'y'"):
         hub_of(conv_relu_conv(), keep_float=["yy"])
 
 

@@ -124,13 +124,17 @@ def test_the_version_is_read_from_the_banner(banner: str, version: tuple[int, ..
     assert build.tensorrt_version(line) == version
 
 
-@pytest.fixture
-def bundle(tmp_path: Path) -> Path:
-    folder = tmp_path / "bundle"
-    folder.mkdir()
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("exported")
     target = targets.load("jetson")
     to_tensorrt.export(hub(small_net(), target.quant, {"x": samples()}), target, folder, target.precisions)
     return folder
+
+
+@pytest.fixture
+def bundle(exported: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(exported, tmp_path / "bundle"))
 
 
 def start(bundle: Path, *arguments: str, python: str = sys.executable, **told: Any) -> subprocess.CompletedProcess[str]:
@@ -139,7 +143,7 @@ def start(bundle: Path, *arguments: str, python: str = sys.executable, **told: A
     place.mkdir(exist_ok=True)
     fake = place / "fake_trtexec"
     source = (Path(__file__).parent / "fake_trtexec.py").read_text()
-    fake.write_text(f"#!{sys.executable}\n{source}")
+    fake.write_text(f"#!{sys.executable} -SE\n{source}")  # without site-packages it starts at once
     fake.chmod(0o755)
     (place / "fake.json").write_text(json.dumps({"version": "v100300", "output": "y", **told}))
     command = [python, str(bundle / "build.py"), "--trtexec", str(fake), *arguments]

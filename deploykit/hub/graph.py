@@ -95,7 +95,7 @@ class Hub:
 
 def serialize(model: ir.Model) -> bytes:
     """Protobuf bytes, deterministic."""
-    return ir.to_proto(model).SerializeToString(deterministic=True)
+    return bytes(ir.to_proto(model).SerializeToString(deterministic=True))
 
 
 def constant(value: ir.Value | None) -> NDArray[Any] | None:

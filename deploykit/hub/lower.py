@@ -255,14 +255,18 @@ def _name_by_module(graph: ir.Graph) -> None:
     outputs = {id(v) for v in graph.outputs}
     for value in graph.inputs:  # torch numbers free dimensions per process
         if value.shape is not None:
-            value.shape = ir.Shape(["batch" if i == 0 and not isinstance(d, int) else d for i, d in enumerate(value.shape)])
+            value.shape = ir.Shape(
+                ["batch" if i == 0 and not isinstance(d, int) else d for i, d in enumerate(value.shape)]
+            )
     for node in graph:
         node.name = _unique(_module_path(node), taken)
         for number, value in enumerate(node.outputs):
             if id(value) not in outputs:
                 value.name = node.name if number == 0 else _unique(f"{node.name}.{number}", taken)
             if value.shape is not None:
-                value.shape = ir.Shape(["batch" if not isinstance(d, int) and i == 0 else d for i, d in enumerate(value.shape)])
+                value.shape = ir.Shape(
+                    ["batch" if not isinstance(d, int) and i == 0 else d for i, d in enumerate(value.shape)]
+                )
             value.metadata_props.clear()
         node.metadata_props.clear()
         node.doc_string = None

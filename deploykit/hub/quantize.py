@@ -49,7 +49,9 @@ def observed(graph: FloatGraph) -> tuple[list[str], dict[str, int]]:
                 names[value.name or ""] = None
         if role(node) == "linear":
             output = node.outputs[0]
-            channels[output.name or ""] = channel_axis(node.op_type, len(output.shape) if output.shape is not None else 2)
+            channels[output.name or ""] = channel_axis(
+                node.op_type, len(output.shape) if output.shape is not None else 2
+            )
     return list(names), channels
 
 
@@ -284,7 +286,7 @@ def _become_output(graph: ir.Graph, index: int, value: ir.Value) -> None:
 def _insert_pair(graph: ir.Graph, value: ir.Value, name: str, scale: ir.Value, zero: ir.Value) -> ir.Value:
     """Q and DQ right after the producer of ``value``; returns the dequantized value."""
     q = ir.Node("", "QuantizeLinear", [value, scale, zero], outputs=[ir.Value(name=f"{name}_q")], name=f"{name}_q")
-    q.outputs[0].dtype, q.outputs[0].shape = zero.dtype, value.shape
+    q.outputs[0].type, q.outputs[0].shape = zero.type, value.shape
     dq_value = ir.Value(name=f"{name}_dq", type=value.type, shape=value.shape)
     dq = ir.Node("", "DequantizeLinear", [q.outputs[0], scale, zero], outputs=[dq_value], name=f"{name}_dq")
     producer = value.producer()
@@ -296,9 +298,7 @@ def _insert_pair(graph: ir.Graph, value: ir.Value, name: str, scale: ir.Value, z
     return dq_value
 
 
-def _activation_params(
-    graph: ir.Graph, made: Plan, ranges: Ranges, spec: QuantSpec, method: str
-) -> dict[str, QParams]:
+def _activation_params(graph: ir.Graph, made: Plan, ranges: Ranges, spec: QuantSpec, method: str) -> dict[str, QParams]:
     """Scale and zero point per root tensor: the union of the ranges of all tensors that share it."""
     exact = {v.name for v in graph.outputs}
     lows: dict[str, float] = {}
@@ -346,7 +346,7 @@ def activation_params(low: float, high: float, spec: QuantSpec) -> QParams:
     scale = max(scale, 2.0**-24)
     if spec.scale == "power_of_two":
         scale = 2.0 ** np.ceil(np.log2(scale))
-    return QParams(np.float32(scale).reshape(()), np.asarray(zero, dtype))
+    return QParams(np.asarray(scale, np.float32), np.asarray(zero, dtype))
 
 
 def _fixed_params(spec: QuantSpec) -> QParams:
@@ -379,7 +379,7 @@ def weight_scale(
             scale = np.full_like(scale, scale.max())
     if spec.scale == "power_of_two":
         scale = 2.0 ** np.ceil(np.log2(scale))
-    return scale.astype(np.float32)
+    return np.asarray(scale, np.float32)
 
 
 def round_weight(weight: NDArray[Any], scale: NDArray[np.float32], axis: int, spec: QuantSpec) -> NDArray[np.int8]:
@@ -433,7 +433,10 @@ def _constant_operand(graph: ir.Graph, node: ir.Node, value: ir.Value, spec: Qua
     bottom, top = spec.activation_range
     stored = np.clip(np.rint(array / p.scale) + p.zero_point, bottom, top).astype(p.zero_point.dtype)
     held = add_initializer(graph, f"{value.name}_q", stored)
-    scale, zero = add_initializer(graph, f"{value.name}_scale", p.scale), add_initializer(graph, f"{value.name}_zero", p.zero_point)
+    scale, zero = (
+        add_initializer(graph, f"{value.name}_scale", p.scale),
+        add_initializer(graph, f"{value.name}_zero", p.zero_point),
+    )
     return _dequantize(graph, node, held, scale, zero, None)
 
 

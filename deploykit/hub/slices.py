@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import onnx
 
 from deploykit.hub.graph import Hub
@@ -30,7 +31,7 @@ class Slicer:
 
     def array(self, name: str) -> NDArray[Any]:
         """An initializer's values."""
-        return onnx.numpy_helper.to_array(self.initializers[name])
+        return np.asarray(onnx.numpy_helper.to_array(self.initializers[name]))
 
     def set_array(self, name: str, array: NDArray[Any]) -> None:
         """Replaces an initializer's values."""

@@ -6,6 +6,7 @@ parameter behind it, ``w_q = clamp(round(mask * v / s))``; `HubModule.to_hub` ro
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -62,10 +63,14 @@ class HubModule(nn.Module):
         self.outputs = [o.name for o in graph.output]
         arrays = {t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer}
         self.weights = _integer_weights(self.nodes, arrays)
-        floats = {name: v.const_value.numpy() for name, v in hub.graph.model.graph.initializers.items() if v.const_value}
+        floats = {
+            name: v.const_value.numpy() for name, v in hub.graph.model.graph.initializers.items() if v.const_value
+        }
         self.latent = nn.ParameterDict()
         for output, weight in self.weights.items():
-            self.latent[_key(output)] = nn.Parameter(torch.from_numpy(_latent(weight, arrays, floats, hub.spec.weight_max)))
+            self.latent[_key(output)] = nn.Parameter(
+                torch.from_numpy(_latent(weight, arrays, floats, hub.spec.weight_max))
+            )
         readers = {i for op, _, inputs, _ in self.nodes if op in PARAMETER_READERS for i in inputs}
         held = {w.stored for w in self.weights.values()}
         for name, array in arrays.items():
@@ -89,7 +94,7 @@ class HubModule(nn.Module):
             if results[0] in self.weights:
                 values[results[0]] = self._weight(results[0])
                 continue
-            arguments = [values.get(n) for n in names]
+            arguments: list[Any] = [values.get(n) for n in names]
             if op == "QuantizeLinear":
                 found: Any = _quantize(*arguments)
             elif op == "DequantizeLinear":
@@ -110,7 +115,8 @@ class HubModule(nn.Module):
         v = v if mask is None else v * mask
         scale = _along(getattr(self, _key(weight.scale)), v, weight.axis)
         top = self.hub.spec.weight_max
-        return torch.clamp(round_through(v / scale), -top, top) * scale
+        integers: Tensor = torch.clamp(round_through(v / scale), -top, top)
+        return integers * scale
 
     def to_hub(self) -> Hub:
         """The hub with the trained weights and biases, rounded; scales and structure unchanged."""
@@ -122,7 +128,9 @@ class HubModule(nn.Module):
             if weight.is_bias:
                 stored: Any = round_bias(v, scale)
             else:
-                steps = self._weight(output).detach() / _along(torch.from_numpy(scale.copy()), torch.from_numpy(v), weight.axis)
+                steps = self._weight(output).detach() / _along(
+                    torch.from_numpy(scale.copy()), torch.from_numpy(v), weight.axis
+                )
                 stored = steps.round().numpy().astype(np.int8)
             tensors[weight.stored].CopyFrom(onnx.numpy_helper.from_array(stored, weight.stored))
         for name in self.free:
@@ -132,7 +140,7 @@ class HubModule(nn.Module):
 
 
 def _integer_weights(
-    nodes: list[tuple[str, Attributes, list[str], list[str]]], arrays: dict[str, Any]
+    nodes: Sequence[tuple[str, Attributes, list[str], list[str]]], arrays: dict[str, Any]
 ) -> dict[str, _Weight]:
     """DequantizeLinear outputs that stand for weights and biases of products."""
     found: dict[str, _Weight] = {}

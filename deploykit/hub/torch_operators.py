@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor
 
 Attributes = Mapping[str, Any]
@@ -36,8 +36,8 @@ def _conv(a: Attributes, x: Tensor, w: Tensor, b: Tensor | None = None) -> Tenso
         x, pads = pad_onnx(x, [0, 0, *pads[:rank], 0, 0, *pads[rank:]]), [0] * (2 * rank)
     function: Any = (F.conv1d, F.conv2d, F.conv3d)[rank - 1]
     strides, dilations = a.get("strides") or [1] * rank, a.get("dilations") or [1] * rank
-    result: Tensor = function(x, w, b, strides, pads[:rank], dilations, a.get("group", 1))
-    return result
+    y: Tensor = function(x, w, b, strides, pads[:rank], dilations, a.get("group", 1))
+    return y
 
 
 def _conv_transpose(a: Attributes, x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
@@ -55,7 +55,7 @@ def _conv_transpose(a: Attributes, x: Tensor, w: Tensor, b: Tensor | None = None
 
 def _gemm(a: Attributes, x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
     x = x.transpose(0, 1) if a.get("transA") else x
-    y = a.get("alpha", 1.0) * (x @ (w.transpose(0, 1) if a.get("transB") else w))
+    y: Tensor = a.get("alpha", 1.0) * (x @ (w.transpose(0, 1) if a.get("transB") else w))
     return y if b is None else y + a.get("beta", 1.0) * b
 
 
@@ -183,18 +183,19 @@ def _shape(a: Attributes, x: Tensor) -> Tensor:
 
 
 def _expand(a: Attributes, x: Tensor, shape: Tensor) -> Tensor:
-    return x.expand(torch.broadcast_shapes(x.shape, tuple(ints(shape))))
+    return x.expand(torch.broadcast_shapes(x.shape, tuple(ints(shape))))  # type: ignore[no-untyped-call]
 
 
 def _split(a: Attributes, x: Tensor, sizes: Tensor | None = None) -> tuple[Tensor, ...]:
     axis = a.get("axis", 0)
     if sizes is not None:
-        return tuple(x.split(ints(sizes), axis))
-    return tuple(x.split(-(-x.shape[axis] // a["num_outputs"]), axis))
+        return torch.split(x, ints(sizes), axis)
+    return torch.split(x, -(-x.shape[axis] // a["num_outputs"]), axis)
 
 
 def _hard_sigmoid(a: Attributes, x: Tensor) -> Tensor:
-    return (a.get("alpha", 0.2) * x + a.get("beta", 0.5)).clamp(0, 1)
+    y: Tensor = a.get("alpha", 0.2) * x + a.get("beta", 0.5)
+    return y.clamp(0, 1)
 
 
 _CAST = {1: torch.float32, 6: torch.int32, 7: torch.int64, 9: torch.bool, 10: torch.float16, 11: torch.float64}

@@ -37,7 +37,7 @@ def build(step: Step) -> Pass:
     Raises:
         DeploykitError: unknown pass or option, or an option out of range.
     """
-    return cast(Pass, from_table(load(step.name), step.options, f"step '{step.name}'"))
+    return from_table(load(step.name), step.options, f"step '{step.name}'")
 
 
 def options(name: str) -> dict[str, object]:

@@ -131,7 +131,7 @@ def _can_scale(node: ir.Node) -> bool:
     if node.op_type != "Conv" or (weight := constant(node.inputs[1])) is None:
         return False
     group = attribute(node, "group", 1)
-    return group == 1 or (weight.shape[1] == 1 and weight.shape[0] == group)
+    return bool(group == 1 or (weight.shape[1] == 1 and weight.shape[0] == group))
 
 
 def _uses_once(node: ir.Node) -> bool:

@@ -6,7 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from deploykit.core.figures import file_size, milliseconds, number
+from deploykit.core.manifest import Score
 from deploykit.report.rows import Row
+
+FULL = 2.0
+"""Points of loss that fill a panel at least: a loss of 0.1 shall not look like a disaster."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +35,9 @@ class Panel:
 
 
 def charts(found: Sequence[Row]) -> tuple[Panel, ...]:
-    """Size, time and accuracy (or agreement), as far as they were measured."""
+    """Size, time and what was lost, as far as they were measured."""
     files = [row for row in found if row.file is not None]
-    panels = (_size(files), _time(files), _accuracy(found))
+    panels = (_size(files), _time(files), _lost(found))
     return tuple(p for p in panels if any(bar.value is not None for bar in p.bars))
 
 
@@ -53,18 +57,26 @@ def _time(files: Sequence[Row]) -> Panel:
             bars.append(Bar(row.precision, None, "not measured"))
         else:
             bars.append(Bar(row.precision, m.p50_ms / top, f"{milliseconds(m.p50_ms)} ms", m.p90_ms / top))
-    return Panel("Time per call", "median; the line ends at p90", tuple(bars))
+    return Panel("Time per call", "median, line to p90", tuple(bars))
 
 
-def _accuracy(found: Sequence[Row]) -> Panel:
-    """Accuracy where there were labels, else agreement with the original model. Both are percent."""
-    scores = [(r.precision, r.score) for r in found]
-    labelled = any(s is not None and s.metric is not None for _, s in scores)
+def _lost(found: Sequence[Row]) -> Panel:
+    """What was lost, so that bars can start at zero and still show it: points of accuracy, or else answers."""
+    original = next((r.score.metric for r in found if r.file is None and r.score is not None), None)
     bars = []
-    for precision, score in scores:
-        value = None if score is None else score.metric if labelled else score.agreement
-        text = "not measured" if value is None else f"{number(value)} %"
-        bars.append(Bar(precision, None if value is None else max(value, 0.0) / 100.0, text))
-    samples = next((s.samples for _, s in scores if s is not None), 0)
-    title = "Accuracy" if labelled else "Agreement with the original"
-    return Panel(title, f"percent of {samples:,} samples", tuple(bars))
+    losses = [(r.precision, _loss(r.score, original)) for r in found if r.file is not None]
+    top = max(FULL, *(v for _, v in losses if v is not None), 0.0)
+    for precision, value in losses:
+        text = "not measured" if value is None else number(value)
+        bars.append(Bar(precision, None if value is None else max(value, 0.0) / top, text))
+    if original is not None:
+        return Panel("Accuracy lost", f"points below {number(original)} %", tuple(bars))
+    return Panel("Other answers", "than the original, %", tuple(bars))
+
+
+def _loss(score: Score | None, original: float | None) -> float | None:
+    if score is None:
+        return None
+    if original is not None:
+        return None if score.metric is None else original - score.metric
+    return None if score.agreement is None else 100.0 - score.agreement

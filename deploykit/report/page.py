@@ -14,7 +14,7 @@ from deploykit.core.manifest import Manifest, Score, load_intact
 from deploykit.report.charts import charts
 from deploykit.report.rows import ORIGINAL, Row, rows
 from deploykit.report.usage import usage
-from deploykit.report.words import preprocessing, shape
+from deploykit.report.words import preprocessing, shape, title
 
 NAME = "report.html"
 WORST = 12
@@ -54,6 +54,7 @@ def render(manifest: Manifest) -> str:
         "quotient": quotient,
         "shape": shape,
         "missing": MISSING,
+        "title": title,
     }
     found = rows(manifest)
     return environment.from_string(source).render(
@@ -66,7 +67,7 @@ def render(manifest: Manifest) -> str:
         usage=usage(manifest),
         preprocessing=preprocessing(manifest.preprocess) if manifest.preprocess else (),
         islands={f.path: grouped(f.islands) for f in manifest.files if f.islands},
-        worst=manifest.operators[:WORST],
+        worst=[o for o in manifest.operators if o.lsb > 0][:WORST],
         places=places(manifest.measurements),
     )
 
@@ -88,7 +89,7 @@ def verdict(manifest: Manifest) -> Verdict:
     if failed:
         return Verdict("failed", f"{failed} of {len(manifest.checks)} checks failed{rest}")
     if passed:
-        return Verdict("passed", f"{passed} checks passed{rest}")
+        return Verdict("passed", f"{passed} check{'s' if passed > 1 else ''} passed{rest}")
     return Verdict("open", "nothing was checked")
 
 
@@ -108,7 +109,8 @@ def summary(found: Sequence[Row]) -> tuple[str, ...]:
         beside = ""
         if b is not None and b.p50_ms and last is not base:
             beside = f" instead of {milliseconds(b.p50_ms)} ms ({quotient(a.p50_ms / b.p50_ms)})"
-        sentences.append(f"One call takes {milliseconds(a.p50_ms)} ms{beside}; {how(a)}.")
+        machine = a.where.partition(":")[0]
+        sentences.append(f"One call takes {milliseconds(a.p50_ms)} ms{beside} on {machine}.")
     elif a is not None:
         sentences.append(f"Its speed was {a.where}.")
     sentences += _accuracy(found[0].score if found[0].precision == ORIGINAL else None, last.score)

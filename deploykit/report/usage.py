@@ -11,7 +11,7 @@ from typing import Any
 
 from deploykit.core.figures import file_size
 from deploykit.core.manifest import Manifest
-from deploykit.report.words import preprocessing, shape
+from deploykit.report.words import named, preprocessing, shape, title
 
 PARTS = "deploykit.report.infer"
 
@@ -46,9 +46,7 @@ def usage(manifest: Manifest) -> Usage:
     packages = ["numpy", *runtime.PACKAGES, *(["pillow"] if images else [])]
     commands = (f"pip install {' '.join(packages)}", f"python infer.py {'image.jpg' if images else 'inputs.npz'}")
     precisions = [f.precision for f in manifest.files]
-    about = (
-        "`infer.py` is self-contained: its preprocessing and its ten lines around the runtime are meant to be copied."
-    )
+    about = "`infer.py` needs nothing else from here: copy its preprocessing and the few lines around the runtime."
     if len(precisions) > 1:
         about = f"It runs the {precisions[-1]} file; `--precision {precisions[0]}` runs another. {about}"
     return Usage(commands, about)
@@ -61,7 +59,7 @@ def _runtime(exporter: str) -> Any:
 def _script(folder: Path, manifest: Manifest, runtime: Any) -> str:
     settings: dict[str, object] = {
         "FILES": {f.precision: f.path for f in manifest.files},
-        "INPUTS": {s.name: (s.shape, s.dtype) for s in manifest.inputs},
+        "INPUTS": {s.name: (named(s.shape), s.dtype) for s in manifest.inputs},
         "CLASSES": manifest.classes,
         "PREPROCESS": _settled(manifest),
     }
@@ -72,7 +70,7 @@ def _script(folder: Path, manifest: Manifest, runtime: Any) -> str:
     script = _replace(script, "settings", constants)
     script = _replace(script, "runtime", _region(_source(f"run_{manifest.exporter}.py"), "runtime"))
     commands = usage(manifest).commands
-    about = f"Runs {manifest.model}, exported for {manifest.target}:\n\n    " + "\n    ".join(commands)
+    about = f"Runs {title(manifest.model)}, exported for {manifest.target}:\n\n    " + "\n    ".join(commands)
     return script.replace('"""ABOUT"""', f"{about!r}" if '"""' in about or "\\" in about else f'"""{about}\n"""', 1)
 
 
@@ -104,15 +102,16 @@ def _region(source: str, name: str) -> str:
 def _replace(source: str, name: str, content: str) -> str:
     """Puts the content in place of a region and of its two marks."""
     before, _, rest = source.partition(f"# region {name}\n")
-    return f"{before}{content}\n{rest.partition('# endregion')[2]}"
+    return f"{before}{content}\n{rest.partition('# endregion')[2].removeprefix(chr(10))}"
 
 
 def _readme(folder: Path, manifest: Manifest) -> str:
     how = usage(manifest)
+    version = f" {manifest.versions['deploykit']}" if "deploykit" in manifest.versions else ""
     lines = [
-        f"# {manifest.model} for {manifest.target}",
+        f"# {title(manifest.model)} for {manifest.target}",
         "",
-        "Files for one device, written by deploykit " + manifest.versions.get("deploykit", "") + ".",
+        f"Files for one device, made from `{manifest.model}` by deploykit{version}.",
         "",
         "| file | precision | size | integer operators |",
         "|---|---|---|---|",

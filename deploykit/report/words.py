@@ -1,15 +1,25 @@
-"""Shapes and preprocessing in words."""
+"""Names, shapes and preprocessing in words."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 from deploykit.core.data import Preprocess
 
 
-def shape(dimensions: Iterable[int | str]) -> str:
+def shape(dimensions: Sequence[int | str]) -> str:
     """``batch × 3 × 32 × 32``."""
-    return " × ".join(str(d) for d in dimensions)
+    return " × ".join(str(d) for d in named(dimensions))
+
+
+def named(dimensions: Sequence[int | str]) -> tuple[int | str, ...]:
+    """The dimensions with a free first one called batch, whatever the graph calls it."""
+    return tuple("batch" if i == 0 and isinstance(d, str) else d for i, d in enumerate(dimensions))
+
+
+def title(model: str) -> str:
+    """A model's origin without the folders it lay in."""
+    return model.replace("\\", "/").rpartition("/")[2] or model
 
 
 def preprocessing(steps: Preprocess) -> tuple[str, ...]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import inf
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -11,21 +12,27 @@ from deploykit.exporters.tflite import layout
 from deploykit.exporters.tflite.layout import NHWC, View, identity, permuted, stored
 from deploykit.exporters.tflite.operation import (
     Constant,
-    Limits,
     Operation,
     Unsupported,
     as_shape,
     limit,
+    limits_of,
     read,
     requantize,
     uncovered,
 )
 from deploykit.exporters.tflite.sliding import bias
-from deploykit.exporters.tflite.windows import litert_coordinate, litert_nearest, nearest_source, source_coordinate
+from deploykit.exporters.tflite.windows import COORDINATES, litert_mode
 from deploykit.exporters.tflite.writer import Quant, Tensor
 
-RESIZE_MODES = ((False, False), (False, True), (True, False))
-"""align_corners, half_pixel_centers."""
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+PROBABILITY = Quant((1 / 256,), -128)
+"""What LiteRT's integer sigmoid and softmax write."""
+
+SYMMETRIC_UNIT = Quant((1 / 128,), 0)
+"""What LiteRT's integer tanh writes."""
 
 
 def fully_connected(op: Operation) -> View:
@@ -34,23 +41,21 @@ def fully_connected(op: Operation) -> View:
         raise Unsupported("Gemm is supported without transA, alpha and beta")
     if len(op.shape(1)) != 2:
         raise Unsupported("a matrix of constant weights is needed; LiteRT's product is with [in, out] features")
-    view, flipped = op.view(0), not op.attribute("transB", 0)
-    columns = None
+    view, shape = op.view(0), op.output_shape()
+    columns, order = None, identity(len(shape))
     if len(view.shape) == 2 and view.shape[0] == 1:
         columns = layout.element_order(view)
         x = as_shape(op.writer, view.tensor, view.shape)
     else:
-        order = op.natural(0)
-        order = order if order[-1] == len(order) - 1 else identity(len(order))
+        if op.natural(0)[-1] == len(shape) - 1:
+            order = op.natural(0)
         x = op.read(0, order)
 
-    def arranged(weights: np.ndarray) -> np.ndarray:  # type: ignore[type-arg]
-        rows = weights.T if flipped else weights
+    def arranged(weights: NDArray[Any]) -> NDArray[Any]:
+        rows = weights if op.attribute("transB", 0) else weights.T
         return rows if columns is None else rows[:, columns]
 
     filters = op.constant(1, arranged)
-    shape = op.output_shape()
-    order = identity(len(shape)) if len(shape) == 2 else order
     inputs = [x, filters, bias(op, filters, shape[-1])]
     return op.emit("FULLY_CONNECTED", inputs, shape, order, fuses=True, keepNumDims=len(shape) > 2)
 
@@ -71,7 +76,10 @@ def binary(kind: str) -> Callable[[Operation], View]:
 def _expanded(op: Operation, index: int, order: layout.Order) -> Tensor:
     """An operand with leading axes of size 1 up to the result's rank, stored in ``order``."""
     shape = (1,) * (len(order) - len(op.shape(index))) + op.shape(index)
-    if isinstance(op.operands[index], Constant):
+    operand = op.operands[index]
+    if isinstance(operand, Constant):
+        if operand.quant is not None and len(operand.quant.scales) > 1:
+            raise Unsupported("LiteRT takes constants with one scale here, not one per channel")
         return op.constant(index, lambda values: values.reshape(shape).transpose(order))
     view = layout.reshape(op.view(index), shape)
     assert view is not None
@@ -80,21 +88,12 @@ def _expanded(op: Operation, index: int, order: layout.Order) -> Tensor:
 
 def activation(op: Operation) -> View:
     """Relu and Clip that run on their own: rescaling saturates, the rest is left to `limit`."""
-    view = op.view(0)
-    limits = op_limits(op)
-    tensor = view.tensor
-    if op.quant is not None:
-        tensor = requantize(op.writer, tensor, op.quant, op.name)
+    limits, view = limits_of(op.node), op.view(0)
+    if limits is None:
+        raise Unsupported("its limits are computed at run time; they have to be constants")
+    tensor = view.tensor if op.quant is None else requantize(op.writer, view.tensor, op.quant, op.name)
     left = uncovered(limits, op.quant)
     return view.on(tensor if left is None else limit(op.writer, tensor, left))
-
-
-def op_limits(op: Operation) -> Limits:
-    """What a Relu or Clip lets through."""
-    if op.node.op_type == "Relu":
-        return 0.0, inf
-    low, high = op.parameter(1), op.parameter(2)
-    return -inf if low is None else float(low.item()), inf if high is None else float(high.item())
 
 
 def unary(kind: str, quant: Quant | None = None) -> Callable[[Operation], View]:
@@ -106,6 +105,11 @@ def unary(kind: str, quant: Quant | None = None) -> Callable[[Operation], View]:
     return write
 
 
+def leaky_relu(op: Operation) -> View:
+    """LEAKY_RELU."""
+    return op.elementwise("LEAKY_RELU", op.quant, alpha=op.attribute("alpha", 0.01))
+
+
 def hard_sigmoid(op: Operation) -> View:
     """HardSigmoid, max(0, min(1, x / 6 + 1/2)), as min(max(x + 3, 0), 6) / 6.
 
@@ -114,29 +118,26 @@ def hard_sigmoid(op: Operation) -> View:
     alpha, beta = op.attribute("alpha", 0.2), op.attribute("beta", 0.5)
     if abs(alpha - 1 / 6) > 1e-6 or abs(beta - 0.5) > 1e-6:
         raise Unsupported(f"HardSigmoid with alpha {alpha:g} and beta {beta:g}; torch's has 1/6 and 1/2")
-    view = op.view(0)
-    three, sixth = np.array([3], np.float32), np.array([1 / 6], np.float32)
+    view, quant = op.view(0), op.quant
+    wide = None if quant is None else replace(quant, scales=(float(np.float32(6) * np.float32(quant.scales[0])),))
+    three, sixth = _scalar(op, "three", 3.0), _scalar(op, "sixth", 1 / 6)
+    name, shape = f"{op.name}_times_six", view.tensor.shape
+    times_six = op.writer.write("ADD", [view.tensor, three], name, shape, wide, fusedActivationFunction="RELU6")
+    return view.on(op.writer.write("MUL", [times_six, sixth], op.name, shape, quant))
+
+
+def _scalar(op: Operation, name: str, value: float) -> Tensor:
+    """A number as an operand: in an integer operator, one step of its own size."""
+    real = np.array([value], np.float32)
     if op.quant is None:
-        held = [op.writer.constant(f"{op.name}_{n}", v) for n, v in (("three", three), ("sixth", sixth))]
-        wide = None
-    else:
-        one = np.array([1], np.int8)
-        held = [
-            op.writer.constant(f"{op.name}_{n}", one, Quant((float(v[0]),)))
-            for n, v in (("three", three), ("sixth", sixth))
-        ]
-        wide = Quant((float(np.float32(op.quant.scales[0]) * np.float32(6)),), op.quant.zero_point)
-    shape = view.tensor.shape
-    summed = op.writer.write(
-        "ADD", [view.tensor, held[0]], f"{op.name}_sum", shape, wide, fusedActivationFunction="RELU6"
-    )  # fmt: skip
-    return view.on(op.writer.write("MUL", [summed, held[1]], op.name, shape, op.quant))
+        return op.writer.constant(f"{op.name}_{name}", real)
+    return op.writer.constant(f"{op.name}_{name}", np.ones(1, np.int8), Quant((float(real[0]),)))
 
 
 def softmax(op: Operation) -> View:
     """SOFTMAX, which runs along the last stored axis: for channels of an image that is where they lie anyway."""
     rank = len(op.shape(0))
-    axis = op.attribute("axis", -1) % rank
+    axis = op.axis(op.attribute("axis", -1))
     order = op.natural(0)
     if order[-1] != axis:
         order = (*(a for a in range(rank) if a != axis), axis)
@@ -145,17 +146,13 @@ def softmax(op: Operation) -> View:
     return stored(made, op.shape(0), order)
 
 
-PROBABILITY = Quant((1 / 256,), -128)
-"""What LiteRT's integer sigmoid and softmax write."""
-
-
 def mean(op: Operation) -> View:
     """MEAN over axes; they are kept at size 1 in the file, where image kernels are fast, and dropped in the view."""
     shape = op.shape(0)
     axes = list(range(2, len(shape)))
     if op.node.op_type == "ReduceMean":
         given = op.parameter(1)
-        axes = list(range(len(shape))) if given is None else [int(a) % len(shape) for a in given]
+        axes = [op.axis(a) for a in (range(len(shape)) if given is None else given.tolist())]
     order = op.natural(0)
     kept = tuple(1 if i in axes else size for i, size in enumerate(shape))
     indices = op.writer.indices(f"{op.name}_axes", sorted(order.index(a) for a in axes))
@@ -166,49 +163,26 @@ def mean(op: Operation) -> View:
 
 
 def resize(op: Operation) -> View:
-    """RESIZE_NEAREST_NEIGHBOR or RESIZE_BILINEAR, where one of its modes reads the same places as ONNX's Resize."""
+    """RESIZE_NEAREST_NEIGHBOR or RESIZE_BILINEAR, in the mode that reads the same places as ONNX's Resize."""
     shape, out = op.shape(0), op.output_shape()
+    mode, coordinate = op.attribute("mode", "nearest"), op.attribute("coordinate_transformation_mode", "half_pixel")
     if len(shape) != 4 or shape[:2] != out[:2]:
         raise Unsupported("only the height and width of images can be resized")
-    if op.attribute("antialias", 0):
-        raise Unsupported("LiteRT does not antialias")
-    mode, coordinate = op.attribute("mode", "nearest"), op.attribute("coordinate_transformation_mode", "half_pixel")
-    scales = op.parameter(2)
-    scale = (
-        [float(s) for s in scales[-2:]]
-        if scales is not None and scales.size
-        else [o / i for i, o in zip(shape, out, strict=True)][2:]
-    )
-    if coordinate not in ("half_pixel", "pytorch_half_pixel", "align_corners", "asymmetric"):
-        raise Unsupported(f"resizing with coordinates '{coordinate}'")
-    if mode not in ("nearest", "linear"):
-        raise Unsupported(f"LiteRT has no '{mode}' resizing; use nearest or bilinear")
-    rounding = op.attribute("nearest_mode", "round_prefer_floor")
-    axes = list(zip(shape[2:], out[2:], scale, strict=True))
-    for align, half in RESIZE_MODES:
-        if mode == "nearest":
-            agrees = all(
-                np.array_equal(nearest_source(i, o, s, coordinate, rounding), litert_nearest(i, o, align, half))
-                for i, o, s in axes
-            )
-        else:
-            agrees = all(
-                np.allclose(
-                    np.clip(source_coordinate(i, o, s, coordinate), 0, i - 1),
-                    np.clip(litert_coordinate(i, o, align, half), 0, i - 1), atol=1e-4,
-                )
-                for i, o, s in axes
-            )  # fmt: skip
-        if agrees:
-            break
-    else:
+    if mode not in ("nearest", "linear") or coordinate not in COORDINATES or op.attribute("antialias", 0):
+        raise Unsupported(f"LiteRT has no '{mode}' resizing with '{coordinate}' coordinates, and no antialiasing")
+    given = op.parameter(2)
+    scales = [out[2] / shape[2], out[3] / shape[3]] if given is None or given.size == 0 else given[-2:].tolist()
+    axes = list(zip(shape[2:], out[2:], scales, strict=True))
+    rounding = op.attribute("nearest_mode", "round_prefer_floor") if mode == "nearest" else None
+    found = litert_mode(axes, coordinate, rounding)
+    if found is None:
         raise Unsupported(
-            f"'{mode}' from {shape[2:]} to {out[2:]} ({coordinate}) reads other places than LiteRT would; give the size"
+            f"from {shape[2:]} to {out[2:]} ({mode}, {coordinate}) it reads other places than LiteRT would; "
+            "give the size instead of a scale factor"
         )
     kind = "RESIZE_NEAREST_NEIGHBOR" if mode == "nearest" else "RESIZE_BILINEAR"
-    x = op.read(0, NHWC)
-    size = op.writer.indices(f"{op.name}_size", out[2:])
+    x, size = op.read(0, NHWC), op.writer.indices(f"{op.name}_size", out[2:])
     made = op.writer.write(
-        kind, [x, size], op.name, permuted(out, NHWC), x.quant, alignCorners=align, halfPixelCenters=half
+        kind, [x, size], op.name, permuted(out, NHWC), x.quant, alignCorners=found[0], halfPixelCenters=found[1]
     )  # fmt: skip
     return stored(made, out, NHWC)

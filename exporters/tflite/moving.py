@@ -59,15 +59,15 @@ def pad(op: Operation) -> View:
     assert amounts is not None
     axes = op.parameter(3)
     pads = [(0, 0)] * len(shape)
-    listed = range(len(shape)) if axes is None else [int(a) % len(shape) for a in axes]
+    listed = range(len(shape)) if axes is None else axes.tolist()
     for i, axis in enumerate(listed):
-        pads[axis] = (int(amounts[i]), int(amounts[i + len(amounts) // 2]))
+        pads[axis % len(shape)] = (int(amounts[i]), int(amounts[i + len(amounts) // 2]))
     if any(min(p) < 0 for p in pads):
         raise Unsupported("it cuts (negative padding); use slicing")
     mode, fill = op.attribute("mode", "constant"), op.parameter(2)
     x, arranged = op.read(0, order), [pads[a] for a in order]
     if mode == "constant":
-        made = padded(op, x, arranged, 0.0 if fill is None else float(fill))
+        made = padded(op, x, arranged, 0.0 if fill is None else float(fill.item()))
     elif mode == "reflect":
         indices = op.writer.indices(f"{op.name}_paddings", arranged)
         grown = _grown(x.shape, arranged)
@@ -98,7 +98,7 @@ def take(op: Operation) -> View:
     assert starts is not None and ends is not None
     begin, end, step = [0] * len(shape), list(shape), [1] * len(shape)
     for i, start in enumerate(starts):
-        axis = int(axes[i]) % len(shape) if axes is not None else i
+        axis = op.axis(i if axes is None else int(axes[i]))
         begin[axis], end[axis], step[axis] = slice(
             int(start), int(ends[i]), int(steps[i]) if steps is not None else 1
         ).indices(shape[axis])
@@ -109,7 +109,7 @@ def take(op: Operation) -> View:
 
 def split(op: Operation) -> list[View]:
     """Split: one STRIDED_SLICE per part."""
-    shape, axis = op.shape(0), op.attribute("axis", 0) % len(op.shape(0))
+    shape, axis = op.shape(0), op.axis(op.attribute("axis", 0))
     parts, start = [], 0
     for index in range(len(op.node.outputs)):
         size = op.output_shape(index)[axis]
@@ -137,8 +137,7 @@ def cropped(op: Operation, view: View, begin: Sequence[int], end: Sequence[int],
 def concat(op: Operation) -> View:
     """CONCATENATION; int8 operands are brought to the result's scale first."""
     shape = op.output_shape()
-    axis = op.attribute("axis") % len(shape)
-    order = op.natural(0)
+    axis, order = op.axis(op.attribute("axis")), op.natural(0)
     parts = [op.read(i, order) for i in range(len(op.operands))]
     if op.quant is not None:
         parts = [requantize(op.writer, part, op.quant, f"{part.name}_rescaled") for part in parts]

@@ -82,6 +82,18 @@ class Operation:
             raise Unsupported(f"its input {index} is computed at run time; it has to be a constant")
         return found
 
+    def axis(self, axis: int) -> int:
+        """An axis of operand 0, counted from the front.
+
+        Raises:
+            Unsupported: it is the batch, of which the file holds one sample.
+        """
+        rank = len(self.shape(0))
+        value = self.node.inputs[0]
+        if axis % rank == 0 and value is not None and value.shape is not None and not isinstance(value.shape[0], int):
+            raise Unsupported("it works across the batch; .tflite files hold one sample")
+        return axis % rank
+
     def shape(self, index: int) -> tuple[int, ...]:
         """The ONNX shape of an operand, batch 1."""
         operand = self.operands[index]
@@ -226,6 +238,20 @@ def requantize(writer: Writer, tensor: Tensor, quant: Quant, name: str) -> Tenso
     return tensor if tensor.quant == quant else writer.write("QUANTIZE", [tensor], name, tensor.shape, quant)
 
 
+def limits_of(node: ir.Node) -> Limits | None:
+    """What a Relu or Clip lets through; None where the limits are computed at run time."""
+    if node.op_type == "Relu":
+        return 0.0, inf
+    limits = [-inf, inf]
+    for i, value in enumerate(node.inputs[1:3]):
+        if value is not None:
+            found = constant(value)
+            if found is None:
+                return None
+            limits[i] = float(found.item())
+    return limits[0], limits[1]
+
+
 def uncovered(limits: Limits | None, quant: Quant | None) -> Limits | None:
     """The limits that still have to be kept: int8 saturates, so those at or beyond its ends are kept already.
 
@@ -234,9 +260,11 @@ def uncovered(limits: Limits | None, quant: Quant | None) -> Limits | None:
     if limits is None or quant is None:
         return limits
     low, high = limits
-    low_kept = low == -inf or quant.to_integer(low) <= -128
-    high_kept = high == inf or quant.to_integer(high) >= 127
-    return None if low_kept and high_kept else limits
+    if low == -inf or quant.to_integer(low) <= -128:
+        low = -inf
+    if high == inf or quant.to_integer(high) >= 127:
+        high = inf
+    return None if (low, high) == (-inf, inf) else (low, high)
 
 
 def limit(writer: Writer, tensor: Tensor, limits: Limits) -> Tensor:

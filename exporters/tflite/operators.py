@@ -8,10 +8,12 @@ from typing import Literal
 
 from deploykit.exporters.tflite.computing import (
     PROBABILITY,
+    SYMMETRIC_UNIT,
     activation,
     binary,
     fully_connected,
     hard_sigmoid,
+    leaky_relu,
     mean,
     resize,
     softmax,
@@ -60,6 +62,8 @@ TABLE: dict[str, Rule] = {
     "HardSwish": Rule(unary("HARD_SWISH")),
     "HardSigmoid": Rule(hard_sigmoid),
     "Sigmoid": Rule(unary("LOGISTIC", PROBABILITY)),
+    "Tanh": Rule(unary("TANH", SYMMETRIC_UNIT)),
+    "LeakyRelu": Rule(leaky_relu),
     "Softmax": Rule(softmax),
     # selecting and moving elements
     "MaxPool": Rule(max_pool, scale="input"),

@@ -75,14 +75,16 @@ def _to_integer(array: NDArray[Any], tensor: dict[str, Any]) -> NDArray[Any]:
     if tensor["dtype"] == np.float32:
         return array
     scale, zero_point = tensor["quantization"]
-    return np.clip(np.rint(array / np.float32(scale)) + zero_point, -128, 127).astype(np.int8)
+    steps: NDArray[Any] = np.clip(np.rint(array / np.float32(scale)) + zero_point, -128, 127)
+    return steps.astype(np.int8)
 
 
 def _to_real(array: NDArray[Any], tensor: dict[str, Any]) -> NDArray[Any]:
     if tensor["dtype"] == np.float32:
         return array
     scale, zero_point = tensor["quantization"]
-    return (array.astype(np.int32) - zero_point).astype(np.float32) * np.float32(scale)
+    real: NDArray[Any] = (array.astype(np.int32) - zero_point).astype(np.float32) * np.float32(scale)
+    return real
 
 
 def interpreter_package() -> str:

@@ -9,8 +9,8 @@ import numpy as np
 
 from deploykit.exporters.tflite.layout import NHWC, View
 from deploykit.exporters.tflite.moving import cropped, padded
-from deploykit.exporters.tflite.operation import Constant, Operation, Unsupported
-from deploykit.exporters.tflite.windows import same_padding, used_padding
+from deploykit.exporters.tflite.operation import Operation, Unsupported
+from deploykit.exporters.tflite.windows import Pads, same_padding, used_padding
 from deploykit.exporters.tflite.writer import Quant, Tensor
 
 
@@ -44,19 +44,20 @@ def transposed_convolution(op: Operation) -> View:
         raise Unsupported("LiteRT has no grouped transposed convolution; use resize and convolution")
     if any(d != 1 for d in op.attribute("dilations", [1, 1])):
         raise Unsupported("LiteRT has no dilated transposed convolution")
-    _require_explicit_padding(op)
-    strides = op.attribute("strides", [1, 1])
-    begins = op.attribute("pads", [0, 0, 0, 0])[:2]
+    strides, begins = op.attribute("strides", [1, 1]), _pads(op)[:2]
     sizes, outs, kernel = op.shape(0)[2:], op.output_shape()[2:], weights[2:]
     full = [(i - 1) * s + k for i, s, k in zip(sizes, strides, kernel, strict=True)]
     axes = list(zip(sizes, outs, full, begins, strides, strict=True))
     same = all(-(-o // s) == i and f >= o and b == (f - o) // 2 for i, o, f, b, s in axes)
     made = list(outs) if same else [max(f, b + o) for _, o, f, b, _ in axes]
     filters = op.constant(1, lambda w: w.transpose(1, 2, 3, 0))
-    size = op.writer.indices(f"{op.name}_size", [1, *made, weights[1]])
+    inputs = [
+        op.writer.indices(f"{op.name}_size", [1, *made, weights[1]]), filters, op.read(0, NHWC),
+        bias(op, filters, weights[1]),
+    ]  # fmt: skip
+    padding = "SAME" if same else "VALID"
     result = op.emit(
-        "TRANSPOSE_CONV", [size, filters, op.read(0, NHWC), bias(op, filters, weights[1])], (1, weights[1], *made), NHWC,
-        padding="SAME" if same else "VALID", strideH=strides[0], strideW=strides[1],
+        "TRANSPOSE_CONV", inputs, (1, weights[1], *made), NHWC, padding=padding, strideH=strides[0], strideW=strides[1]
     )  # fmt: skip
     if made == list(outs):
         return result
@@ -75,27 +76,22 @@ def max_pool(op: Operation) -> View:
 
 
 def average_pool(op: Operation) -> View:
-    """AVERAGE_POOL_2D: its SAME leaves padding out of the mean, explicit zeros are counted."""
+    """AVERAGE_POOL_2D: its SAME leaves padding out of the mean; zeros written by PAD count."""
     _require_image(op)
-    source = op.view(0).tensor
-    if source.quant != op.quant:
+    if op.view(0).tensor.quant != op.quant:
         raise Unsupported(
             "LiteRT's average pool has one scale for input and output; add 'AveragePool' to the target's shared_scale"
         )
-    kernel = op.attribute("kernel_shape")
+    kernel, counted = op.attribute("kernel_shape"), op.attribute("count_include_pad", 0)
     if any(d != 1 for d in op.attribute("dilations", [1, 1])):
         raise Unsupported("LiteRT has no dilated average pool")
-    declared = op.attribute("pads", [0, 0, 0, 0])
-    used = _used(op, kernel, [1, 1])
-    if op.attribute("count_include_pad", 0):
-        if any(e > max(d, 0) for (_, e), d in zip(used, declared[2:], strict=True)):
-            raise Unsupported("its last window reaches beyond the padding (ceil_mode); use sizes that divide")
-        x, padding = windowed(op, kernel, [1, 1], explicit=True)
-    else:
-        x, padding = windowed(op, kernel, [1, 1])
-        if x is not op.read(0, NHWC):
-            raise Unsupported("it leaves unsymmetric padding out of the mean; use count_include_pad=True")
-    return _pool(op, "AVERAGE_POOL_2D", x, padding)
+    padding, pads = window_padding(op, kernel, [1, 1])
+    declared = zip(_pads(op)[2:], pads, strict=True)
+    if counted and any(end > asked for asked, (_, end) in declared):
+        raise Unsupported("its last window reaches beyond the padding (ceil_mode); choose sizes that divide")
+    if padding == "EXPLICIT" and not counted:
+        raise Unsupported("it leaves uneven padding out of the mean; use count_include_pad=True")
+    return _pool(op, "AVERAGE_POOL_2D", *windowed(op, kernel, [1, 1], explicit=bool(counted)))
 
 
 def windowed(
@@ -108,28 +104,31 @@ def windowed(
         kernel: [h, w].
         dilations: [h, w].
         fill: the padding's value.
-        explicit: do not leave padding to LiteRT.
+        explicit: write all padding out.
 
     Returns:
         The tensor, channels-last, and ``"VALID"`` or ``"SAME"``.
     """
-    _require_explicit_padding(op)
     x = op.read(0, NHWC)
-    used = _used(op, kernel, dilations)
-    if all(b == 0 and e <= 0 for b, e in used):
-        return x, "VALID"
-    pads = [(b, max(e, 0)) for b, e in used]
-    strides = op.attribute("strides", [1, 1])
-    sizes, outs = op.shape(0)[2:], op.output_shape()[2:]
-    same = [same_padding(*axis) for axis in zip(sizes, outs, kernel, strides, dilations, strict=True)]
-    if pads == same and not explicit:
-        return x, "SAME"
+    padding, pads = window_padding(op, kernel, dilations)
+    if padding == "VALID" or (padding == "SAME" and not explicit):
+        return x, padding
     return padded(op, x, [(0, 0), *pads, (0, 0)], fill), "VALID"
+
+
+def window_padding(op: Operation, kernel: Sequence[int], dilations: Sequence[int]) -> tuple[str, Pads]:
+    """How LiteRT can pad for the windows: ``VALID`` (not at all), ``SAME`` (its own way) or ``EXPLICIT``; how much."""
+    sizes, outs, strides = op.shape(0)[2:], op.output_shape()[2:], op.attribute("strides", [1, 1])
+    pads = used_padding(sizes, outs, kernel, strides, dilations, _pads(op)[:2])
+    if all(pad == (0, 0) for pad in pads):
+        return "VALID", pads
+    same = [same_padding(*axis) for axis in zip(sizes, outs, kernel, strides, dilations, strict=True)]
+    return ("SAME" if pads == same else "EXPLICIT"), pads
 
 
 def bias(op: Operation, filters: Tensor, channels: int) -> Tensor:
     """The bias, int32 in steps of s_x * s_w where the operator is integer; zeros where there is none."""
-    if len(op.operands) > 2 and isinstance(op.operands[2], Constant):
+    if len(op.operands) > 2 and op.operands[2] is not None:
         return op.constant(2, lambda b: np.broadcast_to(b.reshape(-1), (channels,)))
     if op.quant is None:
         return op.float_constant(f"{op.name}_bias", np.zeros(channels, np.float32))
@@ -147,16 +146,14 @@ def _pool(op: Operation, kind: str, x: Tensor, padding: str) -> View:
     )  # fmt: skip
 
 
-def _used(op: Operation, kernel: Sequence[int], dilations: Sequence[int]) -> list[tuple[int, int]]:
-    strides, begins = op.attribute("strides", [1, 1]), op.attribute("pads", [0, 0, 0, 0])[:2]
-    return used_padding(op.shape(0)[2:], op.output_shape()[2:], kernel, strides, dilations, begins)
+def _pads(op: Operation) -> list[int]:
+    """[top, left, bottom, right]"""
+    if op.attribute("auto_pad", "NOTSET") not in ("NOTSET", "VALID"):
+        raise Unsupported("auto_pad is out of use in ONNX; export the model with explicit pads")
+    pads: list[int] = op.attribute("pads", [0, 0, 0, 0])
+    return pads
 
 
 def _require_image(op: Operation) -> None:
     if len(op.shape(0)) != 4:
         raise Unsupported(f"it has {len(op.shape(0)) - 2} spatial axes; LiteRT's is for images with 2")
-
-
-def _require_explicit_padding(op: Operation) -> None:
-    if op.attribute("auto_pad", "NOTSET") not in ("NOTSET", "VALID"):
-        raise Unsupported("auto_pad is out of use in ONNX; export the model with explicit pads")

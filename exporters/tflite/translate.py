@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from math import inf
+from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
@@ -19,6 +18,7 @@ from deploykit.exporters.tflite.operation import (
     Limits,
     Operation,
     Unsupported,
+    limits_of,
     read,
     requantize,
     static_shape,
@@ -56,78 +56,93 @@ def translate(model: ir.Model, half: bool = False, reasons: Mapping[str, str] | 
     return _Translation(model.graph, half, reasons or {}).run()
 
 
-@dataclass
+@dataclass(frozen=True)
+class _Port:
+    """An input or output of the file, and how its axes are stored."""
+
+    value: ir.Value
+    tensor: Tensor
+    order: layout.Order
+
+    @property
+    def batched(self) -> bool:
+        """The first axis counts samples. Models exported with batch 1 only count as batched too."""
+        shape = self.value.shape
+        return shape is not None and len(shape) > 0 and (not isinstance(shape[0], int) or shape[0] == 1)
+
+    def described(self) -> dict[str, object]:
+        """The port's line in the metadata."""
+        return {"name": self.value.name, "order": list(self.order), "batched": self.batched}
+
+
 class _Translation:
-    graph: ir.Graph
-    half: bool
-    reasons: Mapping[str, str]
-    values: dict[ir.Value, View | Constant] = field(default_factory=dict)
-    fused: set[ir.Node] = field(default_factory=set)
-    quantized: Counter[str] = field(default_factory=Counter)
-    islands: list[Island] = field(default_factory=list)
-    complaints: list[str] = field(default_factory=list)
+    def __init__(self, graph: ir.Graph, half: bool, reasons: Mapping[str, str]) -> None:
+        self.graph, self.half, self.reasons = graph, half, reasons
+        self.writer = Writer(reserved=[v.name or "" for v in graph.outputs])
+        self.has_integers = any(node.op_type == "QuantizeLinear" for node in graph)
+        self.values: dict[ir.Value, View | Constant] = {}
+        self.fused: set[ir.Node] = set()
+        self.quantized: Counter[str] = Counter()
+        self.islands: list[Island] = []
+        self.complaints: list[str] = []
 
     def run(self) -> Translated:
-        self.writer = Writer(reserved=[v.name or "" for v in self.graph.outputs])
-        self.has_integers = any(node.op_type == "QuantizeLinear" for node in self.graph)
-        inputs = [tensor for v in self.graph.inputs if (tensor := self._input(v)) is not None]
+        """Translates everything, then complains about everything that could not be translated."""
+        inputs = [self._input(value) for value in self.graph.inputs]
         for node in self.graph:
             if node not in self.fused:
                 self._node(node)
+        outputs: list[_Port] = []
+        for value in self.graph.outputs:
+            outputs.append(self._output(value, [*inputs, *outputs]))
         if self.complaints:
             raise DeploykitError(
                 "this model cannot be written as .tflite:\n  " + "\n  ".join(self.complaints) + "\n"
                 "Change these operators in the model, or choose a target with another exporter (x86 runs any of them)."
             )
-        outputs: list[Tensor] = []
-        orders = []
-        for value in self.graph.outputs:
-            tensor, order = self._output(value, [*inputs, *outputs])
-            outputs.append(tensor)
-            orders.append(order)
-        metadata = {
-            "inputs": [
-                _described(v, NHWC if len(t.shape) == 4 else identity(len(t.shape)))
-                for v, t in zip(self.graph.inputs, inputs, strict=True)
-            ],
-            "outputs": [_described(v, order) for v, order in zip(self.graph.outputs, orders, strict=True)],
-        }
-        data = self.writer.finish(inputs, outputs, {METADATA: metadata})
+        metadata = {"inputs": [p.described() for p in inputs], "outputs": [p.described() for p in outputs]}
+        data = self.writer.finish([p.tensor for p in inputs], [p.tensor for p in outputs], {METADATA: metadata})
         return Translated(data, tuple(self.writer.kinds), dict(sorted(self.quantized.items())), tuple(self.islands))
 
-    def _input(self, value: ir.Value) -> Tensor | None:
+    def _input(self, value: ir.Value) -> _Port:
         """Declares a graph input: int8 where it is only read through one quantization."""
+        quant: Quant | None = None
+        shape: tuple[int, ...] = (1,)
         try:
-            shape = static_shape(value)
             if value.dtype not in (None, ir.DataType.FLOAT):
-                raise Unsupported(f"it holds {value.dtype}; only float inputs are supported")
+                raise Unsupported(f"it holds {value.dtype} numbers; only float inputs are supported")
+            shape = static_shape(value)
+            quants = {_quant_of(user) if user.op_type == "QuantizeLinear" else None for user, _ in value.uses()}
+            quant = quants.pop() if len(quants) == 1 and not value.is_graph_output() else None
         except Unsupported as error:
             self.complaints.append(f"input '{value.name}': {error}")
-            return None
-        order = NHWC if len(shape) == 4 else identity(len(shape))
-        quants = {_quant_of(user) if user.op_type == "QuantizeLinear" else None for user, _ in value.uses()}
-        quant = quants.pop() if len(quants) == 1 and not value.is_graph_output() else None
-        dtype = "int8" if quant else "float32"
-        tensor = self.writer.tensor(value.name or "input", layout.permuted(shape, order), dtype, quant)
+        order = _interface_order(len(shape))
+        name, dtype = value.name or "input", "int8" if quant else "float32"
+        tensor = self.writer.tensor(name, layout.permuted(shape, order), dtype, quant)
         self.values[value] = stored(tensor, shape, order)
-        return tensor
+        return _Port(value, tensor, order)
 
-    def _output(self, value: ir.Value, taken: Sequence[Tensor]) -> tuple[Tensor, layout.Order]:
-        """A graph output's tensor, under its own name: images channels-last, everything else in ONNX's order."""
-        view = self._operand(value)
-        if not isinstance(view, View):
-            raise DeploykitError(f"the model's output '{value.name}' is a constant")
-        rank = len(view.shape)
+    def _output(self, value: ir.Value, taken: Sequence[_Port]) -> _Port:
+        """A graph output, under its own name: images channels-last, everything else in ONNX's order."""
+        try:
+            view = self._operand(value)
+            if not isinstance(view, View):
+                raise Unsupported("it is a constant")
+        except Unsupported as error:
+            self.complaints.append(f"output '{value.name}': {error}")
+            view = self._stand_in(value)
         order = layout.natural(view)
-        if order not in (NHWC, identity(rank)):
-            order = NHWC if rank == 4 else identity(rank)
-        assert order is not None
+        if order not in (NHWC, identity(len(view.shape))) or order is None:
+            order = _interface_order(len(view.shape))
         tensor = read(self.writer, view, order)
-        while tensor.index in {t.index for t in taken}:
+        while tensor.constant or any(tensor.index == port.tensor.index for port in taken):
             indices = self.writer.indices(f"{value.name}_shape", tensor.shape)
             tensor = self.writer.write("RESHAPE", [tensor, indices], f"{value.name}_copy", tensor.shape, tensor.quant)
         self.writer.rename(tensor, value.name or "output")
-        return tensor, order
+        port = _Port(value, tensor, order)
+        if any(p.batched for p in taken) and not port.batched:
+            self.complaints.append(f"output '{value.name}': it has no leading batch dimension")
+        return port
 
     def _node(self, node: ir.Node) -> None:
         try:
@@ -142,16 +157,16 @@ class _Translation:
             for value in node.outputs:
                 self._stand_in(value)
 
-    def _stand_in(self, value: ir.Value) -> None:
+    def _stand_in(self, value: ir.Value) -> View:
         """Something in place of a result that could not be written, so that what follows is looked at too."""
         try:
             shape = static_shape(value)
         except Unsupported:
             shape = (1,)
-        order = NHWC if len(shape) == 4 else identity(len(shape))
-        self.values[value] = stored(
-            self.writer.tensor("missing", layout.permuted(shape, order), "float32"), shape, order
-        )
+        order = _interface_order(len(shape))
+        missing = self.writer.tensor("missing", layout.permuted(shape, order), "float32")
+        self.values[value] = stored(missing, shape, order)
+        return stored(missing, shape, order)
 
     def _quantize(self, node: ir.Node) -> View:
         view = self._operand(node.inputs[0])
@@ -232,20 +247,11 @@ class _Translation:
 
 def _tail(node: ir.Node) -> tuple[ir.Node | None, Limits | None]:
     """The Relu or Clip (with constant limits) that alone reads a node's only result, and its limits."""
-    value = node.outputs[0]
-    readers = [user for user, _ in value.uses()]
-    if len(readers) != 1 or value.is_graph_output():
+    readers = [user for user, _ in node.outputs[0].uses()]
+    if len(readers) != 1 or readers[0].op_type not in ("Relu", "Clip") or node.outputs[0].is_graph_output():
         return None, None
-    tail = readers[0]
-    if tail.op_type == "Relu":
-        return tail, (0.0, inf)
-    if tail.op_type != "Clip":
-        return None, None
-    bounds = [constant(v) for v in tail.inputs[1:3]]
-    if any(v is not None and b is None for v, b in zip(tail.inputs[1:3], bounds, strict=True)):
-        return None, None
-    low, high = (*bounds, None, None)[:2]
-    return tail, (-inf if low is None else float(low.item()), inf if high is None else float(high.item()))
+    limits = limits_of(readers[0])
+    return (readers[0], limits) if limits is not None else (None, None)
 
 
 def _quant(operand: View | Constant) -> Quant | None:
@@ -269,10 +275,6 @@ def _quant_of(node: ir.Node) -> Quant:
     return Quant(scales, shifted.pop(), attribute(node, "axis", 1) if len(scales) > 1 else 0)
 
 
-def _described(value: ir.Value, order: layout.Order) -> dict[str, object]:
-    assert value.shape is not None
-    return {
-        "name": value.name,
-        "order": list(order),
-        "batched": not isinstance(value.shape[0], int) if len(value.shape) else False,
-    }
+def _interface_order(rank: int) -> layout.Order:
+    """How inputs and outputs are stored: images channels-last."""
+    return NHWC if rank == 4 else identity(rank)

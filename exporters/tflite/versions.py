@@ -16,7 +16,7 @@ SECOND_FOR_INT8 = frozenset(
     {
         "ADD", "AVERAGE_POOL_2D", "CONCATENATION", "LOGISTIC", "MAXIMUM", "MAX_POOL_2D", "MEAN", "MINIMUM",
         "MIRROR_PAD", "MUL", "PAD", "PADV2", "RELU", "RELU6", "RESIZE_BILINEAR", "RESIZE_NEAREST_NEIGHBOR", "SOFTMAX",
-        "STRIDED_SLICE", "SUB", "TRANSPOSE",
+        "STRIDED_SLICE", "SUB", "TANH", "TRANSPOSE",
     }
 )  # fmt: skip
 """Operators whose int8 form came with version 2."""

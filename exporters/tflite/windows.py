@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
 
 import numpy as np
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
+from numpy.typing import NDArray
 
 Pads = list[tuple[int, int]]
 """Before and behind, per spatial axis."""
@@ -30,49 +27,79 @@ def used_padding(
     dilations: Sequence[int],
     begins: Sequence[int],
 ) -> Pads:
-    """Per axis the padding that the windows really touch: what is behind the last window is left out (or negative)."""
+    """Per axis the padding that the windows really touch; what lies behind the last window is left out."""
     axes = zip(sizes, outs, kernel, strides, dilations, begins, strict=True)
-    return [(b, (o - 1) * s + (k - 1) * d + 1 - i - b) for i, o, k, s, d, b in axes]
+    return [(b, max((o - 1) * s + (k - 1) * d + 1 - i - b, 0)) for i, o, k, s, d, b in axes]
 
 
-def nearest_source(size: int, out: int, scale: float, coordinate: str, rounding: str) -> NDArray[np.int64]:
-    """For each output index the input index that ONNX's nearest Resize reads (operator Resize, opset 19)."""
-    x = source_coordinate(size, out, scale, coordinate)
-    rounded = {
-        "round_prefer_floor": np.ceil(x - 0.5),
-        "round_prefer_ceil": np.floor(x + 0.5),
-        "floor": np.floor(x),
-        "ceil": np.ceil(x),
-    }[rounding]
-    return np.clip(rounded, 0, size - 1).astype(np.int64)
+COORDINATES = ("half_pixel", "pytorch_half_pixel", "align_corners", "asymmetric")
+"""The coordinate transformations of ONNX's Resize that are known here."""
 
 
-def source_coordinate(size: int, out: int, scale: float, coordinate: str) -> NDArray[np.float64]:
-    """For each output index the input coordinate that ONNX's Resize interpolates at.
+def litert_mode(
+    axes: Sequence[tuple[int, int, float]], coordinate: str, rounding: str | None
+) -> tuple[bool, bool] | None:
+    """LiteRT's (align_corners, half_pixel_centers) that read an image in the same places as ONNX's Resize does.
 
-    Raises:
-        KeyError: a coordinate transformation that is not known here.
+    Args:
+        axes: (size, resized size, scale) of height and width.
+        coordinate: one of `COORDINATES`.
+        rounding: ONNX's ``nearest_mode``; None for bilinear.
+
+    Returns:
+        The first mode that agrees everywhere, or None.
     """
+    for align, half in ((False, False), (False, True), (True, False)):
+        if rounding is None:
+            pairs = [(_coordinate(*axis, coordinate), _litert_coordinate(*axis[:2], align, half)) for axis in axes]
+        else:
+            pairs = [
+                (_ROUNDINGS[rounding](_coordinate(*axis, coordinate)), _litert_nearest(*axis[:2], align, half))
+                for axis in axes
+            ]
+        tops = [size - 1 for size, _, _ in axes]
+        if all(
+            np.allclose(np.clip(ours, 0, top), np.clip(theirs, 0, top), rtol=0, atol=1e-4)
+            for (ours, theirs), top in zip(pairs, tops, strict=True)
+        ):
+            return align, half
+    return None
+
+
+_ROUNDINGS: dict[str, Callable[[NDArray[np.float64]], NDArray[np.float64]]] = {
+    "round_prefer_floor": lambda x: np.ceil(x - 0.5),
+    "round_prefer_ceil": lambda x: np.floor(x + 0.5),
+    "floor": np.floor,
+    "ceil": np.ceil,
+}
+
+
+def _coordinate(size: int, out: int, scale: float, transformation: str) -> NDArray[np.float64]:
+    """For each output index the input coordinate that ONNX's Resize reads at (operator Resize, opset 19)."""
     x = np.arange(out, dtype=np.float64)
-    half_pixel = (x + 0.5) / scale - 0.5
-    return {
-        "half_pixel": half_pixel,
-        "pytorch_half_pixel": half_pixel if out > 1 else np.zeros(1),
-        "align_corners": x * (size - 1) / max(out - 1, 1),
-        "asymmetric": x / scale,
-    }[coordinate]
+    if transformation == "align_corners":
+        return x * (size - 1) / max(out - 1, 1)
+    if transformation == "asymmetric":
+        return x / scale
+    if transformation == "pytorch_half_pixel" and out == 1:
+        return np.zeros(1)
+    return (x + 0.5) / scale - 0.5
 
 
-def litert_coordinate(size: int, out: int, align_corners: bool, half_pixel: bool) -> NDArray[np.float64]:
-    """For each output index the input coordinate that LiteRT's RESIZE_BILINEAR interpolates at."""
-    scale = (size - 1) / (out - 1) if align_corners and out > 1 else size / out
+def _litert_coordinate(size: int, out: int, align_corners: bool, half_pixel: bool) -> NDArray[np.float64]:
+    """For each output index the input coordinate that RESIZE_BILINEAR reads at."""
     x = np.arange(out, dtype=np.float64)
-    return np.maximum((x + 0.5) * scale - 0.5, 0) if half_pixel else x * scale
+    scale = _litert_scale(size, out, align_corners)
+    return (x + 0.5) * scale - 0.5 if half_pixel else x * scale
 
 
-def litert_nearest(size: int, out: int, align_corners: bool, half_pixel: bool) -> NDArray[np.int64]:
-    """For each output index the input index that LiteRT's RESIZE_NEAREST_NEIGHBOR reads (float32 arithmetic)."""
-    scale = np.float32((size - 1) / (out - 1)) if align_corners and out > 1 else np.float32(size) / np.float32(out)
-    x = (np.arange(out, dtype=np.float32) + np.float32(0.5 if half_pixel else 0)) * scale
-    rounded = np.floor(x + np.float32(0.5)) if align_corners else np.floor(x)
-    return np.clip(rounded, 0, size - 1).astype(np.int64)
+def _litert_nearest(size: int, out: int, align_corners: bool, half_pixel: bool) -> NDArray[np.float64]:
+    """For each output index the input index that RESIZE_NEAREST_NEIGHBOR reads; it computes in float32."""
+    x = np.arange(out, dtype=np.float32) + np.float32(0.5 if half_pixel else 0)
+    x *= np.float32(_litert_scale(size, out, align_corners))
+    index: NDArray[np.float64] = np.floor(x + np.float32(0.5) if align_corners else x).astype(np.float64)
+    return index
+
+
+def _litert_scale(size: int, out: int, align_corners: bool) -> float:
+    return (size - 1) / (out - 1) if align_corners and out > 1 else size / out

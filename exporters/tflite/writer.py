@@ -25,6 +25,7 @@ OPTIONS = {
     "DIV": "DivOptions",
     "FULLY_CONNECTED": "FullyConnectedOptions",
     "HARD_SWISH": "HardSwishOptions",
+    "LEAKY_RELU": "LeakyReluOptions",
     "MAXIMUM": "MaximumMinimumOptions",
     "MAX_POOL_2D": "Pool2DOptions",
     "MEAN": "ReducerOptions",

@@ -37,10 +37,12 @@ def load_image(path: Path, steps: Mapping[str, Any]) -> np.ndarray[Any, Any]:
         image = opened.convert("L" if steps["channels"] == "L" else "RGB")
     if steps["resize"]:
         short, side = min(image.size), steps["resize"]
-        width, height = (side if length == short else int(side * length / short) for length in image.size)
+        width, height = (side * length // short for length in image.size)
         image = image.resize((width, height), Image.Resampling.BILINEAR)
     if steps["crop"]:
         height, width = steps["crop"]
+        if width > image.width or height > image.height:
+            stop(f"{path} is {image.width} x {image.height}; the network looks at {width} x {height} (width x height)")
         left, top = round((image.width - width) / 2), round((image.height - height) / 2)
         image = image.crop((left, top, left + width, top + height))
     x: np.ndarray[Any, Any] = np.asarray(image, np.float32)

@@ -64,7 +64,7 @@ def _float32_only(graph: ir.Graph, opset: int) -> set[tuple[ir.Node, int]]:
     if refused:
         raise DeploykitError(
             f"these operators have no float16 form in ONNX operator set {opset}: {'; '.join(dict.fromkeys(refused))}. "
-            "Export without fp16 and int8-fp16: give --precision fp32,int8."
+            "Export without fp16 and int8-fp16: give --precision fp32 --precision int8."
         )
     return pinned
 

@@ -13,7 +13,7 @@ from tensorrt_graphs import hub, model, residual, samples, small_net
 
 from deploykit import targets
 from deploykit.core.errors import DeploykitError
-from deploykit.exporters.tensorrt.half import bake_half
+from deploykit.exporters.half import bake_half
 from deploykit.exporters.tensorrt.lint import lint
 from deploykit.exporters.tensorrt.opset import verify_opset
 

@@ -1,0 +1,40 @@
+# Everything runs in .venv; nothing else on the machine is touched.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test test-slow check bench docs clean
+
+# torch comes first and alone: other packages would otherwise pull a CUDA build of several gigabytes.
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt torch numpy
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: $(READY)
+	$(BIN)/deploykit demo --out demo
+	@echo "Reports: demo/x86/report.html demo/mobile-arm/report.html demo/jetson/report.html"
+
+test: $(READY)
+	$(BIN)/python -m pytest -m "not slow" -n 2
+
+test-slow: $(READY)
+	$(BIN)/python -m pytest -n 2
+
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(READY)
+	$(BIN)/python -m benchmarks.road
+	$(BIN)/python -m benchmarks.tables
+
+docs: $(READY)
+	$(BIN)/python -m benchmarks.tables
+
+clean:
+	rm -rf $(VENV) build *.egg-info demo

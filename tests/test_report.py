@@ -1,0 +1,424 @@
+"""The result table, report.html, README.md and infer.py."""
+
+from __future__ import annotations
+
+import ast
+import io
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from PIL import Image
+from rich.console import Console
+from small_artifact import small_artifact
+
+from deploykit import exporters
+from deploykit.core.artifact import Check, Island, Measurement
+from deploykit.core.data import Preprocess
+from deploykit.core.errors import DeploykitError, MissingExtra
+from deploykit.core.figures import file_size, milliseconds, number, quotient
+from deploykit.core.manifest import Manifest, OperatorError, Score, Stored, load_manifest
+from deploykit.report import result_table, summary_json, verify_artifact, write_report, write_usage
+from deploykit.report.charts import charts
+from deploykit.report.infer import script
+from deploykit.report.page import grouped, render, summary, verdict
+from deploykit.report.rows import rows
+from deploykit.report.words import preprocessing, shape, title
+from deploykit.sources import preprocess_image
+
+LOOK = Preprocess(resize=10, crop=8, mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3))
+
+
+def timed(precision: str, p50: float, size: int = 1000) -> Measurement:
+    return Measurement(precision, 1, 1, 50, p50, p50 * 1.2, p50 * 2, 1000 / p50, 1.5, size, "this machine: CPU, rt 1.0")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("report") / "x86"
+    small_artifact(path, measurements=(timed("fp32", 2.0), timed("int8", 1.0)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def manifest(folder: Path) -> Manifest:
+    return load_manifest(folder)
+
+
+def printed(manifest: Manifest) -> str:
+    console = Console(width=140, file=io.StringIO(), record=True)
+    console.print(result_table([(Path("out"), manifest)]))
+    return console.export_text()
+
+
+# ------------------------------------------------------------------ figures
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        (number(86.333), "86.33"),
+        (number(0.0), "0.00"),
+        (milliseconds(123.4), "123"),
+        (milliseconds(12.34), "12.3"),
+        (milliseconds(1.234), "1.23"),
+        (milliseconds(0.1234), "0.123"),
+        (milliseconds(0.01234), "0.0123"),
+        (file_size(842), "842 B"),
+        (file_size(12_300), "12.3 kB"),
+        (file_size(4_560_000), "4.56 MB"),
+        (quotient(0.274), "0.27×"),
+    ],
+)
+def test_figures_have_about_three_digits(written: str, expected: str) -> None:
+    assert written == expected
+
+
+def test_what_was_not_measured_is_a_dash() -> None:
+    assert {number(None), milliseconds(None), file_size(None), quotient(None)} == {"–"}
+
+
+# ------------------------------------------------------------------ the table
+
+
+def test_the_table_has_a_line_per_file_and_the_original(manifest: Manifest) -> None:
+    lines = [line.split() for line in printed(manifest).splitlines() if line.strip().startswith("x86")]
+    assert [line[1] for line in lines] == ["original", "fp32", "int8"]
+    assert lines[0][2:] == ["80.00"]
+    assert lines[2][-5:] == ["79.50", "98.00", "1.00", "1.20", "[1]"]
+    assert "[1] this machine: CPU, rt 1.0" in printed(manifest)
+
+
+def test_nothing_measured_is_never_zero(manifest: Manifest) -> None:
+    nothing = replace(manifest, measurements=(), scores=())
+    shown = printed(nothing)
+    assert "not measured" in shown and "–" in shown and " 0.00" not in shown
+    (plain,) = json.loads(json.dumps(summary_json([(Path("out"), nothing)])))
+    assert [r["accuracy"] for r in plain["results"]] == [None, None]
+    assert [r["measurement"] for r in plain["results"]] == [None, None]
+    assert all(r["bytes"] > 0 for r in plain["results"])
+
+
+def test_json_has_what_the_table_has(manifest: Manifest) -> None:
+    (plain,) = json.loads(json.dumps(summary_json([(Path("out"), manifest)])))
+    assert (plain["folder"], plain["target"], plain["passed"]) == ("out", "x86", True)
+    original, fp32, int8 = plain["results"]
+    assert original["path"] is None and original["accuracy"] == 80.0
+    assert fp32["size_ratio"] == 1.0 and int8["size_ratio"] == int8["bytes"] / fp32["bytes"]
+    assert int8["measurement"]["p50_ms"] == 1.0 and int8["agreement"] == 98.0
+    assert plain["checks"][0]["passed"] is True
+
+
+# ------------------------------------------------------------------ the page
+
+
+class Page(HTMLParser):
+    """Notes what a browser would load, and whether tags are closed."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.loads: list[str] = []
+        self.text: list[str] = []
+        self.feed(source)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in ("meta", "rect", "path"):
+            self.open.append(tag)
+        self.loads += [str(v) for k, v in attrs if k in ("src", "href", "srcset", "onload")] + [tag] * (tag == "script")
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in ("meta", "rect", "path"):
+            assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+
+def words(manifest: Manifest) -> str:
+    page = Page(render(manifest))
+    assert page.open == [] and page.loads == []
+    return " ".join(" ".join(page.text).split())
+
+
+def test_the_page_is_self_contained_and_the_same_twice(folder: Path) -> None:
+    first = write_report(folder).read_bytes()
+    assert write_report(folder).read_bytes() == first
+    assert b"@import" not in first and b"url(" not in first
+
+
+def test_the_page_tells_the_whole_story(manifest: Manifest) -> None:
+    full = replace(
+        manifest,
+        preprocess=LOOK,
+        notes=("int8 is slower than fp16 here",),
+        operators=(OperatorError("stem.conv", "Conv", 0.75, 1.5), OperatorError("head", "Gemm", 0.0, 0.0)),
+        files=(*manifest.files[:-1], replace(manifest.files[-1], islands=(Island("Softmax", "head.s", "no kernel"),))),
+        checks=(*manifest.checks, Check("device run", "int8", None, None, None, "no board here")),
+    )
+    shown = words(full)
+    for expected in (
+        "nets.py:small on x86",
+        "1 check passed, 1 could not run here.",
+        "One call takes 1.00 ms instead of 2.00 ms (0.50×) on this machine.",
+        "It scores 79.50 %, the original model 80.00 %, on 16 samples (eval).",
+        "python infer.py image.jpg",
+        "BiasCorrect()",
+        "no board here",
+        "no kernel",
+        "stem.conv Conv 0.75 1.500",
+        "cut the centre, 8 × 8 (height × width)",
+        "deploykit 0.1.0",
+        "int8 is slower than fp16 here",
+        "batch × 3 × 8 × 8, float32",
+    ):
+        assert expected in shown, expected
+    assert "head Gemm" not in shown, "an operator without an error is not among the worst"
+
+
+def test_names_in_the_page_are_escaped(manifest: Manifest) -> None:
+    source = render(replace(manifest, model="nets.py:<script>alert(1)</script>", recipe="# </pre><b>"))
+    assert Page(source).loads == [] and "<b>" not in source
+
+
+def test_a_page_without_any_figure_still_says_what_it_is(manifest: Manifest) -> None:
+    bare = replace(
+        manifest, scores=(), measurements=(), checks=(), data={}, versions={}, steps=(), stored=(), seconds={}
+    )
+    shown = words(bare)
+    assert "Nothing was checked." in shown and "Its accuracy was not measured." in shown
+    assert "Times and memory were not measured" in shown
+
+
+def test_checks_that_could_not_run_are_not_passed(manifest: Manifest) -> None:
+    checks = [Check("c", "int8", None, None, passed, "") for passed in (True, None, False)]
+    assert verdict(replace(manifest, checks=tuple(checks[:2]))).text == "1 check passed, 1 could not run here"
+    assert verdict(replace(manifest, checks=tuple(checks))).state == "failed"
+    assert verdict(replace(manifest, checks=(checks[1],))).state == "open"
+    assert verdict(replace(manifest, checks=())).state == "open"
+
+
+def test_times_from_elsewhere_are_not_in_the_summary(manifest: Manifest) -> None:
+    nowhere = replace(timed("int8", 1.0), p50_ms=None, runs=0, where="not run here: needs a board")
+    found = summary(rows(replace(manifest, measurements=(timed("fp32", 2.0), nowhere))))
+    assert "Its speed was not run here: needs a board." in found
+    assert not any("One call" in sentence for sentence in found)
+
+
+def test_bars_start_at_zero_and_missing_figures_have_none(manifest: Manifest) -> None:
+    stored = (Stored("model.fp32.onnx", 4000, ""), Stored("model.int8.onnx", 1000, ""))
+    size, time, lost = charts(rows(replace(manifest, stored=stored, measurements=(timed("fp32", 2.0),))))
+    assert [(b.value, b.text) for b in size.bars] == [(1.0, "4.00 kB"), (0.25, "1.00 kB")]
+    assert [(b.label, b.value) for b in time.bars] == [("fp32", 2.0 / 2.4), ("int8", None)]
+    assert time.bars[1].text == "not measured"
+    assert (lost.title, [b.text for b in lost.bars]) == ("Accuracy lost", ["not measured", "0.50"])
+    assert lost.bars[1].value == 0.25, "two points fill the panel"
+
+
+def test_without_labels_the_chart_shows_other_answers(manifest: Manifest) -> None:
+    scores = tuple(Score(p, 16, "held out", None, a, None, {}) for p, a in (("original", 100.0), ("int8", 96.0)))
+    lost = charts(rows(replace(manifest, scores=scores)))[-1]
+    assert (lost.title, lost.bars[1].text, lost.bars[1].value) == ("Other answers", "4.00", 1.0)
+
+
+def test_float_operators_are_grouped_by_reason() -> None:
+    islands = [Island("Softmax", f"block{i}", "no kernel") for i in range(10)] + [Island("Resize", "up", "cubic")]
+    groups = grouped(islands)
+    assert [(g.operator, g.why, g.count) for g in groups] == [("Softmax", "no kernel", 10), ("Resize", "cubic", 1)]
+    assert groups[0].layers.endswith("block7 and 2 more")
+
+
+def test_an_altered_artifact_gets_no_report(tmp_path: Path) -> None:
+    small_artifact(tmp_path / "a")
+    (tmp_path / "a" / "README.md").write_text("something else")
+    with pytest.raises(DeploykitError, match=r"README.md has 14 bytes, \d+ were written"):
+        write_report(tmp_path / "a")
+
+
+def test_without_jinja_the_missing_extra_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    with pytest.raises(MissingExtra, match=r"deploykit\[report\]"):
+        write_report(folder)
+
+
+def test_verify_opens_what_is_whole_and_names_what_is_not(tmp_path: Path) -> None:
+    small_artifact(tmp_path / "a")
+    assert verify_artifact(tmp_path / "a")[1] == []
+    (tmp_path / "a" / "model.int8.onnx").unlink()
+    assert verify_artifact(tmp_path / "a")[1] == ["model.int8.onnx is missing"]
+
+
+# ------------------------------------------------------------------ how to run it
+
+
+def infer(folder: Path, *arguments: str, code: int = 0) -> str:
+    """Runs infer.py where deploykit cannot be imported: isolated, in another folder."""
+    command = [sys.executable, "-I", str(folder / "infer.py"), *arguments]
+    done = subprocess.run(command, cwd=folder.parent, capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stderr
+    return done.stdout if code == 0 else done.stderr
+
+
+def picture(path: Path, width: int, height: int, seed: int = 0) -> Path:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+@pytest.mark.parametrize("target", ["x86", "mobile-arm"])
+def test_infer_gives_what_the_artifact_gives(tmp_path: Path, target: str) -> None:
+    if target == "mobile-arm":
+        pytest.importorskip("ai_edge_litert", reason="the extra 'tflite' runs .tflite files")
+    folder = tmp_path / "artifact"
+    small_artifact(folder, target, preprocess=LOOK, classes=("ant", "bee", "cat", "dog"))
+    paths = [picture(tmp_path / "a.png", 13, 17), picture(tmp_path / "b.png", 30, 11, seed=1)]
+    arrays = np.stack([preprocess_image(Image.open(p), LOOK) for p in paths])
+    artifact = exporters.open_artifact(folder)
+    for precision in ("fp32", "int8"):
+        expected = artifact(arrays, precision=precision)["y"]
+        saved = tmp_path / "out.npz"
+        shown = infer(folder, *map(str, paths), "--precision", precision, "--save", str(saved))
+        np.testing.assert_allclose(np.load(saved)["y"], expected, rtol=1e-6, atol=1e-6)
+        best = ("ant", "bee", "cat", "dog")[int(expected[0].argmax())]
+        assert shown.splitlines()[0] == f"{paths[0]}:" and shown.splitlines()[1].endswith(f"  {best}")
+        assert len(shown.splitlines()) == 2 * (1 + 4)
+
+
+def test_infer_takes_arrays_where_inputs_are_no_images(folder: Path, tmp_path: Path) -> None:
+    x = np.random.default_rng(0).normal(size=(3, 3, 8, 8)).astype(np.float32)
+    np.savez(tmp_path / "inputs.npz", x=x)
+    infer(folder, str(tmp_path / "inputs.npz"), "--save", str(tmp_path / "out.npz"))
+    expected = exporters.open_artifact(folder)(x)["y"]
+    np.testing.assert_allclose(np.load(tmp_path / "out.npz")["y"], expected, rtol=1e-6, atol=1e-6)
+
+
+def test_infer_says_what_is_wrong_with_its_input(folder: Path, tmp_path: Path) -> None:
+    np.savez(tmp_path / "other.npz", z=np.zeros(3))
+    np.savez(tmp_path / "large.npz", x=np.zeros((1, 3, 9, 8)))
+    image = picture(tmp_path / "a.png", 8, 8)
+    for path, message in (
+        (tmp_path / "other.npz", "the network takes x; given: z"),
+        (tmp_path / "large.npz", "input x has the shape [1, 3, 9, 8]; the network takes ['batch', 3, 8, 8]"),
+        (image, "does not take image files: give an .npz with x"),
+        (tmp_path / "missing.npz", "no file"),
+    ):
+        error = infer(folder, str(path), code=1)
+        assert message in error and "Traceback" not in error
+
+
+def test_a_picture_smaller_than_the_crop_is_refused_not_padded(tmp_path: Path) -> None:
+    small_artifact(tmp_path / "a", preprocess=replace(LOOK, resize=None))
+    error = infer(tmp_path / "a", str(picture(tmp_path / "tiny.png", 20, 7)), code=1)
+    assert "is 20 x 7; the network looks at 8 x 8 (width x height)" in error
+
+
+def test_a_single_sample_may_come_without_its_batch_dimension(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(script, "INPUTS", {"x": (("batch", 2, 2), "float32")})
+    assert script.fit("x", {"x": np.zeros((2, 2))}).shape == (1, 2, 2)
+
+
+def test_outputs_that_are_no_scores_are_summed_up(capsys: pytest.CaptureFixture[str]) -> None:
+    script.show("mask", np.array([[1.0, 3.0]]), is_scores=False)
+    assert capsys.readouterr().out == "  mask [1, 2]: min 1, mean 2, max 3\n"
+
+
+@given(
+    size=st.tuples(st.integers(8, 60), st.integers(8, 60)),
+    resize=st.one_of(st.none(), st.integers(8, 40)),
+    crop=st.one_of(st.none(), st.tuples(st.integers(1, 8), st.integers(1, 8))),
+    layout=st.sampled_from(["NCHW", "NHWC"]),
+    channels=st.sampled_from(["RGB", "BGR", "L"]),
+)
+def test_infer_preprocesses_as_calibration_did(
+    tmp_path_factory: pytest.TempPathFactory,
+    size: tuple[int, int],
+    resize: int | None,
+    crop: tuple[int, int] | None,
+    layout: str,
+    channels: str,
+) -> None:
+    look = Preprocess(resize, crop, 1 / 127.5, (1.0,), (0.5,), layout, channels)
+    path = picture(tmp_path_factory.getbasetemp() / "sized.png", *size)
+    ours: NDArray[Any] = script.load_image(path, {f: getattr(look, f) for f in look.__dataclass_fields__})
+    np.testing.assert_array_equal(ours, preprocess_image(Image.open(path), look))
+
+
+def test_infer_depends_on_nothing_of_ours(folder: Path) -> None:
+    tree = ast.parse((folder / "infer.py").read_text(), feature_version=(3, 9))
+    found = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
+    found |= {n.module or "" for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+    known = {"argparse", "sys", "pathlib", "typing", "collections.abc", "__future__", "numpy", "onnxruntime", "PIL"}
+    assert found == known
+
+
+@pytest.mark.parametrize("model", ['a"""b.py:net', "C:\\new\\nets.py:net", "nets.py:net"])
+def test_infer_is_valid_whatever_the_model_is_called(tmp_path: Path, model: str) -> None:
+    small_artifact(tmp_path / "a", model=model)
+    assert "net" in (ast.get_docstring(ast.parse((tmp_path / "a" / "infer.py").read_text())) or "")
+
+
+def test_usage_is_the_same_twice_and_holds_no_timing(tmp_path: Path) -> None:
+    manifest = small_artifact(tmp_path / "a")
+    before = {n: (tmp_path / "a" / n).read_bytes() for n in ("infer.py", "README.md")}
+    write_usage(tmp_path / "a", replace(manifest, measurements=(timed("int8", 1.0),), seconds={"check": 1.0}))
+    assert before == {n: (tmp_path / "a" / n).read_bytes() for n in before}
+
+
+def test_the_readme_says_how_to_run_and_what_goes_in(tmp_path: Path) -> None:
+    small_artifact(tmp_path / "a", preprocess=LOOK, classes=("ant", "bee"), notes=("a note",))
+    readme = (tmp_path / "a" / "README.md").read_text()
+    for expected in (
+        "# nets.py:small for x86",
+        "pip install numpy onnxruntime pillow",
+        "python infer.py image.jpg",
+        "| `model.int8.onnx` | int8 |",
+        "- `x`: batch × 3 × 8 × 8, float32",
+        "2. resize the shorter side to 10 pixels, bilinear",
+        "Classes, in order: ant, bee.",
+        "- a note",
+    ):
+        assert expected in readme, expected
+
+
+def test_a_tensorrt_bundle_is_run_by_its_own_script(tmp_path: Path) -> None:
+    small_artifact(tmp_path / "jetson", "jetson")
+    readme = (tmp_path / "jetson" / "README.md").read_text()
+    assert "    ./build.sh\n" in readme and "BUILD.md" in readme
+    assert not (tmp_path / "jetson" / "infer.py").exists()
+    assert (tmp_path / "jetson" / "build.sh").is_file()
+
+
+def test_every_exporter_says_how_its_files_are_run() -> None:
+    parts = Path(script.__file__).parent
+    assert {p.stem.removeprefix("run_") for p in parts.glob("run_*.py")} == set(exporters.names())
+
+
+def test_preprocessing_is_told_step_by_step() -> None:
+    assert preprocessing(LOOK) == (
+        "read as RGB, values 0 to 255",
+        "resize the shorter side to 10 pixels, bilinear",
+        "cut the centre, 8 × 8 (height × width)",
+        "multiply by 1/255",
+        "subtract (0.4, 0.5, 0.6) per channel",
+        "divide by (0.2, 0.25, 0.3) per channel",
+        "float32, NCHW",
+    )
+    assert preprocessing(Preprocess(scale=1.0, mean=(127.5,), layout="NHWC", channels="L")) == (
+        "read as grey, values 0 to 255",
+        "subtract 127.5",
+        "float32, NHWC",
+    )
+
+
+def test_names_and_shapes_are_fit_to_read() -> None:
+    assert shape(("s77", 3, "length")) == "batch × 3 × length"
+    assert title("/home/me/nets.py:build") == "nets.py:build" and title("torchvision.models:resnet18")
