@@ -81,7 +81,7 @@ def export(
     ranges: Annotated[Path | None, typer.Option(help="Ranges that `calibrate` wrote")] = None,
     thresholds: Thresholds = "minmax",
     precision: Annotated[
-        list[str] | None, typer.Option("--precision", help="Write only this: fp32, fp16, int8, int8-fp16; may be repeated")
+        list[str] | None, typer.Option("--precision", help="Write only fp32, fp16, int8 or int8-fp16; may be repeated")
     ] = None,
     bias_correction: Annotated[bool, typer.Option(help="Correct biases after quantizing")] = True,
     keep_float: Annotated[list[str] | None, typer.Option(help="Layer that stays in float, by name")] = None,
@@ -338,11 +338,8 @@ def _prepare(
     from deploykit.sources import load_data
 
     loaded = load_model(model, weights)
-    data = {
-        role: load_data(spec, input_specs(loaded), look, role, seed)
-        for role, spec in sources.items()
-        if spec is not None
-    }
+    inputs = input_specs(loaded)
+    data = {role: load_data(spec, inputs, look, role, seed) for role, spec in sources.items() if spec is not None}
     example = None if not input_shape else dict(_input(text) for text in input_shape)
     return pipeline.prepare(loaded, data, example)
 

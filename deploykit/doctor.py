@@ -10,7 +10,7 @@ import shutil
 EXTRAS = {
     "tflite": (("ai-edge-litert", "tflite-runtime"), "writes and runs .tflite files"),
     "train": (("accelerate",), "steps that train"),
-    "report": (("matplotlib",), "report.html"),
+    "report": (("jinja2",), "report.html"),
     "demo": (("scikit-learn",), "`deploykit demo`"),
     "openvino": (("openvino",), "OpenVINO files"),
 }

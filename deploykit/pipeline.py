@@ -19,7 +19,7 @@ from deploykit.core.context import Context, Role
 from deploykit.core.data import DataSet, Preprocess
 from deploykit.core.errors import DeploykitError, GateFailed
 from deploykit.core.files import folder_in_place, refuse_existing
-from deploykit.core.manifest import Manifest, Score, Source, stored_files
+from deploykit.core.manifest import Manifest, OperatorError, Score, Source, stored_files
 from deploykit.core.progress import say, status
 from deploykit.core.ranges import Ranges
 from deploykit.core.recipe import STAGES, Pass, Recipe, Step, dump_recipe
@@ -33,10 +33,13 @@ if TYPE_CHECKING:
     from deploykit.hub.graph import FloatGraph, Hub
     from deploykit.models import Model
 
-HELD_OUT = 0.2
-"""Share of the calibration data that is kept for evaluation when there is no other."""
+HELD_OUT = 5
+"""Without evaluation data every fifth calibration sample is held out: spread, because folders are sorted by class."""
+HELD_OUT_LABEL = "every fifth calibration sample, held out"
 GOLDEN = 8
 """Real samples that exporters may use, e.g. as golden inputs to be compared on the device."""
+WORST = 20
+"""How many operators are named in the manifest."""
 HUB_SAMPLES = 200
 """The hub runs without an optimizer, so files are compared with it on at most this many samples."""
 
@@ -135,10 +138,11 @@ def prepare(model: Model, data: Mapping[Role, DataSet], example: Mapping[str, ND
     given = dict(data)
     if "calibration" in given and "eval" not in given:
         calibration = given["calibration"]
-        kept = max(1, round(len(calibration) * (1 - HELD_OUT)))
-        if kept < len(calibration):
-            given["holdout"] = calibration.take(slice(kept, None))
-            given["calibration"] = calibration.take(slice(0, kept))
+        positions = np.arange(len(calibration))
+        last = positions % HELD_OUT == HELD_OUT - 1
+        if last.any():
+            given["holdout"] = calibration.pick(positions[last])
+            given["calibration"] = calibration.pick(positions[~last])
             held_out = True
     source = given.get("calibration") or given.get("eval") or given.get("train")
     if source is not None:
@@ -302,7 +306,7 @@ class _Road:
             hub = replace(hub, samples=samples)
             files = exporter.export(hub, target, folder, precisions)
         with self._phase(f"check {target.name}"):
-            scores, checks = self._evaluate(hub, target, folder, files)
+            scores, checks, operators = self._evaluate(hub, target, folder, files)
         manifest = Manifest(
             target=target.name,
             exporter=target.exporter,
@@ -320,6 +324,8 @@ class _Road:
             preprocess=self.prepared.preprocess,
             checks=(*self.lowering_check, *checks),
             scores=tuple(scores),
+            operators=tuple(operators[:WORST]),
+            classes=self._classes(),
             notes=(*self.notes, *notes, *_shrink_notes(folder, files)),
             versions=versions(),
         )
@@ -330,7 +336,9 @@ class _Road:
         manifest.save(folder)
         if self.settings.benchmark:
             with self._phase(f"benchmark {target.name}"):
-                measurements, advice = bench.measure_artifact(folder, threads=self.settings.threads)
+                measurements, advice = bench.measure_artifact(
+                    folder, self.prepared.example, threads=self.settings.threads
+                )
             manifest = replace(manifest, measurements=measurements, notes=(*manifest.notes, *advice))
         manifest = replace(manifest, seconds={k: round(v, 3) for k, v in self.seconds.items()})
         manifest.save(folder)
@@ -390,7 +398,7 @@ class _Road:
 
     def _evaluate(
         self, hub: Hub, target: Target, folder: Path, files: Sequence[File]
-    ) -> tuple[list[Score], list[Check]]:
+    ) -> tuple[list[Score], list[Check], Sequence[OperatorError]]:
         """Answers of every file on the evaluation data, against labels, the original model and the hub."""
         from deploykit import check
         from deploykit.exporters import to_onnx
@@ -398,8 +406,9 @@ class _Road:
 
         data = self.prepared.data.get("eval") or self.prepared.data.get("holdout")
         if data is None:
-            return [], [Check("accuracy", "all", None, None, None, "no data to evaluate on: give --calib or --eval")]
-        label = data.origin if not self.prepared.held_out else "last 20 % of the calibration data"
+            missing = Check("accuracy", "all", None, None, None, "no data to evaluate on: give --calib or --eval")
+            return [], [missing], ()
+        label = data.origin if not self.prepared.held_out else HELD_OUT_LABEL
         exporter = exporters.load(target.exporter)
         threads = self.settings.threads
         if self.reference_answers is None:
@@ -408,6 +417,7 @@ class _Road:
         baseline = check.score(self.reference_answers, self.reference_answers, "original", label, self.metric)
         scores = [baseline]
         checks: list[Check] = []
+        operators: Sequence[OperatorError] = ()
         for file in files:
             answers = check.answer(exporter.load(folder / file.path, threads), data, f"{target.name} {file.precision}")
             found = check.score(answers, self.reference_answers, file.precision, label, self.metric)
@@ -422,9 +432,12 @@ class _Road:
                     ours, check.answer(hub_run, part, "hub"), file.precision, self.gate
                 )  # fmt: skip
             if file.precision == "int8":
-                found_checks, _ = check.check_operators(hub, exporter, target, data, self.gate)
+                found_checks, operators = check.check_operators(hub, exporter, target, data, self.gate)
                 checks += found_checks
-        return scores, checks
+        return scores, checks, operators
+
+    def _classes(self) -> tuple[str, ...]:
+        return next((d.classes for d in self.prepared.data.values() if d.classes), ())
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:

@@ -30,9 +30,9 @@ import onnx_ir as ir
 from deploykit.core.artifact import Arrays, File, Island, Runner, Runtime
 from deploykit.core.errors import DeploykitError
 from deploykit.core.target import Precision, Target
+from deploykit.exporters.half import bake_half
 from deploykit.exporters.tensorrt import lint as trt_lint
 from deploykit.exporters.tensorrt.golden import golden_inputs, relative_error, tolerance, write_arrays
-from deploykit.exporters.half import bake_half
 from deploykit.exporters.tensorrt.lint import LINEAR, Finding, lint, runs_in_int8
 from deploykit.exporters.tensorrt.opset import lower_opset, verify_opset
 from deploykit.exporters.tensorrt.options import Options, options

@@ -29,7 +29,9 @@ def export(hub: Hub, target: Target, out_dir: Path, precisions: Sequence[Precisi
     from deploykit.exporters.tflite.translate import translate
 
     if target.options:
-        raise DeploykitError(f"target {target.name}: the tflite exporter has no options; given: {', '.join(target.options)}")
+        raise DeploykitError(
+            f"target {target.name}: the tflite exporter has no options; given: {', '.join(target.options)}"
+        )
     files = []
     for precision in precisions:
         model = _model(hub, target, precision)

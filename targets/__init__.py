@@ -37,7 +37,7 @@ def _folder() -> Path:
 
 
 def _merged(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
-    """The table of a profile laid over the one it ``extends``; nested tables are merged key by key."""
+    """The table of a profile laid over the one it ``extends``: tables key by key, a fact as a whole."""
     if path in seen:
         raise DeploykitError(f"target {path.name} extends itself: {' -> '.join(p.stem for p in (*seen, path))}")
     table = read_toml(path)
@@ -52,6 +52,8 @@ def _merged(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
 def _overlay(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     merged = dict(below)
     for key, value in above.items():
-        both_tables = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        # a fact's figure must not keep the source of the figure it replaces
+        is_fact = isinstance(value, dict) and "source" in value
+        both_tables = isinstance(value, dict) and isinstance(merged.get(key), dict) and not is_fact
         merged[key] = _overlay(merged[key], value) if both_tables else value
     return merged

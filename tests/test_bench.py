@@ -276,3 +276,22 @@ def test_table_and_json_hold_the_same_run(folder: Path, tmp_path: Path) -> None:
     assert plain["files"][0]["peak_mb"] is None
     shown = text(found)
     assert "x86 int8 / x86 fp32" in shown and "5 rounds" in shown and processor() in shown
+
+
+# ------------------------------------------------------------------ the guide
+
+
+def test_the_guides_snippet_runs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    guide = (Path(__file__).parent.parent / "docs" / "benchmark.md").read_text()
+    snippet = guide.partition("```python\n")[2].partition("```")[0]
+    seen: list[Benchmark] = []
+
+    def brief(folders: Sequence[Path], **options: Any) -> Benchmark:
+        seen.append(quick(folders, **options))
+        return seen[-1]
+
+    (folder.parent / "out").symlink_to(folder)
+    monkeypatch.chdir(folder.parent)
+    monkeypatch.setattr("deploykit.bench.measure", brief)
+    exec(snippet, {})
+    assert len(seen) == 1

@@ -161,7 +161,7 @@ def test_the_page_tells_the_whole_story(manifest: Manifest) -> None:
         manifest,
         preprocess=LOOK,
         notes=("int8 is slower than fp16 here",),
-        operators=(OperatorError("stem.conv", "Conv", 0.75, 1.5), OperatorError("head", "Gemm", 0.0, 0.0)),
+        operators=(OperatorError("stem.conv", "Conv", 0.75, 1.5, 21.25), OperatorError("head", "Gemm", 0.0, 0.0, 40.0)),
         files=(*manifest.files[:-1], replace(manifest.files[-1], islands=(Island("Softmax", "head.s", "no kernel"),))),
         checks=(*manifest.checks, Check("device run", "int8", None, None, None, "no board here")),
     )
@@ -175,14 +175,14 @@ def test_the_page_tells_the_whole_story(manifest: Manifest) -> None:
         "BiasCorrect()",
         "no board here",
         "no kernel",
-        "stem.conv Conv 0.75 1.500",
+        "stem.conv Conv 21.2 0.75 1.500",
         "cut the centre, 8 × 8 (height × width)",
         "deploykit 0.1.0",
         "int8 is slower than fp16 here",
         "batch × 3 × 8 × 8, float32",
     ):
         assert expected in shown, expected
-    assert "head Gemm" not in shown, "an operator without an error is not among the worst"
+    assert shown.index("stem.conv Conv") < shown.index("head Gemm"), "the operator that loses most comes first"
 
 
 def test_names_in_the_page_are_escaped(manifest: Manifest) -> None:
@@ -205,6 +205,12 @@ def test_checks_that_could_not_run_are_not_passed(manifest: Manifest) -> None:
     assert verdict(replace(manifest, checks=tuple(checks))).state == "failed"
     assert verdict(replace(manifest, checks=(checks[1],))).state == "open"
     assert verdict(replace(manifest, checks=())).state == "open"
+
+
+def test_what_failed_stands_at_the_top(manifest: Manifest) -> None:
+    failed = Check("lost accuracy (points)", "int8", 3.5, 2.0, False, "80.00 -> 76.50")
+    shown = words(replace(manifest, checks=(failed,)))
+    assert shown.index("int8: lost accuracy (points) 3.5, bound 2. 80.00 -> 76.50") < shown.index("Results")
 
 
 def test_times_from_elsewhere_are_not_in_the_summary(manifest: Manifest) -> None:

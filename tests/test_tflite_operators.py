@@ -161,13 +161,12 @@ def average_pool(draw: Draw) -> Case:
 
 def nearest(draw: Draw) -> Case:
     coordinate, rounding = draw(
-        st.sampled_from([("asymmetric", "floor"), ("half_pixel", "round_prefer_ceil"), ("half_pixel", "floor")])
+        st.sampled_from(
+            [("asymmetric", "floor"), ("half_pixel", "round_prefer_ceil"), ("half_pixel", "round_prefer_floor")]
+        )
     )
-    factor = 3.0 if rounding == "floor" and coordinate == "half_pixel" else float(number(draw, 1, 3))
-    if rounding == "floor" and coordinate == "half_pixel":
-        coordinate = "asymmetric"
     options = {"mode": "nearest", "coordinate_transformation_mode": coordinate, "nearest_mode": rounding}
-    constants = {"s": np.array([1, 1, factor, factor], np.float32)}
+    constants = {"s": np.array([1, 1, number(draw, 1, 3), number(draw, 1, 3)], np.float32)}
     return [("Resize", ["x", "", "s"], ["y"], options)], {"x": image(draw, 2)}, constants
 
 

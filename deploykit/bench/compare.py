@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 CLEAR = 0.75
-"""A file is called faster than another if it was in this share of the rounds (by chance alone: 1 in 1000 for 50)."""
+"""A file is called faster than another if it was in this share of the rounds (of 50, by chance: below 1 in 1000)."""
 MATTERS = 1.05
 """Nobody is advised to take another file for less than 5 %."""
 BUSY = 1.5

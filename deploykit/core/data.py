@@ -127,7 +127,10 @@ class DataSet:
         """At most ``count`` samples, evenly spaced over the set."""
         if count >= len(self):
             return self
-        chosen = np.linspace(0, len(self) - 1, count).round().astype(int)
+        return self.pick(np.linspace(0, len(self) - 1, count).round().astype(int))
+
+    def pick(self, chosen: NDArray[Any]) -> DataSet:
+        """The samples at the given positions."""
         labels = None if self.labels is None else self.labels[chosen]
         return replace(self, index=tuple(self.index[i] for i in chosen), labels=labels)
 

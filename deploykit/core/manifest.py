@@ -33,7 +33,7 @@ class Score:
     precision: str
     samples: int
     data: str
-    """Which samples, e.g. ``"eval"`` or ``"last 20 % of the calibration data"``."""
+    """Which samples, e.g. ``"eval"`` or ``"every fifth calibration sample, held out"``."""
     metric: float | None
     """Top-1 accuracy in percent, or what ``--metric`` returned."""
     agreement: float | None
@@ -56,6 +56,8 @@ class OperatorError:
     """Largest difference, in least significant bits of the output."""
     mismatch: float
     """Percent of the outputs that differ by more than a quarter of a step."""
+    sqnr_db: float
+    """Signal to noise of this operator quantized alone, fed with what the float network feeds it."""
 
 
 @dataclass(frozen=True)

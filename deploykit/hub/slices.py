@@ -105,6 +105,8 @@ class OperatorSlice:
     inputs: tuple[str, ...]
     """Values of the hub that it reads: dequantized, so feeding them reproduces the same integers."""
     output: str
+    tensor: str
+    """The name of the output in the float graph."""
     scale: float
     """Of the output: one least significant bit."""
 
@@ -116,6 +118,7 @@ def operator_slices(hub: Hub) -> Iterator[OperatorSlice]:
     """
     slicer = Slicer(onnx.load_model_from_string(hub.bytes))
     integer = {d.layer: d for d in hub.decisions if d.quantized}
+    floats = {f"{o.name}_float": o.name for o in slicer.model.graph.output}  # what quantizing renamed
     reads: dict[str, list[onnx.NodeProto]] = {}
     for node in slicer.model.graph.node:
         for name in node.input:
@@ -131,7 +134,8 @@ def operator_slices(hub: Hub) -> Iterator[OperatorSlice]:
         model = slicer.cut([output], known)
         inputs = slicer.boundary([output], known)
         yield OperatorSlice(
-            node.name, node.op_type, model, tuple(inputs), output, float(slicer.array(quantizer.input[1]))
+            node.name, node.op_type, model, tuple(inputs), output, floats.get(quantizer.input[0], quantizer.input[0]),
+            float(slicer.array(quantizer.input[1])),
         )  # fmt: skip
 
 

@@ -107,7 +107,7 @@ class HubModule(nn.Module):
 
     def _weight(self, output: str) -> Tensor:
         """What the device multiplies with: integers times scale."""
-        v = self.latent[_key(output)]
+        v: Tensor = self.latent[_key(output)]
         weight = self.weights[output]
         if weight.is_bias:
             return v  # int32 steps are far finer than float32 training resolves

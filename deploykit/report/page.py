@@ -17,8 +17,6 @@ from deploykit.report.usage import usage
 from deploykit.report.words import preprocessing, shape, title
 
 NAME = "report.html"
-WORST = 12
-"""Operators listed one by one."""
 LAYERS = 8
 """Layers named per reason."""
 
@@ -67,7 +65,6 @@ def render(manifest: Manifest) -> str:
         usage=usage(manifest),
         preprocessing=preprocessing(manifest.preprocess) if manifest.preprocess else (),
         islands={f.path: grouped(f.islands) for f in manifest.files if f.islands},
-        worst=[o for o in manifest.operators if o.lsb > 0][:WORST],
         places=places(manifest.measurements),
     )
 
@@ -126,7 +123,8 @@ def _accuracy(original: Score | None, score: Score | None) -> list[str]:
         beside = f", the original model {number(original.metric)} %" if original and original.metric is not None else ""
         said.append(f"It scores {number(score.metric)} %{beside}, {where}.")
     if score.agreement is not None:
-        said.append(f"It gives the original model's answer for {number(score.agreement)} % of them.")
+        of = "them" if said else f"{score.samples:,} samples ({score.data})"
+        said.append(f"It gives the original model's answer for {number(score.agreement)} % of {of}.")
     if not said and score.sqnr_db:
         name, worst = min(score.sqnr_db.items(), key=lambda item: item[1])
         said.append(f"Its outputs stand at least {number(worst, 1)} dB above the error ({name}), {where}.")
