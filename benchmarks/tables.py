@@ -1,64 +1,171 @@
-"""Writes ``docs/results.md`` from ``results/*.json``: nothing in it is typed by hand."""
+"""Writes what the documentation shows of ``results/*.json``: nothing of it is typed by hand.
+
+* ``docs/results.md``: every row;
+* ``<!-- results -->`` … ``<!-- /results -->`` in the README: the rows about two trained networks;
+* ``<!-- row: NAME/CLAIM -->`` … ``<!-- /row -->`` on any page: the values of one row, the claim cut short at will;
+* ``docs/images/int8.svg``: int8 beside fp32.
+"""
 
 from __future__ import annotations
 
 import json
-from pathlib import Path
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
+from xml.sax.saxutils import escape
 
 from benchmarks.rows import RESULTS
 
-DOCS = RESULTS.parent.parent / "docs" / "results.md"
+ROOT = RESULTS.parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 TITLES = {
     "road": "The whole road",
+    "choices": "Default choices and passes",
     "quantize": "Quantization",
     "prune": "Pruning",
     "low_rank": "Low rank",
     "deep_compression": "Deep Compression",
     "distill": "Distillation",
 }
+Rows = Sequence[Mapping[str, Any]]
 
 
 def number(value: float | None) -> str:
-    """Four significant digits; a dash for what was not measured."""
-    return "not measured" if value is None else f"{value:.4g}"
+    """Four significant digits, whole numbers in full; a dash for what was not measured."""
+    if value is None:
+        return "not measured"
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
-def met(row: dict[str, Any]) -> bool:
+def met(row: Mapping[str, Any]) -> bool:
+    """Whether the bar is met."""
     if row["value"] is None:
         return False
     return bool(row["value"] >= row["bar"] if row["better"] == "higher" else row["value"] <= row["bar"])
 
 
-def section(path: Path) -> str:
-    rows = json.loads(path.read_text())["rows"]
-    lines = [f"## {TITLES.get(path.stem, path.stem)}", ""]
+def results() -> dict[str, Rows]:
+    """The rows of every file, by its name, in the order of `TITLES`."""
+    found = sorted(RESULTS.glob("*.json"), key=lambda p: [*TITLES, p.stem].index(p.stem))
+    return {path.stem: json.loads(path.read_text())["rows"] for path in found}
+
+
+def page(found: Mapping[str, Rows]) -> str:
+    """``docs/results.md``."""
+    head = (
+        "# Results\n\nEvery line is an acceptance line of the project, measured by a script in `benchmarks/` and "
+        "written here by `make docs`. A figure that is worse than its bar says so.\n\n"
+    )
+    return head + "\n\n".join(section(name, rows) for name, rows in found.items()) + "\n"
+
+
+def section(name: str, rows: Rows) -> str:
+    """One file's rows and where they were measured."""
+    lines = [f"## {TITLES.get(name, name)}", ""]
     lines += ["| claim | measured | bar | | neighbours | data |", "|---|---|---|---|---|---|"]
     for row in rows:
         sign = "≥" if row["better"] == "higher" else "≤"
-        detail = "; ".join(f"{k} {number(v)}" for k, v in row["values"].items())
-        value = f"**{number(row['value'])}**" + (f" ({detail})" if detail else "")
+        value = f"**{number(row['value'])}**" + (f" ({details(row)})" if row["values"] else "")
         note = f" {row['note']}" if row["note"] else ""
         lines.append(
             f"| {row['claim']} | {value} | {sign} {number(row['bar'])} | {'met' if met(row) else '**not met**'} "
             f"| {row['neighbour']} | {row['data']}{note} |"
         )
-    lines += ["", "Measured by:", ""]
-    for command in dict.fromkeys(r["command"] for r in rows):
-        made = [r for r in rows if r["command"] == command]
+    return "\n".join([*lines, "", "Measured by:", "", *(f"- {line}" for line in origins(rows))])
+
+
+def details(row: Mapping[str, Any]) -> str:
+    """What the figure is the worst of."""
+    return "; ".join(f"{k} {number(v)}" for k, v in row["values"].items())
+
+
+def origins(rows: Rows) -> list[str]:
+    """The commands that measured the rows, with machine, commit and date."""
+    found = []
+    for command in dict.fromkeys(row["command"] for row in rows):
+        made = [row for row in rows if row["command"] == command]
         where = ", ".join(sorted({f"{r['machine']}, commit {r['commit']}, {r['date']}" for r in made}))
-        lines.append(f"- `{command}` ({where})")
-    return "\n".join(lines)
+        found.append(f"`{command}` ({where})")
+    return found
+
+
+def refreshed(text: str, found: Mapping[str, Rows]) -> str:
+    """A page with its blocks written again."""
+    text = re.sub(
+        r"(<!-- results -->\n).*?(<!-- /results -->)",
+        lambda m: f"{m[1]}{headline(found['road'])}{m[2]}",
+        text,
+        flags=re.DOTALL,
+    )
+    return re.sub(
+        r"(<!-- row: (\w+)/([^>]*?) -->\n).*?(<!-- /row -->)",
+        lambda m: f"{m[1]}{values(find(found[m[2]], m[3]))}{m[4]}",
+        text,
+        flags=re.DOTALL,
+    )
+
+
+def headline(rows: Rows) -> str:
+    """The rows about the two trained networks, for the README."""
+    chosen = [row for row in rows if row["claim"].startswith(("MobileNetV1:", "ResNet-20:"))]
+    lines = ["| trained network, default settings | measured | neighbours |", "|---|---|---|"]
+    for row in chosen:
+        lines.append(f"| {row['claim']} | {details(row) or number(row['value'])} | {row['neighbour']} |")
+    data = ". ".join(dict.fromkeys(row["data"] for row in chosen))
+    return "\n".join([*lines, "", f"{data}. Measured by {'; '.join(origins(chosen))}.", ""])
+
+
+def values(row: Mapping[str, Any]) -> str:
+    """One row's values as a table of their own."""
+    lines = ["| | measured |", "|---|---|", *(f"| {k} | {number(v)} |" for k, v in row["values"].items())]
+    return "\n".join([*lines, "", f"{row['data']}. Measured by {origins([row])[0]}.", ""])
+
+
+def find(rows: Rows, claim: str) -> Mapping[str, Any]:
+    """The only row whose claim begins like that."""
+    (row,) = [row for row in rows if row["claim"].startswith(claim)]
+    return row
+
+
+def chart(rows: Rows) -> str:
+    """An SVG with bars: bytes and time of MobileNetV1's int8 files, their own fp32 files being 1."""
+    kinds = {"size": "MobileNetV1: int8 bytes", "time per image": "MobileNetV1: int8 time"}
+    bars = [
+        (f"{runtime}, {what}", value)
+        for what, claim in kinds.items()
+        for runtime, value in find(rows, claim)["values"].items()
+    ]
+    left, full, step = 220, 400, 34
+    height = 70 + step * len(bars)
+    shapes = [
+        '<text x="16" y="28" font-size="16">MobileNetV1 0.75 at 224: int8 beside its own fp32 file</text>',
+        f'<path d="M{left + full} 44V{height - 16}" stroke="#888" stroke-dasharray="4 3"/>',
+        f'<text x="{left + full + 6}" y="{height - 18}" fill="#555">fp32 = 1</text>',
+    ]
+    for i, (label, value) in enumerate(bars):
+        y = 50 + step * i
+        shapes += [
+            f'<text x="{left - 10}" y="{y + 17}" text-anchor="end">{escape(label)}</text>',
+            f'<rect x="{left}" y="{y}" width="{full * value:.1f}" height="24" fill="#3b6ea5"/>',
+            f'<text x="{left + full * value + 6:.1f}" y="{y + 17}">{value:.2f}</text>',
+        ]
+    body = "\n".join(shapes)
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 {height}" font-family="sans-serif" font-size="14">\n'
+        f'<rect width="720" height="{height}" fill="white"/>\n{body}\n</svg>\n'
+    )
 
 
 def main() -> None:
-    found = sorted(RESULTS.glob("*.json"), key=lambda p: [*TITLES, p.stem].index(p.stem))
-    text = (
-        "# Results\n\nEvery line is an acceptance line of the project, measured by a script in `benchmarks/` and "
-        "written here by `make docs`. A figure that is worse than its bar says so.\n\n"
-    )
-    DOCS.write_text(text + "\n\n".join(section(p) for p in found) + "\n", encoding="utf-8")
-    print(DOCS)
+    """Writes all of it."""
+    found = results()
+    written = {ROOT / "docs" / "results.md": page(found), ROOT / "docs" / "images" / "int8.svg": chart(found["road"])}
+    written |= {path: refreshed(path.read_text(encoding="utf-8"), found) for path in PAGES if path not in written}
+    for path, text in written.items():
+        if not path.is_file() or path.read_text(encoding="utf-8") != text:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+            print(path)
 
 
 if __name__ == "__main__":

@@ -99,4 +99,4 @@ def _is_spec(model: Any) -> bool:
 def _data(source: Any, model: Model, preprocess: Preprocess | None, role: Role) -> DataSet:
     if isinstance(source, (str, Path)):
         return load_data(str(source), input_specs(model), preprocess, role)
-    return from_python(source, input_specs(model))
+    return from_python(source, input_specs(model), role=role, origin=f"{role} data")

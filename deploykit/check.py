@@ -16,14 +16,17 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from deploykit.core.artifact import Check, Runner
+from deploykit.core.artifact import Check, File, Runner
 from deploykit.core.data import DataSet
+from deploykit.core.errors import DeploykitError
 from deploykit.core.manifest import OperatorError, Score
 from deploykit.core.progress import track
 from deploykit.core.target import Target
-from deploykit.exporters import Exporter
+from deploykit.core.user_code import call
+from deploykit.exporters import Exporter, to_onnx
 from deploykit.hub.graph import Decision, FloatGraph, Hub
-from deploykit.hub.slices import OperatorSlice, operator_slices, session
+from deploykit.hub.running import exposing, session
+from deploykit.hub.slices import OperatorSlice, operator_slices
 
 if TYPE_CHECKING:
     import torch
@@ -69,6 +72,7 @@ def check_operators(
     if not slices:
         detail = "this placement keeps operator outputs in float; files are compared end to end"
         return (Check("operators", "int8", None, gate.max_lsb, None, detail),), ()
+    samples = hub.graph.batch or samples
     values = _reference_values(hub, slices, data, samples)
     floats = _float_values(hub, slices, data, samples)
     with tempfile.TemporaryDirectory() as folder:
@@ -122,16 +126,10 @@ def _reference_values(
 
 def _float_values(hub: Hub, slices: Sequence[OperatorSlice], data: DataSet, samples: int) -> dict[str, NDArray[Any]]:
     """The float network's values of the tensors that the slices read and write."""
-    model = onnx.load_model_from_string(hub.graph.bytes)
-    inputs, held = {i.name for i in model.graph.input}, {o.name for o in model.graph.output}
-    known = inputs | {o for n in model.graph.node for o in n.output}
-    wanted = {name for s in slices for name in (*s.inputs, s.tensor)} & known
-    names = sorted(wanted - inputs)
-    model.graph.output.extend(
-        onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, None) for n in names if n not in held
-    )
-    batch = next(data.batches(samples)).inputs
-    return batch | dict(zip(names, session(model).run(names, batch), strict=True))
+    graph = hub.graph.model.graph
+    known = {v.name for v in graph.inputs} | {v.name for node in graph for v in node.outputs}
+    wanted = sorted({name for s in slices for name in (*s.inputs, s.tensor)} & known)
+    return exposing(hub.graph.model, wanted)(next(data.batches(samples)).inputs)
 
 
 def _operator_error(
@@ -187,16 +185,27 @@ def score(answers: Answers, reference: Answers, precision: str, data: str, metri
     value = cross_entropy = agreement = saturated = None
     if logits is not None and expected is not None:
         agreement = 100.0 * float((logits.argmax(1) == expected.argmax(1)).mean())
-        if labels is not None:
+        if labels is not None and metric is None:  # what a metric reads may be no class numbers
             value = 100.0 * float((logits.argmax(1) == labels).mean())
             cross_entropy = _cross_entropy(logits, labels)
         top = logits.max(axis=1)
         saturated = 100.0 * float((np.sort(logits, axis=1)[:, -2] == top).mean())
     if metric is not None:
-        value = float(metric(answers.outputs, labels))
+        value = _measured(metric, answers)
     sqnr = {name: sqnr_db(reference.outputs[name], array) for name, array in answers.outputs.items()}
     count = len(next(iter(answers.outputs.values())))
     return Score(precision, count, data, value, agreement, cross_entropy, sqnr, saturated)
+
+
+def _measured(metric: Metric, answers: Answers) -> float:
+    value = call("the metric", metric, answers.outputs, answers.labels)
+    try:
+        found = float(value)
+    except (TypeError, ValueError):
+        raise DeploykitError(f"the metric returned {type(value).__name__}; a number is expected, in percent") from None
+    if not np.isfinite(found):
+        raise DeploykitError(f"the metric returned {found}; a number is expected, in percent")
+    return found
 
 
 def class_scores(outputs: Mapping[str, NDArray[Any]]) -> NDArray[Any] | None:
@@ -229,7 +238,7 @@ def check_lowering(graph: FloatGraph, module: torch.nn.Module, example: Mapping[
     listed = (
         [found] if isinstance(found, torch.Tensor) else list(found.values() if isinstance(found, Mapping) else found)
     )
-    outputs = session(graph.bytes).run(None, dict(example))
+    outputs = to_onnx.runner(session(graph.bytes))(example).values()
     worst = max(
         float(np.abs(ours - theirs.numpy()).max() / max(float(theirs.abs().max()), 1e-9))
         for ours, theirs in zip(outputs, listed, strict=True)
@@ -285,12 +294,16 @@ def relaxed(percent: float, samples: int) -> float:
     return percent - float(np.sqrt(percent * (100 - percent) / samples))
 
 
-def check_integer(hub: Hub, counts: Mapping[str, int]) -> Check:
-    """A quantized file without a single integer product is a silent no-op."""
+def check_integer(hub: Hub, file: File) -> Check:
+    """An integer file without a single integer product is a silent no-op; where the network has no products, one
+    without a single integer operator."""
     linear = ("Conv", "ConvTranspose", "Gemm", "MatMul")
-    integer = sum(n for op, n in counts.items() if op in linear)
-    total = sum(d.operator in linear for d in hub.decisions)
+    products = [d for d in hub.decisions if d.operator in linear]
+    kinds = linear if products else {d.operator for d in hub.decisions}
+    integer = sum(n for operator, n in file.quantized.items() if operator in kinds)
+    total = len(products or hub.decisions)
+    what = "convolutions and matrix products" if products else "operators"
     return Check(
-        "integer products", "int8", float(integer), 1.0, integer >= 1 or total == 0,
-        f"{integer} of {total} convolutions and matrix products",
+        f"integer {'products' if products else 'operators'}", file.precision, float(integer), 1.0, integer >= 1,
+        f"{integer} of {total} {what}",
     )  # fmt: skip

@@ -57,7 +57,7 @@ Thresholds = Annotated[
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output folder")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON")]
-Seed = Annotated[int, typer.Option(help="Seed of everything random")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random")]
 Out = Annotated[Path, typer.Option("-o", "--out", help="Output folder")]
 
 
@@ -87,7 +87,7 @@ def export(
     keep_float: Annotated[list[str] | None, typer.Option(help="Layer that stays in float, by name")] = None,
     max_drop: Annotated[float, typer.Option(help="Gate: largest loss of accuracy, in points")] = 2.0,
     benchmark: Annotated[bool, typer.Option(help="Time the files on this machine")] = True,
-    threads: Annotated[int, typer.Option(help="Threads for evaluation and timing")] = 1,
+    threads: Annotated[int, typer.Option(min=1, help="Threads for evaluation and timing")] = 1,
     out: Out = Path("out"),
     seed: Seed = 0,
     force: Annotated[bool, typer.Option("--force", help="Run steps the target cannot profit from")] = False,
@@ -97,12 +97,16 @@ def export(
     """Write checked files for one or more targets (several: one subfolder each)."""
     from deploykit import pipeline, targets
     from deploykit.check import Gate
+    from deploykit.core.errors import GateFailed
     from deploykit.core.files import refuse_existing
     from deploykit.core.manifest import load_manifest
     from deploykit.core.ranges import load_ranges
     from deploykit.core.user_code import load_function
 
     chosen = [targets.load(name) for name in target]
+    twice = next((t.name for i, t in enumerate(chosen) if t.name in {u.name for u in chosen[:i]}), None)
+    if twice is not None:
+        raise DeploykitError(f"--target {twice} is given twice; every target gets one folder, named after it")
     settings = pipeline.Settings(
         recipe=_recipe(recipe),
         thresholds=_known("threshold method", thresholds, _methods()),
@@ -126,10 +130,10 @@ def export(
     measured = load_function(metric, "metric") if metric is not None else None
     try:
         pipeline.export(prepared, chosen, folders, settings, Gate(max_drop=max_drop), measured, given)
-    finally:
-        finished = [(f, load_manifest(f)) for f in folders if (f / "manifest.json").is_file()]
-        if len(finished) == len(folders):
-            _show(finished, as_json)
+    except GateFailed:  # the files are there all the same
+        _show([(f, load_manifest(f)) for f in folders], as_json)
+        raise
+    _show([(f, load_manifest(f)) for f in folders], as_json)
 
 
 @app.command()
@@ -215,23 +219,25 @@ def plan(
 ) -> None:
     """Show which steps apply on a target, in which order, and why the others do not."""
     from deploykit import passes, pipeline, targets
-    from deploykit.core.recipe import Recipe, Step
+    from deploykit.models import load_model
 
     chosen = targets.load(target)
+    enters = "model" if model is None else load_model(model).enters
     have = [name for name, given in (("data", calib), ("train", train), ("labels", evaluation)) if given]
     if model is None and not have:
         have = ["data", "train", "labels"]
     if recipe is None:
-        rows = [(_pass_line(name), _why_not(name, chosen, have)) for name in passes.names()]
+        rows = [
+            (_pass_line(name), pipeline.refusal(passes.load(name), chosen, have, enters)) for name in passes.names()
+        ]
     else:
-        rows = [(repr(p.step), p.refusal) for p in pipeline.plan(_recipe(recipe), chosen, have)]
+        rows = [(repr(p.step), p.refusal) for p in pipeline.plan(_recipe(recipe), chosen, have, enters=enters)]
     if as_json:
         print(json.dumps([{"step": s, "applies": not why, "why_not": why} for s, why in rows], indent=1))
         return
     print(f"{chosen.name}: {chosen.title}\nprofits from {', '.join(chosen.profits)}")
     for step, why in rows:
         print(f"  {'-' if why else '+'} {step}" + (f"  ({why})" if why else ""))
-    del Recipe, Step
 
 
 @app.command("targets")
@@ -268,12 +274,14 @@ def verify(
         import msgspec
 
         print(json.dumps({"problems": problems, "checks": msgspec.to_builtins(manifest.checks)}, indent=1))
-    else:
+    elif not problems:
         for check in manifest.checks:
             state = {True: "ok", False: "FAILED", None: "not run here"}[check.passed]
             print(f"{state:12}  {check.precision:9}  {check.name}: {check.value if check.value is not None else '-'}")
     if problems:
-        raise DeploykitError(f"{artifact} is not as it was written:\n  " + "\n  ".join(problems))
+        raise DeploykitError(
+            f"{artifact} is not as it was written:\n  " + "\n  ".join(problems) + "\nExport it again, or copy it whole."
+        )
     if not manifest.passed:
         raise GateFailed(f"{artifact}: a check failed when it was exported")
 
@@ -364,7 +372,7 @@ def _input(text: str) -> tuple[str, Any]:
 
     import numpy as np
 
-    found = re.fullmatch(r"(\w+)=(\d+(?:x\d+)*)(?::(\w+))?", text)
+    found = re.fullmatch(r"(\w+)=([1-9]\d*(?:x[1-9]\d*)*)(?::(\w+))?", text)
     if found is None:
         raise DeploykitError(f"--input takes NAME=1x3x224x224 or NAME=1x128:int64, given '{text}'")
     name, shape, dtype = found[1], [int(d) for d in found[2].split("x")], found[3] or "float32"
@@ -400,13 +408,6 @@ def _pass_line(name: str) -> str:
 
     options = ", ".join(f"{k}={v}" if v is not None else k for k, v in passes.options(name).items())
     return f"{name}({options})  [{passes.load(name).stage}]"
-
-
-def _why_not(name: str, target: Any, have: list[str]) -> str:
-    from deploykit import passes
-    from deploykit.pipeline import refusal
-
-    return refusal(passes.load(name), target, have)
 
 
 def _card(target: Any) -> str:

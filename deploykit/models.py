@@ -19,6 +19,7 @@ from deploykit.core.artifact import TensorSpec
 from deploykit.core.errors import DeploykitError, some
 from deploykit.core.files import no_such_file
 from deploykit.core.progress import say
+from deploykit.core.recipe import Stage
 from deploykit.core.user_code import call, load_function
 
 if TYPE_CHECKING:
@@ -39,6 +40,11 @@ class Model:
     """In eval mode."""
     program: torch.export.ExportedProgram | None = None
     onnx: Path | None = None
+
+    @property
+    def enters(self) -> Stage:
+        """The first stage that can work on it."""
+        return "graph" if self.module is None else "model"
 
 
 @dataclass(frozen=True)

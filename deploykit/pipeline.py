@@ -6,7 +6,7 @@ import importlib.metadata
 import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,13 +17,14 @@ from deploykit import exporters, passes, targets
 from deploykit.core.artifact import Artifact, Check, File
 from deploykit.core.context import Context, Role
 from deploykit.core.data import DataSet, Preprocess
-from deploykit.core.errors import DeploykitError, GateFailed
+from deploykit.core.errors import DeploykitError, GateFailed, unknown
 from deploykit.core.files import folder_in_place, refuse_existing
 from deploykit.core.manifest import Manifest, OperatorError, Score, Source, stored_files
 from deploykit.core.progress import say, status
 from deploykit.core.ranges import Ranges
-from deploykit.core.recipe import STAGES, Pass, Recipe, Step, dump_recipe
+from deploykit.core.recipe import STAGES, Pass, Recipe, Stage, Step, dump_recipe
 from deploykit.core.target import Precision, QuantSpec, Target
+from deploykit.trainer import require_accelerate
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 HELD_OUT = 5
 """Without evaluation data every fifth calibration sample is held out: spread, because folders are sorted by class."""
 HELD_OUT_LABEL = "every fifth calibration sample, held out"
+NOT_EVALUATED = f"the files were not evaluated: give --eval, or at least {HELD_OUT} samples in --calib"
 GOLDEN = 8
 """Real samples that exporters may use, e.g. as golden inputs to be compared on the device."""
 WORST = 20
@@ -72,7 +74,9 @@ class Settings:
     threads: int = 1
 
 
-def plan(recipe: Recipe, target: Target, available: Sequence[str], automatic: bool = True) -> tuple[Planned, ...]:
+def plan(
+    recipe: Recipe, target: Target, available: Sequence[str], automatic: bool = True, enters: Stage = "model"
+) -> tuple[Planned, ...]:
     """Which steps apply on a target, in which order, and why the others do not.
 
     Args:
@@ -80,6 +84,7 @@ def plan(recipe: Recipe, target: Target, available: Sequence[str], automatic: bo
         target: its ``profits`` decide.
         available: which of data, labels, train there is.
         automatic: whether bias correction is added in front of the hub steps.
+        enters: where the model comes in: a PyTorch module at ``model``, a .pt2 or .onnx at ``graph``.
 
     Raises:
         DeploykitError: unknown pass or option; steps out of stage order.
@@ -93,7 +98,7 @@ def plan(recipe: Recipe, target: Target, available: Sequence[str], automatic: bo
                 f"'{recipe.steps[before].name}', which works on the {steps[before].stage}. "
                 f"Stages in order: {', '.join(STAGES)}."
             )
-    planned = [Planned(step, refusal(step, target, available)) for step in steps]
+    planned = [Planned(step, refusal(step, target, available, enters)) for step in steps]
     named = {step.name for step in recipe.steps}
     if automatic and "bias_correct" not in named and "int8" in "".join(target.precisions):
         first_hub = next((i for i, s in enumerate(steps) if s.stage == "hub"), len(steps))
@@ -102,8 +107,10 @@ def plan(recipe: Recipe, target: Target, available: Sequence[str], automatic: bo
     return tuple(planned)
 
 
-def refusal(step: Pass | type[Pass], target: Target, available: Sequence[str]) -> str:
+def refusal(step: Pass | type[Pass], target: Target, available: Sequence[str], enters: Stage = "model") -> str:
     """Why a step will not run on a target with what there is; empty if it will."""
+    if STAGES.index(step.stage) < STAGES.index(enters):
+        return f"works on the {step.stage}, and a .pt2 or .onnx enters at the {enters}; give file.py:factory"
     missing = [need for need in step.needs if need not in available]
     if missing:
         option = {"data": "--calib", "labels": "labels in the data", "train": "--train"}
@@ -127,6 +134,11 @@ class Prepared:
     held_out: bool
     """Whether the evaluation data was taken from the calibration data."""
 
+    @property
+    def evaluation(self) -> DataSet | None:
+        """What the files are scored on."""
+        return self.data.get("eval") or self.data.get("holdout")
+
 
 def prepare(model: Model, data: Mapping[Role, DataSet], example: Mapping[str, NDArray[Any]] | None) -> Prepared:
     """Splits off evaluation data where none was given, and takes an example batch.
@@ -147,12 +159,28 @@ def prepare(model: Model, data: Mapping[Role, DataSet], example: Mapping[str, ND
     source = given.get("calibration") or given.get("eval") or given.get("train")
     if source is not None:
         example = next(source.batches(2)).inputs
-    if example is None:
+    elif example is None:
         example = _example(model)
+    else:
+        _check_example(example, model)
     if len(next(iter(example.values()))) == 1:
         example = {name: np.concatenate([a, a]) for name, a in example.items()}
     preprocess = None if source is None else source.preprocess
     return Prepared(model, given, example, preprocess, held_out)
+
+
+def _check_example(example: Mapping[str, NDArray[Any]], model: Model) -> None:
+    """Refuses example inputs that a .pt2 or .onnx does not have; a module's forward is asked when it is lowered."""
+    if model.module is not None:
+        return
+    from deploykit.models import input_specs
+
+    names = [spec.name for spec in input_specs(model)]
+    for name in [*example, *names]:
+        if name not in names:
+            raise unknown("input", name, names)
+        if name not in example:
+            raise DeploykitError(f"{model.origin} takes {', '.join(names)}; there is no example for {name}")
 
 
 def _example(model: Model) -> dict[str, NDArray[Any]]:
@@ -210,18 +238,23 @@ def export(
         refuse_existing(folder, settings.overwrite)
     available = _available(prepared)
     for target in chosen:
-        exporters.load(target.exporter)
-        for planned in plan(settings.recipe, target, available, settings.bias_correction):
-            if planned.refusal and not planned.automatic and not (settings.force and "cannot pay" in planned.refusal):
-                raise DeploykitError(f"step {planned.step!r} {planned.refusal}. --force runs it all the same.")
-        _precisions(target, settings, prepared)
+        exporters.load(target.exporter).runtime()  # a missing extra is said before any long work
+        for planned in plan(settings.recipe, target, available, settings.bias_correction, prepared.model.enters):
+            cannot_pay = "cannot pay" in planned.refusal
+            if planned.refusal and not planned.automatic and not (settings.force and cannot_pay):
+                hint = " --force runs it all the same." if cannot_pay else ""
+                raise DeploykitError(f"step {planned.step!r} {planned.refusal}.{hint}")
+            if "train" in planned.step.needs:
+                require_accelerate()
+        _precisions(target, settings, prepared, ranges)
     road = _Road(prepared, settings, gate, metric)
     road.lower(chosen[0], ranges)
+    with ExitStack() as together:  # all the folders appear, or none
+        works = [together.enter_context(folder_in_place(folder, settings.overwrite)) for folder in folders]
+        manifests = [road.write(target, work) for target, work in zip(chosen, works, strict=True)]
     artifacts = []
     failed: list[str] = []
-    for target, folder in zip(chosen, folders, strict=True):
-        with folder_in_place(folder, settings.overwrite) as work:
-            manifest = road.write(target, work)
+    for target, folder, manifest in zip(chosen, folders, manifests, strict=True):
         exporter = exporters.load(target.exporter)
         artifacts.append(
             Artifact(
@@ -264,10 +297,6 @@ class _Road:
         graph_steps = [p.step for p in early if p.step.stage == "graph"]
         model = self.prepared.model
         module = model.module
-        if model_steps and module is None:
-            raise DeploykitError(
-                f"step {model_steps[0]!r} works on a PyTorch module; {model.origin} enters at the graph stage"
-            )
         with self._phase("compress"):
             for step in model_steps:
                 module = self._run(step, module, context)
@@ -277,6 +306,7 @@ class _Road:
             self.reference = self.graph if same else float_graph(model, self.prepared.example)
         self.notes += self.graph.notes
         self.lowering_check = self._check_lowering()
+        self._check_labels()
         with self._phase("graph steps"):
             for step in graph_steps:
                 self.graph = self._run(step, self.graph, context)
@@ -287,9 +317,8 @@ class _Road:
             )
         self.ranges = given
         if given is None and "calibration" in self.prepared.data:
-            self.ranges = calibrate(
-                self.graph, self.prepared.data["calibration"], self.settings.thresholds, self._phase
-            )
+            with self._phase("calibrate"):
+                self.ranges = calibrate(self.graph, self.prepared.data["calibration"], self.settings.thresholds)
 
     def write(self, target: Target, folder: Path) -> Manifest:
         """Everything for one target, into an empty folder."""
@@ -298,7 +327,7 @@ class _Road:
         from deploykit.report import write_usage
 
         exporter = exporters.load(target.exporter)
-        precisions, notes = _precisions(target, self.settings, self.prepared)
+        precisions, notes = _precisions(target, self.settings, self.prepared, self.ranges)
         hub, hub_steps = self._hub(target, any("int8" in p for p in precisions))
         source = self.prepared.data.get("calibration")
         samples = next(source.batches(GOLDEN)).inputs if source is not None else {}
@@ -326,7 +355,7 @@ class _Road:
             scores=tuple(scores),
             operators=tuple(operators[:WORST]),
             classes=self._classes(),
-            notes=(*self.notes, *notes, *_shrink_notes(folder, files)),
+            notes=(*self.notes, *notes, *([] if scores else [NOT_EVALUATED]), *_shrink_notes(folder, files)),
             versions=versions(),
         )
         if self.ranges is not None:
@@ -396,17 +425,31 @@ class _Road:
         module = self.prepared.model.module
         return () if module is None else (check_lowering(self.reference, module, self.prepared.example),)
 
+    def _check_labels(self) -> None:
+        """Refuses labels that are no classes of this model; what a metric of the user's reads is its own business."""
+        from deploykit.check import class_scores
+        from deploykit.exporters import to_onnx
+        from deploykit.hub.running import session
+        from deploykit.sources import check_labels
+
+        data = self.prepared.evaluation
+        if data is None or data.labels is None or self.metric is not None:
+            return
+        scores = class_scores(to_onnx.runner(session(self.reference.bytes))(self.prepared.example))
+        if scores is not None:
+            check_labels(data, scores.shape[1])
+
     def _evaluate(
         self, hub: Hub, target: Target, folder: Path, files: Sequence[File]
     ) -> tuple[list[Score], list[Check], Sequence[OperatorError]]:
         """Answers of every file on the evaluation data, against labels, the original model and the hub."""
         from deploykit import check
         from deploykit.exporters import to_onnx
-        from deploykit.hub.slices import session
+        from deploykit.hub.running import session
 
-        data = self.prepared.data.get("eval") or self.prepared.data.get("holdout")
+        data = self.prepared.evaluation
         if data is None:
-            missing = Check("accuracy", "all", None, None, None, "no data to evaluate on: give --calib or --eval")
+            missing = Check("accuracy", "all", None, None, None, NOT_EVALUATED)
             return [], [missing], ()
         label = data.origin if not self.prepared.held_out else HELD_OUT_LABEL
         exporter = exporters.load(target.exporter)
@@ -424,7 +467,7 @@ class _Road:
             scores.append(found)
             checks += check.check_score(found, baseline, self.gate, exact=self.reference is self.graph)
             if "int8" in file.precision:
-                checks.append(check.check_integer(hub, file.quantized))
+                checks.append(check.check_integer(hub, file))
                 part = data.spread(HUB_SAMPLES)
                 hub_run = to_onnx.runner(session(hub.bytes, threads, optimize=False))
                 ours = check.answer(exporter.load(folder / file.path, threads), part, "file against hub")
@@ -446,23 +489,18 @@ class _Road:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.process_time() - started
 
 
-def calibrate(graph: FloatGraph, data: DataSet, thresholds: str = "minmax", phase: Any = None) -> Ranges:
+def calibrate(graph: FloatGraph, data: DataSet, thresholds: str = "minmax") -> Ranges:
     """Statistics of a float graph on calibration data, with histograms if the threshold method needs them."""
-    import onnx
-
     from deploykit.calibration.observe import observe
     from deploykit.calibration.thresholds import METHODS, NEED_HISTOGRAM
-    from deploykit.core.errors import unknown
     from deploykit.hub.quantize import observed
+    from deploykit.hub.running import summarizing
 
     if thresholds not in METHODS:
         raise unknown("threshold method", thresholds, METHODS)
     names, channels = observed(graph)
-    model = onnx.load_model_from_string(graph.bytes)
-    if phase is None:
-        return observe(model, graph.hash, names, channels, data, thresholds in NEED_HISTOGRAM)
-    with phase("calibrate"):
-        return observe(model, graph.hash, names, channels, data, thresholds in NEED_HISTOGRAM)
+    run = summarizing(graph.model, names, channels, values=thresholds in NEED_HISTOGRAM)
+    return observe(run, graph.hash, data)
 
 
 def compress(prepared: Prepared, settings: Settings, folder: Path) -> tuple[str, ...]:
@@ -528,14 +566,16 @@ def _available(prepared: Prepared) -> list[str]:
     return found
 
 
-def _precisions(target: Target, settings: Settings, prepared: Prepared) -> tuple[list[Precision], tuple[str, ...]]:
+def _precisions(
+    target: Target, settings: Settings, prepared: Prepared, ranges: Ranges | None
+) -> tuple[list[Precision], tuple[str, ...]]:
     """What will be written, and what the user should know about it.
 
     Raises:
         DeploykitError: integer files were asked for (or the target takes nothing else) and there is no calibration.
     """
     wanted = list(settings.precisions or target.precisions)
-    if "calibration" in prepared.data:
+    if "calibration" in prepared.data or ranges is not None:
         return wanted, ()
     floats = [p for p in wanted if "int8" not in p]
     if not floats or (settings.precisions and len(floats) < len(wanted)):

@@ -173,14 +173,17 @@ def check_labels(data: DataSet, classes: int) -> None:
         return
     if data.labels.ndim != 1 or data.labels.dtype.kind != "i":
         given = f"{data.labels.dtype} {list(data.labels.shape)}"
-        raise DeploykitError(f"{data.origin}: labels must be class numbers, int64 [{len(data)}]; given {given}")
+        raise DeploykitError(
+            f"{data.origin}: labels must be class numbers, int64 [{len(data)}]; given {given}. "
+            "Labels of another kind need a metric that reads them."
+        )
     wrong = np.flatnonzero((data.labels < 0) | (data.labels >= classes))
     if len(wrong):
         label = int(data.labels[wrong[0]])
         shifted = int(data.labels.min()) == 1 and int(data.labels.max()) == classes
         hint = " They seem to start at 1: subtract 1." if shifted else ""
         raise DeploykitError(
-            f"{data.origin}: sample {wrong[0]} has label {label}; the model has {classes} classes, "
+            f"{data.origin}: sample {data.index[wrong[0]]} has label {label}; the model has {classes} classes, "
             f"0..{classes - 1}.{hint}"
         )
     if data.classes and len(data.classes) != classes:
@@ -516,6 +519,8 @@ def _shape_hint(expected: tuple[int | str, ...], given: tuple[int, ...], p: Prep
         return ""
     moved_first, moved_last = (given[2], given[0], given[1]), (given[1], given[2], given[0])
     if p is None:
+        if given[0] == 1 and given[1:] == expected[1:]:
+            return f"These are grey: repeat the channel, array.repeat({expected[0]}, axis=1)."
         if moved_first == expected:
             return "Put the channels first: array.transpose(0, 3, 1, 2)."
         return "Put the channels last: array.transpose(0, 2, 3, 1)." if moved_last == expected else ""

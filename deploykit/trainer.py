@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -66,11 +67,9 @@ class Trainer:
             MissingExtra: accelerate is not installed.
             DeploykitError: the loss is no scalar or not finite, or the augmentation needs images and there are none.
         """
-        try:
-            from accelerate import Accelerator
-        except ImportError:
-            raise MissingExtra("training", "train") from None
+        require_accelerate()
         import torch
+        from accelerate import Accelerator
 
         chosen = replace(self.settings, **settings)
         accelerator = Accelerator()
@@ -116,6 +115,12 @@ class Trainer:
                 for state in before:
                     state.restore()
         return losses
+
+
+def require_accelerate() -> None:
+    """Raises MissingExtra where nothing can be trained; called before any long work."""
+    if importlib.util.find_spec("accelerate") is None:
+        raise MissingExtra("training", "train")
 
 
 def schedule(step: int, total: int) -> float:

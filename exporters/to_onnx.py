@@ -66,7 +66,7 @@ def load(path: Path, threads: int = 1) -> Runner:
 def runner(session: ort.InferenceSession) -> Runner:
     """A session as a `Runner`: batches are split for files with a fixed batch of 1."""
     outputs = [o.name for o in session.get_outputs()]
-    fixed = any(isinstance(i.shape[0], int) for i in session.get_inputs() if i.shape)
+    fixed = any(i.shape[0] == 1 for i in session.get_inputs() if i.shape)
 
     def run(arrays: Arrays) -> dict[str, np.ndarray]:
         feed = {n: np.ascontiguousarray(a) for n, a in arrays.items()}

@@ -68,7 +68,7 @@ def measured(made: FloatGraph, data: DataSet, method: str = "minmax") -> Ranges:
 
 def run(model: bytes, data: DataSet, optimize: bool = True) -> list[NDArray[Any]]:
     """All outputs on all of the data, from ONNX Runtime."""
-    from deploykit.hub.slices import session
+    from deploykit.hub.running import session
 
     batch = next(data.batches(len(data)))
     outputs: list[NDArray[Any]] = session(model, optimize=optimize).run(None, batch.inputs)

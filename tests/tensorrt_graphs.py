@@ -8,12 +8,12 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from deploykit.calibration.observe import observe
 from deploykit.core.data import DataSet
 from deploykit.core.target import QuantSpec
 from deploykit.hub.graph import Hub
 from deploykit.hub.lower import from_proto
-from deploykit.hub.quantize import observed, quantize
+from deploykit.hub.quantize import quantize
+from deploykit.pipeline import calibrate
 
 RANDOM = np.random.default_rng(0)
 F16 = np.float16
@@ -177,6 +177,4 @@ def hub(
 ) -> Hub:
     """Calibrated and quantized."""
     graph = from_proto(proto, "test")
-    names, channels = observed(graph)
-    ranges = observe(onnx.load_model_from_string(graph.bytes), graph.hash, names, channels, DataSet.of(data))
-    return quantize(graph, ranges, spec, keep_float=keep_float)
+    return quantize(graph, calibrate(graph, DataSet.of(data)), spec, keep_float=keep_float)

@@ -60,5 +60,5 @@ def test_files_that_are_no_ranges_are_named(tmp_path: Path, content: str, expect
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DeploykitError, match=r"cannot read .*r\.json"):
+    with pytest.raises(DeploykitError, match=r"no file .*r\.json"):
         load_ranges(tmp_path / "r.json")

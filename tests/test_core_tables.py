@@ -67,7 +67,7 @@ def test_a_file_that_is_no_toml_names_line_and_column(tmp_path: Path) -> None:
 
 
 def test_missing_and_binary_files_are_named(tmp_path: Path) -> None:
-    with pytest.raises(DeploykitError, match=r"cannot read .*none\.toml: No such file"):
+    with pytest.raises(DeploykitError, match=r"no file .*none\.toml"):
         read_toml(tmp_path / "none.toml")
     (tmp_path / "b.toml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(DeploykitError, match="is not a text file"):

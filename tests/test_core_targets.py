@@ -72,5 +72,5 @@ def test_a_name_nobody_knows_is_refused(name: str) -> None:
 
 
 def test_a_missing_profile_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DeploykitError, match=r"cannot read .*none\.toml"):
+    with pytest.raises(DeploykitError, match=r"no file .*none\.toml"):
         targets.load(str(tmp_path / "none.toml"))

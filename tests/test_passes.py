@@ -65,7 +65,8 @@ class SmallNet(torch.nn.Module):
 
 def pre_activation_means(hub, data, tensor):
     """Mean per channel of a product's output in the hub, with every Q/DQ computed in float."""
-    from deploykit.hub.slices import Slicer, session
+    from deploykit.hub.running import session
+    from deploykit.hub.slices import Slicer
 
     slicer = Slicer(onnx.load_model_from_string(hub.bytes))
     model = slicer.cut([tensor], [])

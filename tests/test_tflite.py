@@ -227,6 +227,24 @@ def test_a_layer_that_the_hub_keeps_in_float_is_written_in_float_with_the_hubs_r
     np.testing.assert_allclose(run(data)["y"], reference(hub.bytes, data)["y"], atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["Conv", "Add"])
+def test_a_layer_that_calibration_saw_only_at_zero_becomes_an_island_not_a_broken_file(
+    kind: str, tmp_path: Path
+) -> None:
+    """Its scale is minute. XNNPACK would refuse the whole file (Conv) or compute nonsense (Add)."""
+    last: list[Node] = [("Relu", ["c"], ["r"], {}), ("Add", ["r", "x"], ["y"], {})]
+    nodes: list[Node] = [
+        ("Conv", ["x", "w", "b"], ["c"], {}) if kind == "Conv" else ("Add", ["x", "b"], ["c"], {}),
+        *last,
+    ]
+    weights = {"w": normal(0, 3, 3, 1, 1), "b": np.full(3 if kind == "Conv" else (3, 1, 1), -50, np.float32)}
+    data = {"x": normal(2, 8, 3, 5, 5)}
+    hub = quantized(graph(nodes, {"x": (3, 5, 5)}, weights), data)
+    file, run = written(hub, tmp_path, "int8")
+    assert [(i.operator, "zero on all calibration data" in i.why) for i in file.islands] == [(kind, True)]
+    np.testing.assert_allclose(run(data)["y"], reference(hub.bytes, data)["y"], atol=0.03)
+
+
 def test_everything_that_cannot_be_written_is_listed_at_once(tmp_path: Path) -> None:
     nodes: list[Node] = [
         ("Einsum", ["x"], ["e"], {"equation": "bchw->bchw"}),

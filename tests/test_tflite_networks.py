@@ -19,7 +19,7 @@ from tflite_graphs import kinds, quantized, written
 pytest.importorskip("ai_edge_litert", reason="the extra 'tflite' is not installed")
 
 from deploykit.hub.lower import lower
-from deploykit.hub.slices import session
+from deploykit.hub.running import session
 
 pytestmark = [pytest.mark.data, pytest.mark.slow]
 

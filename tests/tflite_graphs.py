@@ -13,13 +13,13 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from deploykit import targets
-from deploykit.calibration.observe import observe
 from deploykit.core.data import DataSet
 from deploykit.core.target import QuantSpec
 from deploykit.exporters import to_tflite
 from deploykit.hub.graph import FloatGraph, Hub
-from deploykit.hub.quantize import observed, quantize
-from deploykit.hub.slices import session
+from deploykit.hub.quantize import quantize
+from deploykit.hub.running import session
+from deploykit.pipeline import calibrate
 
 Node = tuple[str, Sequence[str], Sequence[str], Mapping[str, Any]]
 """Operator, input names, output names, attributes."""
@@ -52,10 +52,7 @@ def graph(
 
 def quantized(float_graph: FloatGraph, data: Mapping[str, NDArray[Any]], spec: QuantSpec | None = None) -> Hub:
     """The hub of a graph calibrated (min-max) on arrays ``[n, ...]`` by input name."""
-    names, channels = observed(float_graph)
-    model = onnx.load_model_from_string(float_graph.bytes)
-    ranges = observe(model, float_graph.hash, names, channels, DataSet.of(data))
-    return quantize(float_graph, ranges, spec or QuantSpec())
+    return quantize(float_graph, calibrate(float_graph, DataSet.of(data)), spec or QuantSpec())
 
 
 def reference(model: bytes, data: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:

@@ -136,12 +136,28 @@ class DataSet:
 
     @cached_property
     def hash(self) -> str:
-        """SHA-256 (first 16 hex digits) over names, dtypes, shapes, values and labels."""
-        digest = hashlib.sha256()
-        for i in self.index:
-            for name, array in sorted(self.sample(i).items()):
-                digest.update(f"{name} {array.dtype} {array.shape}".encode())
-                digest.update(np.ascontiguousarray(array).tobytes())
-        if self.labels is not None:
-            digest.update(np.ascontiguousarray(self.labels).tobytes())
-        return digest.hexdigest()[:16]
+        """SHA-256 (first 16 hex digits) over names, dtypes, shapes, values and labels, sample by sample."""
+        digest = Digest()
+        for batch in self.batches(1):
+            digest.add(batch)
+        return digest.result()
+
+
+class Digest:
+    """The content hash of a data set, for whoever passes over its samples anyway."""
+
+    def __init__(self) -> None:
+        """Nothing seen yet."""
+        self._sha = hashlib.sha256()
+
+    def add(self, batch: Batch) -> None:
+        """The next sample, as a batch of one."""
+        for name, array in sorted(batch.inputs.items()):
+            self._sha.update(f"{name} {array.dtype} {array.shape[1:]}".encode())
+            self._sha.update(np.ascontiguousarray(array).data)
+        if batch.labels is not None:
+            self._sha.update(np.ascontiguousarray(batch.labels).data)
+
+    def result(self) -> str:
+        """16 hex digits."""
+        return self._sha.hexdigest()[:16]

@@ -48,6 +48,7 @@ def folder_in_place(destination: Path, overwrite: bool = False) -> Iterator[Path
     """
     destination = destination.resolve()  # a link is followed, so that what it points to is replaced
     refuse_existing(destination, overwrite)
+    missing = [p for p in destination.parents if not p.exists()]  # the innermost first
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=_prefix(destination), suffix=f".{os.getpid()}", dir=destination.parent))
@@ -64,6 +65,9 @@ def folder_in_place(destination: Path, overwrite: bool = False) -> Iterator[Path
         raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
+        with contextlib.suppress(OSError):  # the first that is not empty ends it
+            for parent in missing:
+                parent.rmdir()
 
 
 def write_in_place(path: Path, text: str) -> None:

@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 
 from deploykit.core.errors import DeploykitError
-from deploykit.core.files import write_in_place
+from deploykit.core.files import no_such_file, write_in_place
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -113,6 +113,8 @@ def load_ranges(path: Path) -> Ranges:
     """
     try:
         raw = msgspec.json.decode(path.read_bytes(), type=_RangesFile)
+    except FileNotFoundError:
+        raise no_such_file(path) from None
     except OSError as error:
         raise DeploykitError(f"cannot read {path}: {error.strerror or error}") from None
     except (msgspec.DecodeError, msgspec.ValidationError) as error:

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from deploykit.core.errors import DeploykitError, unknown
+from deploykit.core.files import no_such_file
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -30,6 +31,8 @@ def read_toml(path: Path) -> dict[str, Any]:
     """
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise no_such_file(path) from None
     except OSError as error:
         raise DeploykitError(f"cannot read {path}: {error.strerror or error}") from None
     except UnicodeDecodeError:

@@ -96,3 +96,8 @@ class Target:
     """Why latencies taken on this machine stand for the device; empty when they do not."""
     options: Mapping[str, Any] = field(default_factory=dict)
     facts: Mapping[str, Fact] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuses a target for which nothing would be written."""
+        if not self.precisions:
+            raise ValueError("precisions must name at least one")

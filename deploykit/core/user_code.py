@@ -50,7 +50,7 @@ def call(spec: str, function: Callable[..., Any], *arguments: Any) -> Any:
         return function(*arguments)
     except DeploykitError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         code = getattr(function, "__code__", None)
         raise _failure(f"{spec} raised", error, code.co_filename if code else None) from error
 
@@ -98,7 +98,8 @@ def _failure(what: str, error: BaseException, file: str | None) -> DeploykitErro
     if isinstance(error, SyntaxError) and error.filename:
         place = f" ({Path(error.filename).name}, line {error.lineno})"
         return DeploykitError(f"{what} {type(error).__name__}: {error.msg}{place}")
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith("<frozen")]
+    machinery = ("<frozen", importlib.__file__)
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(machinery)]
     frame = next((f for f in reversed(frames) if f.filename == file), frames[-1] if frames else None)
     known = frame is not None and Path(frame.filename) != Path(__file__)
     place = f" ({Path(frame.filename).name}, line {frame.lineno})" if frame is not None and known else ""

@@ -31,15 +31,31 @@ class FloatGraph:
     masks: Mapping[str, NDArray[np.bool_]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
-    @cached_property
+    @property
     def bytes(self) -> bytes:
         """The serialized model, the same for equal graphs."""
         return serialize(self.model)
 
     @cached_property
     def hash(self) -> str:
-        """SHA-256 of the serialized model, first 16 hex digits."""
-        return hashlib.sha256(self.bytes).hexdigest()[:16]
+        """SHA-256 over weights and structure, first 16 hex digits; the same for equal graphs."""
+        digest = hashlib.sha256()
+        structure = self.model.clone()
+        for name, value in sorted(self.model.graph.initializers.items()):
+            array = constant(value)
+            assert array is not None
+            digest.update(f"{name} {array.dtype} {array.shape}".encode())
+            digest.update(np.ascontiguousarray(array).data)
+            structure.graph.initializers[name].const_value = None
+        structure.graph.initializers.clear()
+        digest.update(serialize(structure))
+        return digest.hexdigest()[:16]
+
+    @property
+    def batch(self) -> int | None:
+        """How many samples it takes at once; None: any number."""
+        first = [v.shape[0] for v in self.model.graph.inputs if v.shape is not None and len(v.shape) > 0]
+        return next((d for d in first if isinstance(d, int)), None)
 
     def copy(self) -> ir.Model:
         """A model that may be changed."""
@@ -77,7 +93,7 @@ class Hub:
     samples: Mapping[str, NDArray[Any]] = field(default_factory=dict)
     """A few real inputs by name, stacked, for exporters that ship inputs with expected outputs; may be empty."""
 
-    @cached_property
+    @property
     def bytes(self) -> bytes:
         """The serialized Q/DQ model."""
         if self.quantized is None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import io
 import logging
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 OPSET = 20
 """LayerNormalization, Gelu and HardSwish are single operators here, and ReduceMean takes its axes as an input."""
 OLDEST_OPSET = 11
+LARGE = 1024
+"""Constants with more elements than this are weights, never shapes."""
 FOLD_LIMIT = 1 << 28
 """Constants up to this many bytes are folded; recurrent weights are reordered by folded Slice and Concat nodes."""
 
@@ -67,10 +71,8 @@ def lower(module: torch.nn.Module, example: Mapping[str, NDArray[Any]]) -> Float
         try:
             program = _export(plain, single, names, output_names, dynamic=False)
         except Exception as error:
-            raise DeploykitError(
-                f"torch cannot export this model to ONNX: {type(error).__name__}: {_first_line(error)}"
-            ) from error
-        notes = (f"exported with batch 1 only: a free batch dimension failed ({_first_line(dynamic_error)})",)
+            raise DeploykitError(f"torch cannot export this model to ONNX: {_cause(error)}") from error
+        notes = (f"exported with batch 1 only: a free batch dimension failed ({_cause(dynamic_error)})",)
         say(f"note: {notes[0]}")
     model = simplify(program)
     _name_by_module(model.graph)
@@ -96,13 +98,11 @@ def lower_program(program: torch.export.ExportedProgram) -> FloatGraph:
                 output_names=outputs if len(outputs) > 1 else ["output"], external_data=False, opset_version=OPSET,
             )  # fmt: skip
         except Exception as error:
-            raise DeploykitError(
-                f"torch cannot export this program to ONNX: {type(error).__name__}: {_first_line(error)}"
-            ) from error
+            raise DeploykitError(f"torch cannot export this program to ONNX: {_cause(error)}") from error
     assert exported is not None
     model = simplify(_asserted(exported.model))
     _name_by_module(model.graph)
-    return FloatGraph(model)
+    return _one_or_any(FloatGraph(model), "this program")
 
 
 def read_onnx(path: Path) -> FloatGraph:
@@ -118,7 +118,7 @@ def read_onnx(path: Path) -> FloatGraph:
         raise DeploykitError(f"no file {path}")
     try:
         proto = onnx.load(path)
-        onnx.checker.check_model(proto)
+        onnx.checker.check_model(_without_weights(proto))
     except (DecodeError, onnx.checker.ValidationError, OSError, ValueError) as error:
         raise DeploykitError(f"{path} is not a valid ONNX model: {_first_line(error)}") from None
     if any(node.op_type in ("QuantizeLinear", "DequantizeLinear", "QLinearConv") for node in proto.graph.node):
@@ -141,15 +141,73 @@ def from_proto(proto: onnx.ModelProto, origin: str) -> FloatGraph:
                 f"{origin}: cannot raise operator set {opset} to {OPSET} ({_first_line(error)}). "
                 f"Export it with opset_version={OPSET}."
             ) from None
-    model = ir.from_proto(onnx.shape_inference.infer_shapes(proto))
+    known = {info.name for info in (*proto.graph.value_info, *proto.graph.output)}
+    if any(name not in known for node in proto.graph.node for name in node.output if name):
+        inferred = onnx.shape_inference.infer_shapes(_without_weights(proto))
+        proto.graph.value_info.extend(info for info in inferred.graph.value_info if info.name not in known)
+    model = ir.from_proto(proto)
     initialized = set(model.graph.initializers)
     for value in [v for v in model.graph.inputs if v.name in initialized]:  # IR < 4 lists weights as inputs
         model.graph.inputs.remove(value)
-    return FloatGraph(simplify(model))
+    return _one_or_any(FloatGraph(simplify(model)), origin)
+
+
+def _one_or_any(graph: FloatGraph, origin: str) -> FloatGraph:
+    """Refuses a fixed batch other than 1: data comes one sample at a time."""
+    if graph.batch not in (None, 1):
+        raise DeploykitError(
+            f"{origin} takes exactly {graph.batch} samples at once; export it with a free batch dimension, or with 1"
+        )
+    return graph
+
+
+def _without_weights(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """The same graph with its large constants as inputs: enough for checks and shapes, and it costs no memory."""
+    import onnx
+
+    light = onnx.ModelProto(ir_version=proto.ir_version)
+    light.opset_import.extend(proto.opset_import)
+    light.functions.extend(proto.functions)
+    graph = light.graph
+    graph.name = proto.graph.name
+    graph.node.extend(proto.graph.node)
+    graph.output.extend(proto.graph.output)
+    graph.value_info.extend(proto.graph.value_info)
+    large = [t for t in proto.graph.initializer if int(np.prod(t.dims)) > LARGE]
+    heavy = {t.name for t in large}
+    graph.input.extend(i for i in proto.graph.input if i.name not in heavy)
+    graph.input.extend(onnx.helper.make_tensor_value_info(t.name, t.data_type, list(t.dims)) for t in large)
+    graph.initializer.extend(t for t in proto.graph.initializer if t.name not in heavy)
+    return light
 
 
 def simplify(model: ir.Model) -> ir.Model:
     """Folds constants and batch normalisation, drops what nobody reads. Changes and returns ``model``."""
+    if not _is_simple(model.graph):
+        model = _fold(model)
+    _lift_constants(model.graph)
+    for value in model.graph.initializers.values():
+        if value.const_value is not None:
+            value.const_value = ir.tensor(np.asarray(value.const_value.numpy(), order="C"), name=value.name)
+    drop_unused(model.graph)
+    model.graph.sort()
+    model.metadata_props.clear()
+    model.producer_name, model.producer_version, model.doc_string = "deploykit", "", ""
+    return model
+
+
+def _is_simple(graph: ir.Graph) -> bool:
+    """Whether nothing can be folded: no normalisation, no idle nodes, nothing computed from constants alone."""
+    for node in graph:
+        inputs = [v for v in node.inputs if v is not None]
+        if node.op_type in ("BatchNormalization", "Constant", "Identity", "Dropout", "Cast"):
+            return False
+        if all(v.is_initializer() or v.const_value is not None for v in inputs):
+            return False
+    return True
+
+
+def _fold(model: ir.Model) -> ir.Model:
     import onnxscript.optimizer
     from onnxscript.rewriter import rewrite
     from onnxscript.rewriter.rules.common import (
@@ -162,14 +220,6 @@ def simplify(model: ir.Model) -> ir.Model:
         rules = [fuse_batchnorm_into_conv_rule, fuse_batchnorm_into_conv_transpose_rule, fuse_batchnorm_into_gemm_rule]
         model = rewrite(model, pattern_rewrite_rules=rules)
         onnxscript.optimizer.optimize(model, input_size_limit=FOLD_LIMIT, output_size_limit=FOLD_LIMIT)
-    _lift_constants(model.graph)
-    for value in model.graph.initializers.values():
-        if value.const_value is not None:
-            value.const_value = ir.tensor(np.array(value.const_value.numpy(), order="C"), name=value.name)
-    drop_unused(model.graph)
-    model.graph.sort()
-    model.metadata_props.clear()
-    model.producer_name, model.producer_version, model.doc_string = "deploykit", "", ""
     return model
 
 
@@ -240,7 +290,7 @@ def _output_names(outputs: Any) -> list[str]:
 
     if isinstance(outputs, torch.Tensor):
         return ["output"]
-    if isinstance(outputs, Mapping):
+    if isinstance(outputs, Mapping) and all(isinstance(o, torch.Tensor) for o in outputs.values()):
         return [str(k) for k in outputs]
     if isinstance(outputs, (tuple, list)) and all(isinstance(o, torch.Tensor) for o in outputs):
         return [f"output_{i}" for i in range(len(outputs))]
@@ -303,18 +353,26 @@ def _check_masks(graph: ir.Graph, masks: Mapping[str, NDArray[np.bool_]]) -> Non
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Torch's exporter logs about libraries nobody asked for; errors still raise."""
+    """Torch's exporter logs about libraries nobody asked for and prints graphs that fail; errors still raise."""
     loggers = [logging.getLogger(n) for n in ("torch.onnx", "torch.export", "torch.fx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+def _cause(error: BaseException) -> str:
+    """What torch's export error wraps, and the line of the forward it names."""
+    cause = error.__cause__ or error
+    found = re.search(r'File "([^"]+)", line (\d+), in \w+\n\s*(.+)', str(cause))
+    place = f" ({Path(found[1]).name}, line {found[2]}: {found[3].strip()})" if found else ""
+    return f"{type(cause).__name__}: {_first_line(cause)}{place}"
 
 
 def _first_line(error: BaseException) -> str:

@@ -12,7 +12,6 @@ import onnx
 from deploykit.hub.graph import Hub
 
 if TYPE_CHECKING:
-    import onnxruntime as ort
     from numpy.typing import NDArray
 
 
@@ -80,19 +79,6 @@ class Slicer:
         if name in self.info and self.info[name].type.tensor_type.elem_type:
             return self.info[name]
         return onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None)
-
-
-def session(model: onnx.ModelProto | bytes, threads: int = 1, optimize: bool = True) -> ort.InferenceSession:
-    """An ONNX Runtime session on the CPU; without optimization the Q/DQ nodes run in float, one by one."""
-    import onnxruntime as ort
-
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3
-    if not optimize:
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    data = model if isinstance(model, bytes) else model.SerializeToString()
-    return ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
 
 
 @dataclass(frozen=True)

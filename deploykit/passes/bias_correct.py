@@ -34,7 +34,8 @@ from deploykit.core.target import Need, Profit
 from deploykit.hub.graph import Hub
 from deploykit.hub.operators import channel_axis
 from deploykit.hub.quantize import BIAS_LIMIT
-from deploykit.hub.slices import Slicer, session
+from deploykit.hub.running import session
+from deploykit.hub.slices import Slicer
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -58,7 +59,8 @@ class BiasCorrect:
         assert hub.quantized is not None and hub.ranges is not None
         slicer = Slicer(onnx.load_model_from_string(hub.bytes))
         layers = [n for n in slicer.model.graph.node if _is_correctable(n, slicer, hub.ranges.tensors)]
-        inputs = _IntegerInputs(slicer, [_integer_input(n, slicer) for n in layers], data)
+        sources = [_integer_input(n, slicer) for n in layers]
+        inputs = _IntegerInputs(slicer, sources, data, hub.graph.batch or BATCH)
         with contextlib.closing(inputs):
             for layer in track(layers, "correcting biases"):
                 mean_x = inputs.mean(_integer_input(layer, slicer))
@@ -85,7 +87,7 @@ def _integer_input(layer: onnx.NodeProto, slicer: Slicer) -> str:
 def _run_layer(slicer: Slicer, layer: onnx.NodeProto, x: NDArray[np.float32]) -> NDArray[np.float32]:
     """The layer's output before its activation, on one (mean) input ``[1, ...]``."""
     model = slicer.cut([layer.output[0]], [layer.input[0]])
-    (y,) = session(model).run(None, {layer.input[0]: x})
+    (y,) = session(model, optimize=False).run(None, {layer.input[0]: x})
     return np.asarray(y)
 
 
@@ -107,6 +109,7 @@ class _IntegerInputs:
     slicer: Slicer
     wanted: Sequence[str]
     data: DataSet
+    batch: int
     stored: dict[str, _Spool] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -144,7 +147,7 @@ class _IntegerInputs:
     def _batches(self, sources: Sequence[str]) -> Iterator[dict[str, NDArray[Any]]]:
         kept = {s: self.stored[s].batches() for s in sources if s in self.stored}
         fresh = [s for s in sources if s not in self.stored]
-        for batch in self.data.batches(BATCH):
+        for batch in self.data.batches(self.batch):
             yield {s: next(b) for s, b in kept.items()} | {s: batch.inputs[s] for s in fresh}
 
 

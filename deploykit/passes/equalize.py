@@ -23,7 +23,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 
 from deploykit.core.context import Context
@@ -33,7 +32,7 @@ from deploykit.core.recipe import Stage
 from deploykit.core.target import Need, Profit
 from deploykit.hub.graph import FloatGraph, attribute, constant
 from deploykit.hub.operators import weight_axis
-from deploykit.hub.slices import session
+from deploykit.hub.running import exposing
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -175,15 +174,10 @@ def _floor(pair: _Pair, reached: dict[str, NDArray[np.float32]]) -> NDArray[np.f
 
 def _channel_maxima(graph: FloatGraph, names: list[str], data: DataSet) -> dict[str, NDArray[np.float32]]:
     """Largest value per channel of some activations, over all calibration samples."""
-    model = onnx.load_model_from_string(graph.bytes)
-    held = {o.name for o in model.graph.output}
-    model.graph.output.extend(
-        onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, None) for n in names if n not in held
-    )
-    run = session(model)
+    run = exposing(graph.model, names)
     largest: dict[str, NDArray[np.float32]] = {}
     for batch in track(data.batches(1), "measuring channels", total=len(data)):
-        for name, array in zip(names, run.run(names, batch.inputs), strict=True):
+        for name, array in run(batch.inputs).items():
             top = array.max(axis=tuple(i for i in range(array.ndim) if i != 1))
             largest[name] = top if name not in largest else np.maximum(largest[name], top)
     return largest

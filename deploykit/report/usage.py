@@ -9,6 +9,8 @@ from pathlib import Path
 from pprint import pformat
 from typing import Any
 
+from deploykit import exporters
+from deploykit.core.errors import unknown
 from deploykit.core.figures import file_size
 from deploykit.core.manifest import Manifest
 from deploykit.report.words import named, preprocessing, shape, title
@@ -53,6 +55,8 @@ def usage(manifest: Manifest) -> Usage:
 
 
 def _runtime(exporter: str) -> Any:
+    if exporter not in exporters.names():
+        raise unknown("exporter", exporter, exporters.names())
     return importlib.import_module(f"{PARTS}.run_{exporter}")
 
 

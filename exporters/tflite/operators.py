@@ -32,6 +32,7 @@ class Rule:
     ``operands``: how many leading inputs carry values (None: all); the others are shapes, axes, limits.
     ``scale``: an integer result has a scale of its own (that of the QuantizeLinear behind it) or its input's.
     ``fuses``: a Relu or Clip behind it becomes part of it.
+    ``joins``: how the steps of its operands make up the steps it sums in; LiteRT rescales by less than 256 from there.
     ``float_only``: why it is written in float even between integers.
     """
 
@@ -39,19 +40,20 @@ class Rule:
     operands: int | None = 1
     scale: Literal["own", "input"] = "own"
     fuses: bool = False
+    joins: Literal["product", "sum", ""] = ""
     float_only: str = ""
 
 
 TABLE: dict[str, Rule] = {
     # products with constant weights
-    "Conv": Rule(convolution, operands=3, fuses=True),
-    "ConvTranspose": Rule(transposed_convolution, operands=3, fuses=True),
-    "Gemm": Rule(fully_connected, operands=3, fuses=True),
-    "MatMul": Rule(fully_connected, operands=2, fuses=True),
+    "Conv": Rule(convolution, operands=3, fuses=True, joins="product"),
+    "ConvTranspose": Rule(transposed_convolution, operands=3, fuses=True, joins="product"),
+    "Gemm": Rule(fully_connected, operands=3, fuses=True, joins="product"),
+    "MatMul": Rule(fully_connected, operands=2, fuses=True, joins="product"),
     # arithmetic
-    "Add": Rule(binary("ADD"), operands=2, fuses=True),
-    "Sub": Rule(binary("SUB"), operands=2, fuses=True),
-    "Mul": Rule(binary("MUL"), operands=2, fuses=True),
+    "Add": Rule(binary("ADD"), operands=2, fuses=True, joins="sum"),
+    "Sub": Rule(binary("SUB"), operands=2, fuses=True, joins="sum"),
+    "Mul": Rule(binary("MUL"), operands=2, fuses=True, joins="product"),
     "Div": Rule(binary("DIV"), operands=2, fuses=True, float_only="LiteRT has no int8 division"),
     "ReduceMean": Rule(mean),
     "GlobalAveragePool": Rule(mean),
@@ -60,7 +62,7 @@ TABLE: dict[str, Rule] = {
     "Relu": Rule(activation),
     "Clip": Rule(activation),
     "HardSwish": Rule(unary("HARD_SWISH")),
-    "HardSigmoid": Rule(hard_sigmoid),
+    "HardSigmoid": Rule(hard_sigmoid, joins="sum"),
     "Sigmoid": Rule(unary("LOGISTIC", PROBABILITY)),
     "Tanh": Rule(unary("TANH", SYMMETRIC_UNIT)),
     "LeakyRelu": Rule(leaky_relu),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 
 import numpy as np
 import onnx_ir as ir
@@ -27,6 +28,10 @@ from deploykit.exporters.tflite.operators import TABLE, Rule
 from deploykit.exporters.tflite.runner import METADATA
 from deploykit.exporters.tflite.writer import Quant, Tensor, Writer
 from deploykit.hub.graph import attribute, constant
+
+LARGEST_RESCALING = 256.0
+"""From here on XNNPACK refuses products with the whole file, and sums come out wrong. It takes an output range below
+one step of the sum to get there: a tensor that was zero throughout the calibration."""
 
 
 @dataclass(frozen=True)
@@ -225,7 +230,10 @@ class _Translation:
         floats = last.outputs[0].is_graph_output() or any(user.op_type != "QuantizeLinear" for user, _ in readers)
         if len(found) != 1 or floats:
             return None, known or "its result is not quantized"
-        return found.pop(), ""
+        quant = found.pop()
+        if _rescaling(rule, quants) / quant.scales[0] >= LARGEST_RESCALING:
+            return None, "its result is zero on all calibration data, and LiteRT cannot compute in steps that small"
+        return quant, ""
 
     def _operand(self, value: ir.Value | None) -> View | Constant | None:
         if value is None:
@@ -252,6 +260,12 @@ def _tail(node: ir.Node) -> tuple[ir.Node | None, Limits | None]:
         return None, None
     limits = limits_of(readers[0])
     return (readers[0], limits) if limits is not None else (None, None)
+
+
+def _rescaling(rule: Rule, quants: Sequence[Quant | None]) -> float:
+    """The size of the steps that an integer operator sums in; 0 where it does not matter."""
+    steps = [max(q.scales) for q in quants[:2] if q is not None]
+    return {"product": prod(steps), "sum": max(steps), "": 0.0}[rule.joins]
 
 
 def _quant(operand: View | Constant) -> Quant | None:

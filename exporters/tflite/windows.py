@@ -16,7 +16,7 @@ def same_padding(size: int, out: int, kernel: int, stride: int, dilation: int) -
     if out != -(-size // stride):
         return None
     total = max((out - 1) * stride + (kernel - 1) * dilation + 1 - size, 0)
-    return total - total // 2, total // 2
+    return total // 2, total - total // 2
 
 
 def used_padding(
