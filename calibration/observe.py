@@ -23,23 +23,30 @@ BINS = 2048
 
 
 @dataclass(frozen=True)
-class Summary:
+class Extremes:
     """What one sample did to one tensor."""
 
     low: float
     high: float
-    mean: NDArray[Any] | None = None
-    """Per channel, over positions; for tensors whose means are kept."""
     values: NDArray[Any] | None = None
-    """The tensor itself, for histograms."""
+    """The tensor itself, where a histogram is kept."""
 
 
-def observe(run: Callable[[Mapping[str, NDArray[Any]]], Mapping[str, Summary]], graph: str, data: DataSet) -> Ranges:
+@dataclass(frozen=True)
+class Seen:
+    """What one sample did to a graph."""
+
+    extremes: Mapping[str, Extremes]
+    means: Mapping[str, NDArray[Any]]
+    """Per channel, over positions."""
+
+
+def observe(run: Callable[[Mapping[str, NDArray[Any]]], Seen], graph: str, data: DataSet) -> Ranges:
     """Runs the data through a float graph, one sample at a time, and keeps statistics of its tensors.
 
     Args:
-        run: from inputs ``[1, ...]`` by name to a summary of each observed tensor, by name. Where it comes with the
-            values, `BINS`-bin histograms are kept too.
+        run: from inputs ``[1, ...]`` by name to what they did to the graph. Where it comes with values, `BINS`-bin
+            histograms are kept too.
         graph: hash that identifies the graph in the result.
         data: inputs by name.
 
@@ -49,15 +56,21 @@ def observe(run: Callable[[Mapping[str, NDArray[Any]]], Mapping[str, Summary]], 
     if len(data) == 0:
         raise DeploykitError(f"{data.origin}: no calibration samples")
     states: dict[str, _State] = {}
+    sums: dict[str, NDArray[np.float64]] = {}
     digest = Digest()
     for batch in track(data.batches(1), "calibrating", total=len(data)):
         digest.add(batch)
-        for name, summary in run(batch.inputs).items():
-            states.setdefault(name, _State()).add(summary)
-    for name, state in states.items():
-        if not (np.isfinite(state.low) and np.isfinite(state.high) and np.isfinite(state.sum).all()):
+        seen = run(batch.inputs)
+        for name, extremes in seen.extremes.items():
+            states.setdefault(name, _State()).add(extremes)
+        for name, mean in seen.means.items():
+            sums[name] = sums.get(name, 0.0) + mean.astype(np.float64)
+    for name in (*states, *sums):
+        numbers = [states[name].low, states[name].high] if name in states else sums[name]
+        if not np.isfinite(numbers).all():
             raise DeploykitError(f"{data.origin}: tensor '{name}' becomes NaN or infinite on the calibration data")
-    return Ranges(graph, digest.result(), len(data), {name: state.stats() for name, state in states.items()})
+    tensors = {name: state.stats() for name, state in states.items()}
+    return Ranges(graph, digest.result(), len(data), tensors, {name: s / len(data) for name, s in sums.items()})
 
 
 class _State:
@@ -66,24 +79,19 @@ class _State:
     def __init__(self) -> None:
         self.low, self.high = np.inf, -np.inf
         self.sum_low, self.sum_high, self.samples = 0.0, 0.0, 0
-        self.sum: NDArray[np.float64] = np.zeros(0)
         self.histogram: StreamingHistogram | None = None
 
-    def add(self, summary: Summary) -> None:
-        low, high = summary.low, summary.high
+    def add(self, seen: Extremes) -> None:
+        low, high = seen.low, seen.high
         self.low, self.high = min(self.low, low), max(self.high, high)
         self.sum_low, self.sum_high, self.samples = self.sum_low + low, self.sum_high + high, self.samples + 1
-        if summary.mean is not None:
-            mean = summary.mean.astype(np.float64)
-            self.sum = self.sum + mean if self.sum.size else mean
-        if summary.values is not None and np.isfinite(low) and np.isfinite(high):
+        if seen.values is not None and np.isfinite(low) and np.isfinite(high):
             self.histogram = self.histogram or StreamingHistogram(BINS)
-            self.histogram.add(summary.values, low, high)
+            self.histogram.add(seen.values, low, high)
 
     def stats(self) -> Stats:
-        mean = self.sum / self.samples if self.sum.size else None
         histogram = None if self.histogram is None else Histogram(self.histogram.limit, self.histogram.counts)
-        return Stats(self.low, self.high, self.sum_low / self.samples, self.sum_high / self.samples, mean, histogram)
+        return Stats(self.low, self.high, self.sum_low / self.samples, self.sum_high / self.samples, histogram)
 
 
 def channel_mean(array: NDArray[Any], axis: int) -> NDArray[Any]:

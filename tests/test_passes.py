@@ -81,7 +81,7 @@ def test_bias_correction_restores_every_channels_mean(spec) -> None:
     hub = quantize(made, ranges, spec)
     corrected = BiasCorrect()(hub, context(data))
     for tensor in ("a", "b"):
-        expected = ranges.tensors[tensor].mean
+        expected = ranges.means[tensor]
         before = np.abs(pre_activation_means(hub, data, tensor) - expected).max()
         after = np.abs(pre_activation_means(corrected, data, tensor) - expected).max()
         assert after < max(0.2 * before, 2e-3), tensor

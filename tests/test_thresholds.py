@@ -13,7 +13,7 @@ def stats_of(values: np.ndarray) -> Stats:
     histogram = StreamingHistogram(2048)
     histogram.add(values.astype(np.float32), float(values.min()), float(values.max()))
     return Stats(
-        float(values.min()), float(values.max()), float(values.min()), float(values.max()), None,
+        float(values.min()), float(values.max()), float(values.min()), float(values.max()),
         Histogram(histogram.limit, histogram.counts),
     )  # fmt: skip
 

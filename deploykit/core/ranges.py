@@ -35,8 +35,6 @@ class Stats:
     average_low: float
     """Mean over samples of each sample's minimum; `average_high` likewise (for moving-average ranges)."""
     average_high: float
-    mean: NDArray[np.float64] | None = None
-    """Per channel, over samples and positions; kept where a bias may be corrected."""
     histogram: Histogram | None = None
 
 
@@ -48,6 +46,8 @@ class Ranges:
     data: str
     samples: int
     tensors: Mapping[str, Stats] = field(default_factory=dict)
+    means: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
+    """Mean per channel, over samples and positions, of the outputs of products (before their activation)."""
 
     @property
     def has_histograms(self) -> bool:
@@ -69,14 +69,12 @@ class Ranges:
             entry: dict[str, Any] = {
                 "low": s.low, "high": s.high, "average_low": s.average_low, "average_high": s.average_high
             }  # fmt: skip
-            if s.mean is not None:
-                entry["mean"] = s.mean.tolist()
             if s.histogram is not None:
                 entry["histogram"] = {"limit": s.histogram.limit, "counts": s.histogram.counts.tolist()}
             tensors[name] = entry
         return {
             "format": "deploykit-ranges-1", "graph": self.graph, "data": self.data, "samples": self.samples,
-            "tensors": tensors,
+            "tensors": tensors, "means": {name: mean.tolist() for name, mean in self.means.items()},
         }  # fmt: skip
 
 
@@ -92,7 +90,6 @@ class _StatsFile:
     high: float
     average_low: float
     average_high: float
-    mean: list[float] | None = None
     histogram: _HistogramFile | None = None
 
 
@@ -103,6 +100,7 @@ class _RangesFile:
     data: str
     samples: int
     tensors: dict[str, _StatsFile]
+    means: dict[str, list[float]]
 
 
 def load_ranges(path: Path) -> Ranges:
@@ -123,10 +121,11 @@ def load_ranges(path: Path) -> Ranges:
         raise DeploykitError(f"{path}: ranges format '{raw.format}' is not known; calibrate again")
 
     def stats(s: _StatsFile) -> Stats:
-        mean = None if s.mean is None else np.asarray(s.mean, np.float64)
         histogram = None
         if s.histogram is not None:
             histogram = Histogram(s.histogram.limit, np.asarray(s.histogram.counts, np.int64))
-        return Stats(s.low, s.high, s.average_low, s.average_high, mean, histogram)
+        return Stats(s.low, s.high, s.average_low, s.average_high, histogram)
 
-    return Ranges(raw.graph, raw.data, raw.samples, {n: stats(s) for n, s in raw.tensors.items()})
+    tensors = {name: stats(s) for name, s in raw.tensors.items()}
+    means = {name: np.asarray(m, np.float64) for name, m in raw.means.items()}
+    return Ranges(raw.graph, raw.data, raw.samples, tensors, means)

@@ -35,7 +35,7 @@ class QuantSpec:
     placement: Literal["everywhere", "linear_inputs"] = "everywhere"
     """everywhere: every tensor an integer kernel reads or writes. linear_inputs: the inputs of convolutions and
     matrix products, and the skip branch of residual adds (what TensorRT fuses best)."""
-    shared_scale: tuple[str, ...] = ("AveragePool", "Concat")
+    shared_scale: tuple[str, ...] = ("AveragePool", "Concat", "Resize")
     """ONNX operators whose inputs and outputs must have one scale on this target, beyond those that only move data."""
     float_operators: tuple[str, ...] = ()
     """ONNX operators that stay in float on this target although they have an integer form."""

@@ -17,7 +17,7 @@ import onnx_ir as ir
 
 from deploykit.core.errors import DeploykitError
 from deploykit.core.progress import say
-from deploykit.hub.graph import FloatGraph, constant, drop_unused
+from deploykit.hub.graph import FloatGraph, add_initializer, constant, drop_unused
 
 if TYPE_CHECKING:
     import onnx
@@ -186,6 +186,7 @@ def simplify(model: ir.Model) -> ir.Model:
     if not _is_simple(model.graph):
         model = _fold(model)
     _lift_constants(model.graph)
+    _multiply_instead_of_dividing(model.graph)
     for value in model.graph.initializers.values():
         if value.const_value is not None:
             value.const_value = ir.tensor(np.asarray(value.const_value.numpy(), order="C"), name=value.name)
@@ -221,6 +222,16 @@ def _fold(model: ir.Model) -> ir.Model:
         model = rewrite(model, pattern_rewrite_rules=rules)
         onnxscript.optimizer.optimize(model, input_size_limit=FOLD_LIMIT, output_size_limit=FOLD_LIMIT)
     return model
+
+
+def _multiply_instead_of_dividing(graph: ir.Graph) -> None:
+    """x / c becomes x * (1/c): integer kernels multiply, few divide."""
+    for node in graph:
+        divisor = constant(node.inputs[1]) if node.op_type == "Div" else None
+        if divisor is None or divisor.dtype != np.float32 or not divisor.all():
+            continue
+        node.op_type = "Mul"
+        node.replace_input_with(1, add_initializer(graph, f"{node.inputs[1].name}_inverse", np.float32(1) / divisor))
 
 
 def _lift_constants(graph: ir.Graph) -> None:

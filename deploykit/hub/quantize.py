@@ -35,23 +35,25 @@ otherwise get a scale so small that its bias saturates and the integer accumulat
 
 
 def observed(graph: FloatGraph) -> tuple[list[str], dict[str, int]]:
-    """The tensors whose statistics any QuantSpec may ask for, and the channel axis of those that need means.
+    """The tensors whose ranges any QuantSpec may ask for, and the channel axis of those whose means are needed.
 
-    The same for every spec, so one calibration serves all targets.
+    The same for every spec, so one calibration serves all targets. What an activation is fused with has no range of
+    its own.
     """
     names: dict[str, None] = {}
     channels: dict[str, int] = {}
     for node in graph.model.graph:
         if role(node) == "float" or not is_float(node.outputs[0]):
             continue
-        for value in [*(node.inputs[i] for i in data_inputs(node)), node.outputs[0]]:
-            if value is not None and is_float(value) and constant(value) is None:
-                names[value.name or ""] = None
+        output = node.outputs[0]
+        read = [node.inputs[i] for i in data_inputs(node)]
+        for value in [*read, *node.outputs]:
+            fused = value is not None and (producer := value.producer()) is not None and fused_activation(producer)
+            if value is not None and is_float(value) and constant(value) is None and not fused:
+                names[_name(value)] = None
         if role(node) == "linear":
-            output = node.outputs[0]
-            channels[output.name or ""] = channel_axis(
-                node.op_type, len(output.shape) if output.shape is not None else 2
-            )
+            rank = len(output.shape) if output.shape is not None else 2
+            channels[_name(output)] = channel_axis(node.op_type, rank)
     return list(names), channels
 
 
@@ -103,6 +105,8 @@ def plan(graph: ir.Graph, spec: QuantSpec, keep_float: Iterable[str] = ()) -> Pl
         if name in fused or not is_float(node.outputs[0]):
             continue
         if kind == "float" or name in excluded or node.op_type in spec.float_operators:
+            tail = fused_activation(node)  # stays with what it would have been fused with
+            fused.update([_name(tail)] if tail is not None else [])
             if _computes(node):
                 why = "kept in float on request" if name in excluded else why_float(node)
                 if node.op_type in spec.float_operators:
@@ -333,6 +337,8 @@ def activation_params(low: float, high: float, spec: QuantSpec) -> QParams:
     low, high = min(low, 0.0), max(high, 0.0)
     bottom, top = spec.activation_range
     dtype = np.int8 if spec.activation_signed else np.uint8
+    if low == high:  # nothing but zeros: any scale does, and kernels dislike tiny ones
+        high = 1.0
     if spec.activation_symmetric:
         reach = top if spec.activation_signed else (top + 1) // 2
         scale, zero = max(-low, high) / reach, 0 if spec.activation_signed else reach

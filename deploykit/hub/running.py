@@ -12,7 +12,7 @@ import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 
-from deploykit.calibration.observe import Summary
+from deploykit.calibration.observe import Extremes, Seen
 from deploykit.hub.graph import add_initializer
 
 if TYPE_CHECKING:
@@ -54,21 +54,21 @@ def exposing(model: ir.Model, tensors: Sequence[str]) -> Run:
 
 def summarizing(
     model: ir.Model, tensors: Sequence[str], channels: Mapping[str, int], values: bool
-) -> Callable[[Mapping[str, NDArray[Any]]], dict[str, Summary]]:
-    """A function from the model's inputs to a `Summary` of each of the named tensors.
+) -> Callable[[Mapping[str, NDArray[Any]]], Seen]:
+    """A function from the model's inputs to the extremes of some tensors and the channel means of others.
 
     The reductions are part of the graph, so the tensors themselves stay inside the runtime, which reuses their memory.
 
     Args:
         model: a float graph; not changed.
-        tensors: float values to summarize; inputs are allowed.
-        channels: tensor name -> channel axis, for tensors whose per-channel mean is wanted.
+        tensors: float values whose extremes are wanted; inputs are allowed.
+        channels: value name -> channel axis, for those whose per-channel mean is wanted.
         values: whether the tensors themselves are wanted too.
     """
     extended = model.clone()
     graph = extended.graph
     known = {v.name: v for v in [*graph.inputs, *(v for node in graph for v in node.outputs)]}
-    outputs: list[ir.Value] = []
+    reduced: list[ir.Value] = []
 
     def reduce(operator: str, value: ir.Value, axes: list[int]) -> str:
         name = f"{value.name}.{operator}"
@@ -76,34 +76,31 @@ def summarizing(
         node = ir.Node("", operator, where, [ir.AttrInt64("keepdims", 0)], outputs=[ir.Value(name=name)], name=name)
         node.outputs[0].dtype = ir.DataType.FLOAT
         graph.append(node)
-        outputs.append(node.outputs[0])
+        reduced.append(node.outputs[0])
         return name
 
-    made: dict[str, tuple[str, str, str | None]] = {}
-    for name in tensors:
-        value = known[name]
-        rank = len(value.shape) if value.shape is not None else 0
-        everything = list(range(rank))
-        low, high = reduce("ReduceMin", value, everything), reduce("ReduceMax", value, everything)
-        others = [i for i in everything if i != channels.get(name, 0) % max(rank, 1)]
-        made[name] = low, high, reduce("ReduceMean", value, others) if name in channels else None
-    inputs = {v.name for v in graph.inputs}
-    exposed = [n for n in tensors if n not in inputs] if values else []
-    graph.outputs[:] = [*outputs, *(known[n] for n in exposed)]
-    running = _mapped_session(extended)
+    low = {name: reduce("ReduceMin", known[name], _axes(known[name])) for name in tensors}
+    high = {name: reduce("ReduceMax", known[name], _axes(known[name])) for name in tensors}
+    mean = {name: reduce("ReduceMean", known[name], _axes(known[name], but=axis)) for name, axis in channels.items()}
+    inner = [n for n in tensors if not known[n].is_graph_input()] if values else []
+    graph.outputs[:] = [*reduced, *(known[n] for n in inner)]
     names = [v.name for v in graph.outputs]
+    running = _mapped_session(extended)
 
-    def run(arrays: Mapping[str, NDArray[Any]]) -> dict[str, Summary]:
+    def run(arrays: Mapping[str, NDArray[Any]]) -> Seen:
         found = dict(arrays) | dict(zip(names, running.run(names, dict(arrays)), strict=True))
-        return {
-            name: Summary(
-                float(found[low]), float(found[high]), None if mean is None else found[mean],
-                found[name] if values else None,
-            )
-            for name, (low, high, mean) in made.items()
-        }  # fmt: skip
+        extremes = {
+            n: Extremes(float(found[low[n]]), float(found[high[n]]), found[n] if values else None) for n in tensors
+        }
+        return Seen(extremes, {n: found[reduction] for n, reduction in mean.items()})
 
     return run
+
+
+def _axes(value: ir.Value, but: int | None = None) -> list[int]:
+    """All axes of a value, but one."""
+    rank = len(value.shape) if value.shape is not None else 0
+    return [i for i in range(rank) if but is None or i != but % rank]
 
 
 def _mapped_session(model: ir.Model) -> ort.InferenceSession:

@@ -25,6 +25,7 @@ class Slicer:
         self.position = {id(node): i for i, node in enumerate(model.graph.node)}
         self.initializers = {t.name: t for t in model.graph.initializer}
         self.inputs = {i.name: i for i in model.graph.input}
+        self.outputs = {o.name for o in model.graph.output}
         infos = [*model.graph.value_info, *model.graph.output, *model.graph.input]
         self.info = {i.name: i for i in infos}
 

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 BATCH = 4
-IN_MEMORY = 8 << 20
+IN_MEMORY = 4 << 20
 """Integer activations of one tensor above this many bytes wait on disk."""
 
 
@@ -58,16 +58,15 @@ class BiasCorrect:
         data = context.need("calibration", "bias_correct")
         assert hub.quantized is not None and hub.ranges is not None
         slicer = Slicer(onnx.load_model_from_string(hub.bytes))
-        layers = [n for n in slicer.model.graph.node if _is_correctable(n, slicer, hub.ranges.tensors)]
+        layers = [n for n in slicer.model.graph.node if _is_correctable(n, slicer, hub.ranges.means)]
         sources = [_integer_input(n, slicer) for n in layers]
         inputs = _IntegerInputs(slicer, sources, data, hub.graph.batch or BATCH)
         with contextlib.closing(inputs):
             for layer in track(layers, "correcting biases"):
                 mean_x = inputs.mean(_integer_input(layer, slicer))
                 y = _run_layer(slicer, layer, mean_x)
-                expected = hub.ranges.tensors[layer.output[0]].mean
-                assert expected is not None
-                _shift_bias(slicer, layer, expected - channel_mean(y, channel_axis(layer.op_type, y.ndim)))
+                found = channel_mean(y, channel_axis(layer.op_type, y.ndim))
+                _shift_bias(slicer, layer, hub.ranges.means[_float_name(layer, slicer)] - found)
         return replace(hub, quantized=ir.from_proto(slicer.model))
 
 
@@ -75,9 +74,15 @@ def _is_correctable(node: onnx.NodeProto, slicer: Slicer, means: Mapping[str, An
     """A linear layer with an integer input, a bias, and a known float mean."""
     if node.op_type not in ("Conv", "ConvTranspose", "Gemm") or len(node.input) < 3:
         return False
-    known = node.output[0] in means and means[node.output[0]].mean is not None
+    known = _float_name(node, slicer) in means
     source = slicer.producer.get(node.input[0])
     return known and source is not None and source.op_type == "DequantizeLinear"
+
+
+def _float_name(layer: onnx.NodeProto, slicer: Slicer) -> str:
+    """The name that a layer's output has in the float graph; quantizing renames the graph's outputs."""
+    name = str(layer.output[0])
+    return name.removesuffix("_float") if name.removesuffix("_float") in slicer.outputs else name
 
 
 def _integer_input(layer: onnx.NodeProto, slicer: Slicer) -> str:
@@ -164,7 +169,7 @@ class _Spool:
         self.file.write(np.ascontiguousarray(array).tobytes())
         self.shapes.append(array.shape)
         self.dtype = array.dtype
-        self.sum = self.sum + array.sum(axis=0, dtype=np.int64)
+        self.sum = self.sum + array.sum(axis=0, dtype=np.int32)
 
     def mean(self) -> NDArray[np.float64]:
         return np.asarray(self.sum, np.float64) / sum(shape[0] for shape in self.shapes)

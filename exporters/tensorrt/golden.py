@@ -72,7 +72,8 @@ def write_arrays(folder: Path, kind: str, arrays: Mapping[str, NDArray[Any]]) ->
     paths = {}
     for number, (name, array) in enumerate(arrays.items()):
         paths[name] = f"golden/{kind}.{number}.bin"
-        array.astype(array.dtype.newbyteorder("<"), copy=False).tofile(folder / paths[name])
+        # not tofile: a full disk would be an OSError without its errno
+        (folder / paths[name]).write_bytes(array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes())
     return paths
 
 

@@ -42,7 +42,10 @@ def lower_opset(model: ir.Model, opset: int) -> None:
     offenders = [_lowered(model.graph, node, source, opset) for node in list(model.graph)]
     refused = [o for o in offenders if o]
     if refused:
-        raise DeploykitError(f"cannot be written with ONNX operator set {opset}: {'; '.join(refused)}")
+        raise DeploykitError(
+            f"cannot be written with ONNX operator set {opset}: {'; '.join(refused)}. "
+            "Change these operators in the model, or choose a target with another exporter."
+        )
     drop_unused(model.graph)
     model.opset_imports.clear()
     model.opset_imports[""] = opset

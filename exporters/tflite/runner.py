@@ -117,10 +117,9 @@ def _described(data: bytes, path: Path) -> Any:
         if data[4:8] != b"TFL3":
             raise DeploykitError(f"{path} is not a .tflite file")
         model = _follow(data, 0)
+        # operator codes lie at the file's end: reading them finds a truncated file, on which tflite-runtime would crash
         for code in _items(data, _field(data, model, OPERATOR_CODES)):
-            _field(
-                data, code, 0
-            )  # they lie at the file's end: a truncated file fails here, and does not crash tflite-runtime
+            _field(data, code, 0)
         buffers = _items(data, _field(data, model, BUFFERS))
         for entry in _items(data, _field(data, model, MODEL_METADATA)):
             if _bytes(data, _field(data, entry, NAME)) == METADATA.encode():

@@ -39,8 +39,6 @@ class Translated:
     """A written model and what became of its operators."""
 
     data: bytes
-    kinds: tuple[str, ...]
-    """The builtin operators of the file, in order."""
     quantized: Mapping[str, int]
     """How many ONNX operators of each kind are integer."""
     islands: tuple[Island, ...]
@@ -107,7 +105,7 @@ class _Translation:
             )
         metadata = {"inputs": [p.described() for p in inputs], "outputs": [p.described() for p in outputs]}
         data = self.writer.finish([p.tensor for p in inputs], [p.tensor for p in outputs], {METADATA: metadata})
-        return Translated(data, tuple(self.writer.kinds), dict(sorted(self.quantized.items())), tuple(self.islands))
+        return Translated(data, dict(sorted(self.quantized.items())), tuple(self.islands))
 
     def _input(self, value: ir.Value) -> _Port:
         """Declares a graph input: int8 where it is only read through one quantization."""

@@ -86,7 +86,6 @@ class Writer:
         """An empty model; buffer 0 is the empty one, as the format wants. ``reserved`` names are left to `rename`."""
         self.tensors: list[Any] = []
         self.operators: list[Any] = []
-        self.kinds: list[str] = []
         self.buffers: list[Any] = [schema.BufferT()]
         self.codes: dict[tuple[str, int], int] = {}
         self._buffer_of: dict[bytes, int] = {}
@@ -135,7 +134,6 @@ class Writer:
             made.builtinOptionsType = getattr(schema.BuiltinOptions, OPTIONS[kind])
             made.builtinOptions = _filled(OPTIONS[kind], options)
         self.operators.append(made)
-        self.kinds.append(kind)
         self._known[key] = output
         return output
 
