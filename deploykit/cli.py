@@ -322,8 +322,6 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     except DeploykitError as error:
         print(f"deploykit: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except BrokenPipeError:
-        sys.exit(0)
     sys.exit(0)
 
 

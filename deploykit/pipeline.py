@@ -266,6 +266,9 @@ def export(
             for c in manifest.checks
             if c.passed is False and c.value is not None and c.bound is not None
         ]
+        if not manifest.passed and manifest.operators:
+            worst = ", ".join(f"{o.layer} ({o.operator}, {o.sqnr_db:.1f} dB)" for o in manifest.operators[:3])
+            failed.append(f"{folder}: layers that lose most in int8: {worst}")
     if failed:
         raise GateFailed(
             "the files were written but failed their checks:\n  " + "\n  ".join(failed)
@@ -359,7 +362,7 @@ class _Road:
             versions=versions(),
         )
         if self.ranges is not None:
-            self.ranges.save(folder / "ranges.json")
+            (folder / "ranges.json").write_text(self.ranges.to_json(), encoding="utf-8")
         write_usage(folder, manifest)
         manifest = replace(manifest, stored=stored_files(folder))
         manifest.save(folder)

@@ -59,14 +59,14 @@ def load(name: str) -> Exporter:
     return cast(Exporter, importlib.import_module(f"deploykit.exporters.to_{name}"))
 
 
-def open_artifact(folder: Path) -> Artifact:
+def open_artifact(folder: str | Path) -> Artifact:
     """The artifact in a folder that `deploykit export` wrote, ready to be called.
 
     Raises:
         DeploykitError: not an artifact, or one whose files were truncated or altered.
     """
-    manifest = load_intact(folder)
+    manifest = load_intact(Path(folder))
     run = load(manifest.exporter).load
     return Artifact(
-        folder, manifest.target, manifest.exporter, manifest.files, manifest.inputs, manifest.outputs, run
+        Path(folder), manifest.target, manifest.exporter, manifest.files, manifest.inputs, manifest.outputs, run
     )  # fmt: skip

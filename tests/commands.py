@@ -20,7 +20,7 @@ class Said:
     err: str
 
 
-def deploykit(command: str, *more: object) -> Said:
+def enter(command: str, *more: object) -> Said:
     """Runs ``deploykit COMMAND``. Neither output is a terminal; an exception is a bug and comes through."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):

@@ -60,7 +60,11 @@ class Ranges:
         Raises:
             DeploykitError: the file cannot be written.
         """
-        write_in_place(path, json.dumps(self.to_dict(), indent=1))
+        write_in_place(path, self.to_json())
+
+    def to_json(self) -> str:
+        """What `save` writes."""
+        return json.dumps(self.to_dict(), indent=1)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists and numbers."""

@@ -231,7 +231,7 @@ def _multiply_instead_of_dividing(graph: ir.Graph) -> None:
         if divisor is None or divisor.dtype != np.float32 or not divisor.all():
             continue
         node.op_type = "Mul"
-        node.replace_input_with(1, add_initializer(graph, f"{node.inputs[1].name}_inverse", np.float32(1) / divisor))
+        node.replace_input_with(1, add_initializer(graph, f"{node.name}.inverse", np.float32(1) / divisor))
 
 
 def _lift_constants(graph: ir.Graph) -> None:

@@ -389,10 +389,11 @@ def weight_scale(
 
 
 def round_weight(weight: NDArray[Any], scale: NDArray[np.float32], axis: int, spec: QuantSpec) -> NDArray[np.int8]:
-    """Nearest integers, halves to even, within the spec's range."""
+    """Nearest integers in float32 arithmetic (as torch rounds in training), halves to even, within the spec's range."""
     shape = [-1 if i == axis else 1 for i in range(weight.ndim)]
-    steps = np.rint(weight.astype(np.float64) / scale.reshape(shape))
-    return np.clip(steps, -spec.weight_max, spec.weight_max).astype(np.int8)
+    steps = np.divide(weight, scale.reshape(shape), dtype=np.float32)
+    np.rint(steps, out=steps)
+    return np.clip(steps, -spec.weight_max, spec.weight_max, out=steps).astype(np.int8)
 
 
 def round_bias(bias: NDArray[Any], scale: NDArray[np.float32]) -> NDArray[np.int32]:

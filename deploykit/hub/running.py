@@ -104,11 +104,15 @@ def _axes(value: ir.Value, but: int | None = None) -> list[int]:
 
 
 def _mapped_session(model: ir.Model) -> ort.InferenceSession:
-    """A session whose weights came through a temporary file that the runtime mapped: no copies in this process."""
+    """A session in little memory: weights come through a temporary file, and nothing is held back for later runs."""
+    options = _options(1)
+    options.enable_cpu_mem_arena = False
+    options.enable_mem_pattern = False
+    options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         ir.save(model, path, external_data="weights")
-        return ort.InferenceSession(str(path), _options(1), providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
 def _options(threads: int) -> ort.SessionOptions:

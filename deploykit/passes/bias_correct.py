@@ -152,8 +152,10 @@ class _IntegerInputs:
     def _batches(self, sources: Sequence[str]) -> Iterator[dict[str, NDArray[Any]]]:
         kept = {s: self.stored[s].batches() for s in sources if s in self.stored}
         fresh = [s for s in sources if s not in self.stored]
-        for batch in self.data.batches(self.batch):
-            yield {s: next(b) for s, b in kept.items()} | {s: batch.inputs[s] for s in fresh}
+        samples = self.data.batches(self.batch) if fresh else None  # making samples is costly: only where needed
+        for _ in range(-(-len(self.data) // self.batch)):
+            found = {s: next(b) for s, b in kept.items()}
+            yield found | ({s: array for s, array in next(samples).inputs.items() if s in fresh} if samples else {})
 
 
 class _Spool:

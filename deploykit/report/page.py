@@ -9,6 +9,7 @@ from pathlib import Path
 
 from deploykit.core.artifact import Island, Measurement
 from deploykit.core.errors import MissingExtra
+from deploykit.core.files import write_in_place
 from deploykit.core.figures import MISSING, file_size, milliseconds, number, quotient
 from deploykit.core.manifest import Manifest, Score, load_intact
 from deploykit.report.charts import charts
@@ -30,7 +31,7 @@ def write_report(folder: Path) -> Path:
     """
     manifest = load_intact(folder)
     path = folder / NAME
-    path.write_text(render(manifest), encoding="utf-8")
+    write_in_place(path, render(manifest))
     return path
 
 
