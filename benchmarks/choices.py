@@ -112,20 +112,20 @@ def in_memory(source: DataSet) -> DataSet:
 def bias_correction() -> Row:
     cases = [mobilenetv1(), resnet20()]
     found = {
-        f"{case.name} {'with' if corrected else 'without'}": case.agreement(case.hub(corrected=corrected))
+        f"{case.name}: {'with' if corrected else 'without'}": case.agreement(case.hub(corrected=corrected))
         for case in cases
         for corrected in (False, True)
     }
-    gain = found["MobileNetV1 with"] - found["MobileNetV1 without"]
+    gain = found["MobileNetV1: with"] - found["MobileNetV1: without"]
     about = "; ".join(case.about for case in cases)
     return row("MobileNetV1 int8: agreement gained by bias correction (points)", gain, 0.0, about, found)
 
 
 def thresholds() -> Row:
     cases = [mobilenetv1(), resnet20()]
-    found = {f"{case.name} {m}": case.agreement(case.hub(method=m)) for case in cases for m in METHODS}
+    found = {f"{case.name}: {m}": case.agreement(case.hub(method=m)) for case in cases for m in METHODS}
     behind = max(
-        max(v for k, v in found.items() if k.startswith(case.name)) - found[f"{case.name} minmax"] for case in cases
+        max(v for k, v in found.items() if k.startswith(case.name)) - found[f"{case.name}: minmax"] for case in cases
     )
     about = "; ".join(case.about for case in cases)
     claim = "int8: agreement of minmax ranges less that of the best method (points)"
@@ -139,10 +139,10 @@ def equalization() -> Row:
     tensor = replace(SPEC, weight_granularity="tensor")
     correct = passes.build(Step("bias_correct"))
     found = {}
-    for what, spec in (("per channel", SPEC), ("per tensor", tensor)):
-        found[f"{what}, without"] = case.agreement(case.hub(spec))
-        found[f"{what}, with"] = case.agreement(correct(quantize(graph, ranges, spec), case.context))
-    gain = found["per channel, with"] - found["per channel, without"]
+    for what, spec in (("a scale per channel", SPEC), ("one scale per tensor", tensor)):
+        found[f"{what}: without"] = case.agreement(case.hub(spec))
+        found[f"{what}: with"] = case.agreement(correct(quantize(graph, ranges, spec), case.context))
+    gain = found["a scale per channel: with"] - found["a scale per channel: without"]
     claim = "MobileNetV1 int8: agreement gained by equalize before bias correction (points)"
     return row(claim, gain, 0.0, case.about, found)
 
@@ -156,12 +156,12 @@ def training() -> Row:
     context = replace(case.context, data={"train": images}, trainer=Trainer(settings, seed=0))
     trained = passes.build(Step("qat", {"steps": 150, "learning_rate": 2e-4}))(start, context)
     found = {
-        "fp32": case.accuracy(Hub(case.graph, SPEC), "fp32"),
-        "3-bit weights": case.accuracy(start),
-        "3-bit weights, qat": case.accuracy(trained),
+        "fp32: accuracy": case.accuracy(Hub(case.graph, SPEC), "fp32"),
+        "3-bit weights: accuracy": case.accuracy(start),
+        "3-bit weights, qat: accuracy": case.accuracy(trained),
     }
     claim = "ResNet-20, 3-bit weights: accuracy gained by 150 steps of qat (points)"
-    return row(claim, found["3-bit weights, qat"] - found["3-bit weights"], 0.0, case.about, found)
+    return row(claim, found["3-bit weights, qat: accuracy"] - found["3-bit weights: accuracy"], 0.0, case.about, found)
 
 
 def pruning() -> Row:
@@ -178,10 +178,10 @@ def pruning() -> Row:
         with tempfile.TemporaryDirectory() as folder:
             (file,) = exporter.export(hub, target, Path(folder), ["int8"])
             raw = (Path(folder) / file.path).read_bytes()
-        found[f"{sparsity:.0%} accuracy"] = pruned.accuracy(hub)
-        found[f"{sparsity:.0%} bytes"] = len(raw)
-        found[f"{sparsity:.0%} gzip bytes"] = len(gzip.compress(raw, 9, mtime=0))
-    ratio = found["50% gzip bytes"] / found["0% gzip bytes"]
+        found[f"{sparsity:.0%} zeros: accuracy"] = pruned.accuracy(hub)
+        found[f"{sparsity:.0%} zeros: bytes"] = len(raw)
+        found[f"{sparsity:.0%} zeros: bytes after gzip"] = len(gzip.compress(raw, 9, mtime=0))
+    ratio = found["50% zeros: bytes after gzip"] / found["0% zeros: bytes after gzip"]
     claim = "ResNet-20 int8 .tflite, half of the weights pruned: gzip bytes / unpruned gzip bytes"
     return replace(row(claim, ratio, 1.0, case.about, found), better="lower")
 

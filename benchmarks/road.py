@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import os
 import tempfile
 import time
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 
 from benchmarks import data
 from benchmarks.rows import Row, record
+from benchmarks.tensorrt_oracle import judge
 from deploykit import bench, exporters, passes, pipeline, targets
 from deploykit.check import Gate, answer
 from deploykit.core.context import Context
@@ -177,6 +179,33 @@ def mobilenetv2(out: Path) -> None:
     )  # fmt: skip
 
 
+def oracle(out: Path) -> None:
+    """NVIDIA's own parser and builder on the bundles; needs DEPLOYKIT_ORACLE_PYTHON (see tensorrt_oracle)."""
+    python = os.environ.get("DEPLOYKIT_ORACLE_PYTHON")
+    if python is None:
+        print("oracle: skipped, DEPLOYKIT_ORACLE_PYTHON is not set")
+        return
+    shares = {}
+    for name, module, calibration in (
+        ("ResNet-20", data.resnet20(), data.cifar("train", 32)),
+        ("MobileNetV1", data.mobilenetv1(), data.imagenet(True).spread(16)),
+    ):
+        hub, _ = _hub(module, calibration, "jetson")
+        folder = out / name
+        folder.mkdir()
+        files = exporters.load("tensorrt").export(hub, targets.load("jetson"), folder, ["fp16", "int8", "int8-fp16"])
+        for file, verdict in zip(files, judge([folder / f.path for f in files], python), strict=True):
+            accepted = bool(verdict["accepted"])
+            convolutions = verdict.get("int8_convolution_kernels", 0) / max(verdict.get("convolutions", 0), 1)
+            shares[f"{name} {file.precision}"] = 100.0 * (convolutions if "int8" in file.precision else 1.0) * accepted
+    record(
+        "road",
+        [Row("TensorRT-RTX takes the bundles and runs this share of convolutions in int8 (%; fp16: taken or not)",
+             min(shares.values()), 95.0, "higher", "ResNet-20 and MobileNetV1, jetson bundles", f"{COMMAND} oracle",
+             [0], shares, note="parser and builder of TensorRT-RTX 1.7.1 on a CPU; nothing ran on a GPU")],
+    )  # fmt: skip
+
+
 def _tflite_operators(path: Path) -> list[tuple[str, bool]]:
     """Every operator's name, and whether all activations it reads and writes are int8."""
     from deploykit.exporters.tflite.schema import schema
@@ -194,7 +223,7 @@ def _tflite_operators(path: Path) -> list[tuple[str, bool]]:
     return found
 
 
-PARTS = {f.__name__: f for f in (resnet20, mobilenetv1, retarget, mobilenetv2)}
+PARTS = {f.__name__: f for f in (resnet20, mobilenetv1, retarget, mobilenetv2, oracle)}
 
 
 def main() -> None:

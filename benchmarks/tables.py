@@ -106,18 +106,43 @@ def refreshed(text: str, found: Mapping[str, Rows]) -> str:
 
 
 def headline(rows: Rows) -> str:
-    """The rows about the two trained networks, for the README."""
+    """The two trained networks file by file, for the README."""
+    accuracy, agreement = find(rows, "ResNet-20: points lost")["values"], find(rows, "MobileNetV1: int8 agreement")
+    top1 = find(rows, "MobileNetV1: int8 top-1")
+    size, time = (find(rows, f"MobileNetV1: int8 {what}")["values"] for what in ("bytes", "time"))
+    (fp32,) = re.findall(r"fp32 ([\d.]+)", top1["claim"])
+    lines = [
+        "| network | file | top-1 % | agrees with fp32 % | size / fp32 | time / fp32 |",
+        "|---|---|---|---|---|---|",
+        f"| MobileNetV1 0.75-224 | fp32 | {fp32} | | 1 | 1 |",
+    ]
+    for runtime, share in agreement["values"].items():
+        cells = (top1["values"][runtime], share, size[runtime], time[runtime])
+        lines.append(f"| | int8, {runtime} | {' | '.join(f'{c:.2f}' for c in cells)} |")
+    for name, share, points in re.findall(r"(\w[^;:]*?) ([\d.]+) / ([\d.]+)", agreement["neighbour"]):
+        lines.append(f"| | *int8 by {name}* | *{points}* | *{share}* | | |")
+    lines.append(f"| ResNet-20, CIFAR-10 | fp32 | {accuracy['fp32 accuracy']:.2f} | | | |")
+    for what, lost in accuracy.items():
+        if what != "fp32 accuracy":
+            file = re.sub(r"(.*?) (int8\S*)(.*)", r"\2, \1\3", what)
+            lines.append(f"| | {file} | {accuracy['fp32 accuracy'] - lost:.2f} | | | |")
     chosen = [row for row in rows if row["claim"].startswith(("MobileNetV1:", "ResNet-20:"))]
-    lines = ["| trained network, default settings | measured | neighbours |", "|---|---|---|"]
-    for row in chosen:
-        lines.append(f"| {row['claim']} | {details(row) or number(row['value'])} | {row['neighbour']} |")
     data = ". ".join(dict.fromkeys(row["data"] for row in chosen))
-    return "\n".join([*lines, "", f"{data}. Measured by {'; '.join(origins(chosen))}.", ""])
+    notes = [
+        f"{data}. The sample images are easier than ImageNet's test images: read the differences, not the accuracy.",
+        "Time: one image, one thread, int8 and fp32 in the same run. In italics: neighbours' defaults on the same",
+        f"images, run once. Measured by {'; '.join(origins(chosen))}.",
+    ]
+    return "\n".join([*lines, "", *notes, ""])
 
 
 def values(row: Mapping[str, Any]) -> str:
-    """One row's values as a table of their own."""
-    lines = ["| | measured |", "|---|---|", *(f"| {k} | {number(v)} |" for k, v in row["values"].items())]
+    """One row's values as a table of their own. Keys are ``LINE: COLUMN``."""
+    cells = {tuple(key.split(": ")): number(value) for key, value in row["values"].items()}
+    columns = list(dict.fromkeys(column for _, column in cells))
+    lines = [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for line in dict.fromkeys(line for line, _ in cells):
+        lines.append(f"| {line} | {' | '.join(cells.get((line, column), '') for column in columns)} |")
     return "\n".join([*lines, "", f"{row['data']}. Measured by {origins([row])[0]}.", ""])
 
 

@@ -503,7 +503,7 @@ def test_a_full_disk_is_said_by_the_other_commands_too(here: Path, monkeypatch: 
 IN_A_SMALL_DISK = """
 import pathlib, subprocess, sys
 sys.path[:0] = sys.argv[3:]
-from commands import deploykit
+from commands import enter
 for kilobytes in (4, 8, 12, 20, 28):
     for target in ("x86", "mobile-arm", "jetson"):
         subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "none", sys.argv[1]], check=True)

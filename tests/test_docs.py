@@ -113,6 +113,7 @@ def granted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _trained(net: torch.nn.Module, images: Any, labels: Any) -> torch.nn.Module:
+    torch.set_num_threads(1)
     torch.manual_seed(0)
     x, y = torch.from_numpy(images), torch.from_numpy(labels)
     optimizer = torch.optim.AdamW(net.parameters(), lr=5e-3)

@@ -393,7 +393,7 @@ def round_weight(weight: NDArray[Any], scale: NDArray[np.float32], axis: int, sp
     shape = [-1 if i == axis else 1 for i in range(weight.ndim)]
     steps = np.divide(weight, scale.reshape(shape), dtype=np.float32)
     np.rint(steps, out=steps)
-    return np.clip(steps, -spec.weight_max, spec.weight_max, out=steps).astype(np.int8)
+    return np.asarray(np.clip(steps, -spec.weight_max, spec.weight_max, out=steps), np.int8)
 
 
 def round_bias(bias: NDArray[Any], scale: NDArray[np.float32]) -> NDArray[np.int32]:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from deploykit.core.artifact import Island, Measurement
 from deploykit.core.errors import MissingExtra
-from deploykit.core.files import write_in_place
 from deploykit.core.figures import MISSING, file_size, milliseconds, number, quotient
+from deploykit.core.files import write_in_place
 from deploykit.core.manifest import Manifest, Score, load_intact
 from deploykit.report.charts import charts
 from deploykit.report.rows import ORIGINAL, Row, rows

@@ -7,7 +7,7 @@ import torch
 from model import build
 from safetensors.torch import save_file
 
-EPOCHS, BATCH = 8, 64
+EPOCHS, BATCH = 6, 64
 
 
 def main() -> None:

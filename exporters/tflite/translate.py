@@ -230,7 +230,7 @@ class _Translation:
             return None, known or "its result is not quantized"
         quant = found.pop()
         if _rescaling(rule, quants) / quant.scales[0] >= LARGEST_RESCALING:
-            return None, "its result is almost zero on all calibration data, and LiteRT cannot compute in steps that small"
+            return None, "its result is almost zero in calibration, and LiteRT cannot compute in steps that small"
         return quant, ""
 
     def _operand(self, value: ir.Value | None) -> View | Constant | None:
