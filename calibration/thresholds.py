@@ -76,9 +76,15 @@ def entropy(stats: Stats, steps: int, symmetric: bool) -> tuple[float, float]:
     """The shrunken range whose quantized distribution has the least Kullback-Leibler divergence.
 
     Migacz, "8-bit inference with TensorRT" (GTC 2017): the clipped distribution P (outliers added to its end bins)
-    is compared with Q, P merged into ``steps`` levels and spread again over the bins that were not empty.
+    is compared with Q, P merged into ``steps`` levels and spread again over the bins that were not empty. Zero has a
+    level of its own and is exact, so the peak that a ReLU leaves there says nothing about the others: the two bins
+    beside it are lowered to their neighbours.
     """
     x, p = _distribution(stats)
+    middle = len(p) // 2
+    p = p.copy()
+    p[middle - 1], p[middle] = min(p[middle - 1], p[middle - 2]), min(p[middle], p[middle + 1])
+    p /= max(p.sum(), 1e-300)
 
     def divergence(low: float, high: float) -> float:
         inside = (x >= low) & (x <= high)

@@ -59,6 +59,15 @@ def test_mse_finds_the_known_optimum_for_a_normal_distribution_at_four_bits() ->
     assert (high - low) / 15 == pytest.approx(0.3352, rel=0.07)
 
 
+@pytest.mark.parametrize("share", [0.5, 0.9])
+def test_entropy_is_not_led_astray_by_the_peak_that_a_relu_leaves_at_zero(share) -> None:
+    values = np.clip(np.random.default_rng(3).exponential(1.5, 200_000), 0, 6)
+    values[: int(share * len(values))] = 0.0
+    low, high = threshold(stats_of(values), "entropy", 255, False)
+    assert low == 0.0
+    assert high > 4.8
+
+
 def test_percentile_cuts_the_given_share_on_each_side() -> None:
     values = np.random.default_rng(2).uniform(-1, 1, 100_000)
     values[:3] = 8.0
