@@ -11,11 +11,12 @@ import dataclasses
 import io
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -97,7 +98,7 @@ def granted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     exec(net, namespace)
     (images, labels), (test, answers) = namespace["training"](), namespace["test"]()
     images, test = images.repeat(3, axis=1), test.repeat(3, axis=1)  # the network of the README takes colour
-    trained = _trained(namespace["build"](), images, labels)
+    trained = _trained(namespace["build"], images, labels)
     save_file(trained.state_dict(), folder / "net.safetensors")
     torch.save(trained.state_dict(), folder / "net.pt")
     np.savez(folder / "test.npz", x=test, y=answers)
@@ -112,16 +113,19 @@ def granted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _trained(net: torch.nn.Module, images: Any, labels: Any) -> torch.nn.Module:
+def _trained(build: Callable[[], torch.nn.Module], images: Any, labels: Any) -> torch.nn.Module:
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    net = build()
     x, y = torch.from_numpy(images), torch.from_numpy(labels)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=5e-3)
-    for _ in range(6):
+    optimizer = torch.optim.AdamW(net.parameters())
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-2, epochs=8, steps_per_epoch=23)
+    for _ in range(8):
         for batch in torch.randperm(len(x)).split(64):
             optimizer.zero_grad()
             torch.nn.functional.cross_entropy(net(x[batch]), y[batch]).backward()
             optimizer.step()
+            schedule.step()
     return net.eval()
 
 
@@ -187,16 +191,13 @@ class Page:
 
     def command(self, line: str, shown: list[str], code: int) -> None:
         name, *arguments = shlex.split(line)
-        if name == "cd":
+        if name in ("deploykit", "python"):
+            found, printed = self.started(name, arguments)
+            assert found == code, f"{line}: exit code {found}\n{printed}"
+            compare(shown, printed, line)
+        elif name == "cd":
             os.chdir(arguments[0])
-        elif name == "deploykit":
-            result = self.in_process(arguments) if self.tree is None else self.process(["-m", "deploykit", *arguments])
-            assert result[0] == code, f"{line}: exit code {result[0]}\n{result[1]}"
-            compare(shown, result[1], line)
-        elif name == "python":
-            result = self.process(arguments)
-            assert result[0] == code, f"{line}: exit code {result[0]}\n{result[1]}"
-            compare(shown, result[1], line)
+            sys.path.insert(0, str(Path.cwd()))
         elif name == "make":
             assert re.search(rf"^{arguments[0]}:", (ROOT / "Makefile").read_text(), re.MULTILINE), line
         elif name == "pip":
@@ -206,18 +207,29 @@ class Page:
         else:
             assert name in ("ssh", "scp"), f"{line}: not a command that documentation may show"
 
-    def in_process(self, arguments: list[str]) -> tuple[int, str]:
-        printed = io.StringIO()
-        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed), pytest.raises(SystemExit) as end:
-            main(arguments)
-        return int(end.value.code or 0), printed.getvalue()
+    def started(self, name: str, arguments: list[str]) -> tuple[int, str]:
+        """Exit code and output of ``deploykit …`` or ``python file.py …``."""
+        if self.tree is not None:
+            return in_tree(self.tree, ["-m", "deploykit", *arguments] if name == "deploykit" else arguments)
+        printed, code = io.StringIO(), 0
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+            try:
+                if name == "deploykit":
+                    main(arguments)
+                else:
+                    with pytest.MonkeyPatch.context() as patch:
+                        patch.setattr(sys, "argv", arguments)
+                        runpy.run_path(arguments[0], run_name="__main__")
+            except SystemExit as end:
+                code = int(end.code or 0)
+        return code, printed.getvalue()
 
-    def process(self, arguments: list[str]) -> tuple[int, str]:
-        environment = os.environ | {"PYTHONPATH": str(self.tree or ROOT), "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(
-            [sys.executable, *arguments], capture_output=True, text=True, env=environment, timeout=120
-        )
-        return done.returncode, done.stdout + done.stderr
+
+def in_tree(tree: Path, arguments: list[str]) -> tuple[int, str]:
+    """Exit code and output of python with the copy of the package first on its path."""
+    environment = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment, timeout=300)
+    return done.returncode, done.stdout + done.stderr
 
 
 def compare(shown: list[str], printed: str, line: str) -> None:
@@ -258,7 +270,7 @@ def test_what_the_how_to_pages_add_works_and_passes_its_tests(workplace: Path, t
     tests = sorted(str(path) for path in (tree / "tests").glob("test_*.py"))
     assert len(tests) == 2
     os.chdir(tree)
-    code, printed = running.process(["-m", "pytest", "-p", "no:cacheprovider", *tests])
+    code, printed = in_tree(tree, ["-m", "pytest", "-p", "no:cacheprovider", *tests])
     assert code == 0, printed
 
 

@@ -1,8 +1,4 @@
-"""Data in: a folder of images, arrays in a file, or whatever a loader gives; checked once, before any long work.
-
-An image is decoded when it is asked for, a ``.npy`` is memory-mapped, a torch Dataset (alone or behind a DataLoader) is
-asked sample by sample; only batches from another iterable are kept in memory.
-"""
+"""Every form of data becomes a `DataSet`."""
 
 from __future__ import annotations
 
@@ -21,12 +17,12 @@ from deploykit.core.errors import DeploykitError, unknown
 from deploykit.core.files import no_such_file
 from deploykit.core.progress import say, track
 from deploykit.core.seeds import seeded
-from deploykit.core.tables import from_table, read_toml
 from deploykit.core.user_code import call, load_function
+from deploykit.sources.checks import check_values, checked
+from deploykit.sources.images import fitting, image_folder, only_input, preprocess_image
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-    from PIL.Image import Image
     from torch.utils.data import DataLoader
 
 LABELS = ("y", "labels", "label")
@@ -67,7 +63,7 @@ def load_data(
         if preprocess is None:
             preprocess = Preprocess()
             say(f"note: {origin}: no [preprocess] is declared; pixels are scaled to 0..1, RGB, {preprocess.layout}")
-        data = _image_folder(path, inputs, preprocess, origin)
+        data = image_folder(path, inputs, preprocess, origin)
     elif path.suffix in (".npy", ".npz"):
         arrays, labels = _read_arrays(path, inputs, origin)
         data = _array_data(arrays, labels, preprocess, origin)
@@ -75,7 +71,7 @@ def load_data(
         raise no_such_file(path)
     else:
         raise DeploykitError(f"{origin}: expected a folder of images, a .npy, a .npz or file.py:loader")
-    return _checked(data, inputs, role)
+    return checked(data, inputs, role)
 
 
 def from_python(
@@ -137,167 +133,7 @@ def from_python(
         if len(own) != len(found):
             raise DeploykitError(f"{origin}: {len(found)} samples, but {len(own)} labels")
         found = replace(found, labels=own)
-    return _checked(found, inputs, role, looked_at)
-
-
-def load_preprocess(source: Path | Mapping[str, Any], flags: Mapping[str, Any] | None = None) -> Preprocess:
-    """What is declared about images.
-
-    Args:
-        source: a TOML file or a table, with the keys in ``[preprocess]`` or at the top.
-        flags: keys that replace those of the source.
-
-    Raises:
-        DeploykitError: unreadable, an unknown key, or a value that cannot be applied.
-    """
-    table = source if isinstance(source, Mapping) else read_toml(source)
-    where = "[preprocess]" if isinstance(source, Mapping) else f"{source} [preprocess]"
-    if "preprocess" in table:
-        for key in table:
-            if key != "preprocess":
-                raise DeploykitError(f"{where}: {unknown('table', key, ['preprocess'])}")
-        table = table["preprocess"]
-    if isinstance(table, Mapping):
-        table = {**table, **(flags or {})}
-    return from_table(Preprocess, table, where)
-
-
-def check_labels(data: DataSet, classes: int) -> None:
-    """Refuses labels that are no class numbers of a model with that many classes; data without labels passes.
-
-    Raises:
-        DeploykitError: labels that are no integers ``[n]``, or outside 0..classes-1, or from another set of class
-            folders.
-    """
-    if data.labels is None:
-        return
-    if data.labels.ndim != 1 or data.labels.dtype.kind != "i":
-        given = f"{data.labels.dtype} {list(data.labels.shape)}"
-        raise DeploykitError(
-            f"{data.origin}: labels must be class numbers, int64 [{len(data)}]; given {given}. "
-            "Labels of another kind need a metric that reads them."
-        )
-    wrong = np.flatnonzero((data.labels < 0) | (data.labels >= classes))
-    if len(wrong):
-        label = int(data.labels[wrong[0]])
-        shifted = int(data.labels.min()) == 1 and int(data.labels.max()) == classes
-        hint = " They seem to start at 1: subtract 1." if shifted else ""
-        raise DeploykitError(
-            f"{data.origin}: sample {data.index[wrong[0]]} has label {label}; the model has {classes} classes, "
-            f"0..{classes - 1}.{hint}"
-        )
-    if data.classes and len(data.classes) != classes:
-        raise DeploykitError(
-            f"{data.origin}: {len(data.classes)} class folders, the model has {classes} classes. Labels are positions "
-            f"in the sorted folder names, so every class needs its folder (it may be empty)."
-        )
-
-
-def preprocess_image(image: Image, p: Preprocess) -> NDArray[np.float32]:
-    """One image as the network wants it: float32 ``[c, h, w]`` (NCHW) or ``[h, w, c]`` (NHWC)."""
-    from PIL.Image import Resampling
-
-    image = image.convert("L" if p.channels == "L" else "RGB")
-    size = _resized(image.size, p)
-    if size != image.size:
-        image = image.resize(size, Resampling.BILINEAR)
-    crop = _crop(p)
-    if crop is not None:
-        top, left = round((size[1] - crop[0]) / 2), round((size[0] - crop[1]) / 2)
-        image = image.crop((left, top, left + crop[1], top + crop[0]))
-    x: Any = np.asarray(image, np.float32).reshape(image.height, image.width, p.depth)
-    x = x[..., ::-1] if p.channels == "BGR" else x
-    x = x * np.float32(p.scale)
-    if p.mean:
-        x = x - np.asarray(p.mean, np.float32)
-    if p.std:
-        x = x / np.asarray(p.std, np.float32)
-    return np.ascontiguousarray(x.transpose(2, 0, 1) if p.layout == "NCHW" else x)
-
-
-def _resized(size: tuple[int, int], p: Preprocess) -> tuple[int, int]:
-    """(width, height) after resizing the shorter side."""
-    short, long = sorted(size)
-    if p.resize is None or p.resize == short:
-        return size
-    other = p.resize * long // short
-    return (p.resize, other) if size[0] <= size[1] else (other, p.resize)
-
-
-def _crop(p: Preprocess) -> tuple[int, int] | None:
-    return (p.crop, p.crop) if isinstance(p.crop, int) else p.crop
-
-
-# ------------------------------------------------------------------ folders
-
-
-def _image_folder(folder: Path, inputs: Sequence[TensorSpec], p: Preprocess, origin: str) -> DataSet:
-    from PIL import Image
-
-    name = _only(inputs, origin, "a folder of images")
-    files, labels, classes = _list_images(folder, origin)
-    sizes: dict[tuple[int, int], Path] = {}
-    for file in track(files, "looking at images"):
-        try:
-            with Image.open(file) as image:
-                size, mode = image.size, image.mode
-        except OSError:
-            raise DeploykitError(f"{origin}: {file} is not an image that Pillow can read") from None
-        if mode == "F" or mode.startswith("I"):
-            raise DeploykitError(f"{origin}: {file} has more than 8 bits per channel; convert it to 8 bits")
-        sizes.setdefault(_fitting(size, p, f"{origin}: {file}"), file)
-        if len(sizes) > 1:
-            (a, first), (b, other) = sizes.items()
-            raise DeploykitError(
-                f"{origin}: images of different sizes: {first.name} is {a[0]} x {a[1]}, {other.name} {b[0]} x {b[1]} "
-                f"(width x height). Set resize and crop in [preprocess]."
-            )
-
-    def sample(i: int) -> Sample:
-        try:
-            with Image.open(files[i]) as image:
-                return {name: preprocess_image(image, p)}
-        except (OSError, SyntaxError):  # Pillow raises SyntaxError for broken PNG chunks
-            raise DeploykitError(f"{origin}: {files[i]} is damaged") from None
-
-    return DataSet(sample, tuple(range(len(files))), labels, origin, p, classes)
-
-
-def _list_images(folder: Path, origin: str) -> tuple[list[Path], NDArray[np.int64] | None, tuple[str, ...]]:
-    entries = _visible(folder)
-    classes = [e for e in entries if e.is_dir()]
-    loose = [e for e in entries if not e.is_dir()]
-    if classes and loose:
-        raise DeploykitError(
-            f"{origin}: {loose[0].name} lies beside the class folders ({classes[0].name}, …). Put images either in "
-            f"one flat folder (no labels) or in one subfolder per class."
-        )
-    by_class = [_visible(c) for c in classes]
-    files = [file for group in by_class for file in group] if classes else loose
-    if not files:
-        raise DeploykitError(f"{origin}: the folder holds no images")
-    labels = np.repeat(np.arange(len(classes)), [len(group) for group in by_class]) if classes else None
-    return files, labels, tuple(c.name for c in classes)
-
-
-def _visible(folder: Path) -> list[Path]:
-    return sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
-
-
-def _fitting(size: tuple[int, int], p: Preprocess, where: str) -> tuple[int, int]:
-    """The (width, height) that comes out, given the one that goes in."""
-    crop, (width, height) = _crop(p), _resized(size, p)
-    if crop is None:
-        return width, height
-    if crop[0] > height or crop[1] > width:
-        raise DeploykitError(
-            f"{where} is {width} x {height} (width x height) where {crop[1]} x {crop[0]} are to be cut out; "
-            f"set resize in [preprocess] to at least {max(crop)}"
-        )
-    return crop[1], crop[0]
-
-
-# ------------------------------------------------------------------ arrays
+    return checked(found, inputs, role, looked_at)
 
 
 def _read_arrays(
@@ -307,7 +143,7 @@ def _read_arrays(
         raise no_such_file(path)
     try:
         if path.suffix == ".npy":
-            name = _only(inputs, origin, "a .npy; give a .npz with one array per input")
+            name = only_input(inputs, origin, "a .npy; give a .npz with one array per input")
             return {name: np.load(path, mmap_mode="r", allow_pickle=False)}, None
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             arrays = {key: file[key] for key in file.files}
@@ -336,7 +172,7 @@ def _array_data(
         is_grey = len(shape) == 2 and p.depth == 1
         if not is_grey and not (len(shape) == 3 and shape[2] == p.depth):
             raise DeploykitError(f"{origin}: '{name}' {_no_image(shape, p)}")
-        _fitting((shape[1], shape[0]), p, f"{origin}: '{name}'")
+        fitting((shape[1], shape[0]), p, f"{origin}: '{name}'")
 
     def sample(i: int) -> Sample:
         found = dict(plain.sample(i))
@@ -363,9 +199,6 @@ def _no_image(shape: tuple[int, ...], p: Preprocess) -> str:
     return start + expected.strip()
 
 
-# ------------------------------------------------------------------ loaders
-
-
 def _dataset(item: Callable[[int], Any], order: Sequence[int], inputs: Sequence[TensorSpec], origin: str) -> DataSet:
     """Samples asked for one at a time; one pass now collects the labels and looks at the values."""
 
@@ -377,7 +210,7 @@ def _dataset(item: Callable[[int], Any], order: Sequence[int], inputs: Sequence[
     for i in track(order, "looking at samples"):
         arrays, label = split(i)
         first = first or arrays
-        _check_values(arrays, first, f"{origin}: sample {i}")
+        check_values(arrays, first, f"{origin}: sample {i}")
         labels += [] if label is None else [label]
     if labels and len(labels) != len(order):
         raise DeploykitError(f"{origin}: only {len(labels)} of {len(order)} samples have a label")
@@ -459,93 +292,3 @@ def _first(batch: Any) -> Any:
     if isinstance(batch, (tuple, list)):
         return tuple(_first(value) for value in batch)
     return batch[0]
-
-
-# ------------------------------------------------------------------ checks
-
-
-def _only(inputs: Sequence[TensorSpec], origin: str, what: str) -> str:
-    if len(inputs) != 1:
-        names = ", ".join(spec.name for spec in inputs)
-        raise DeploykitError(f"{origin}: the model has {len(inputs)} inputs ({names}), which cannot come from {what}")
-    return inputs[0].name
-
-
-def _checked(data: DataSet, inputs: Sequence[TensorSpec], role: Role, looked_at: bool = False) -> DataSet:
-    """The data set, if every sample can be fed to the model; ``looked_at``: its values are known to be good."""
-    if len(data) < 2:
-        raise DeploykitError(f"{data.origin}: {len(data)} sample; at least 2 are needed")
-    first = data.sample(data.index[0])
-    for spec in inputs:
-        if spec.name not in first:
-            raise DeploykitError(f"{data.origin}: no data for {spec.name}; it has {', '.join(first)}")
-        _check_dtype(spec, first[spec.name], data)
-        _check_shape(spec, first[spec.name].shape, data)
-    if data.preprocess is None and not looked_at:  # pixels are finite, their sizes known from the headers
-        for number, i in enumerate(data.index):
-            _check_values(data.sample(i), first, f"{data.origin}: sample {number}")
-    if role == "calibration" and all(_equal(data.sample(i), first) for i in data.index[1:]):
-        raise DeploykitError(f"{data.origin}: all {len(data)} samples are identical; nothing can be learned from them")
-    return data
-
-
-def _check_dtype(spec: TensorSpec, array: NDArray[Any], data: DataSet) -> None:
-    expected = spec.dtype or ("float32" if array.dtype.kind == "f" else array.dtype)
-    if array.dtype == np.dtype(expected):
-        return
-    if array.dtype == np.uint8 and data.preprocess is None:
-        hint = "If these are images [n, height, width, channels], declare [preprocess]."
-    else:
-        hint = f"Save it as {np.dtype(expected)}: array.astype('{np.dtype(expected)}')."
-    raise DeploykitError(f"{data.origin}: '{spec.name}' is {array.dtype}, the model takes {expected}. {hint}")
-
-
-def _check_shape(spec: TensorSpec, given: tuple[int, ...], data: DataSet) -> None:
-    if not spec.shape:
-        return
-    expected = spec.shape[1:]
-    if len(given) == len(expected) and all(isinstance(e, str) or e == g for e, g in zip(expected, given, strict=True)):
-        return
-    wanted = "[" + ", ".join(str(e) for e in expected) + "]"
-    hint = _shape_hint(expected, given, data.preprocess)
-    raise DeploykitError(
-        f"{data.origin}: '{spec.name}' has samples {list(given)}, the model takes {wanted}. {hint}".rstrip()
-    )
-
-
-def _shape_hint(expected: tuple[int | str, ...], given: tuple[int, ...], p: Preprocess | None) -> str:
-    """What to change so that the shapes agree."""
-    if len(expected) != 3 or len(given) != 3:
-        return ""
-    moved_first, moved_last = (given[2], given[0], given[1]), (given[1], given[2], given[0])
-    if p is None:
-        if given[0] == 1 and given[1:] == expected[1:]:
-            return f"These are grey: repeat the channel, array.repeat({expected[0]}, axis=1)."
-        if moved_first == expected:
-            return "Put the channels first: array.transpose(0, 3, 1, 2)."
-        return "Put the channels last: array.transpose(0, 2, 3, 1)." if moved_last == expected else ""
-    if (moved_first if p.layout == "NHWC" else moved_last) == expected:
-        return f"Set layout = '{'NCHW' if p.layout == 'NHWC' else 'NHWC'}' in [preprocess]."
-    depth, *size = expected if p.layout == "NCHW" else (expected[2], *expected[:2])
-    if depth != p.depth and depth in (1, 3):
-        return f"Set channels = '{'L' if depth == 1 else 'RGB'}' in [preprocess]."
-    if all(isinstance(s, int) for s in size):
-        crop = size[0] if size[0] == size[1] else size
-        return f"Set crop = {crop} (and resize, if the images are smaller) in [preprocess]."
-    return ""
-
-
-def _check_values(sample: Sample, first: Sample, where: str) -> None:
-    for name, array in sample.items():
-        if array.shape != first[name].shape or array.dtype != first[name].dtype:
-            raise DeploykitError(
-                f"{where}: '{name}' is {array.dtype} {list(array.shape)}, "
-                f"the first sample {first[name].dtype} {list(first[name].shape)}"
-            )
-        if array.dtype.kind == "f" and not np.isfinite(array).all():
-            what = "NaN" if np.isnan(array).any() else "inf"
-            raise DeploykitError(f"{where}: '{name}' holds {what}")
-
-
-def _equal(a: Sample, b: Sample) -> bool:
-    return all(np.array_equal(a[name], b[name]) for name in b)

@@ -1,0 +1,11 @@
+"""Data in: a folder of images, arrays in a file, or whatever a loader gives; checked once, before any long work.
+
+An image is decoded when it is asked for, a ``.npy`` is memory-mapped, a torch Dataset (alone or behind a DataLoader) is
+asked sample by sample; only batches from another iterable are kept in memory.
+"""
+
+from deploykit.sources.checks import check_labels
+from deploykit.sources.images import load_preprocess, preprocess_image
+from deploykit.sources.load import from_python, load_data
+
+__all__ = ["check_labels", "from_python", "load_data", "load_preprocess", "preprocess_image"]
