@@ -33,7 +33,9 @@ def base() -> None:
         pip = [f"{folder}/bin/pip", "install", "--quiet", "--constraint", str(REPOSITORY / "constraints.txt")]
         subprocess.run([*pip, "torch", "numpy"], check=True)
         before = _installed(Path(folder))
-        subprocess.run([*pip, str(REPOSITORY)], check=True)
+        clone = f"{folder}/clone"  # building leaves files behind
+        subprocess.run(["git", "clone", "--quiet", str(REPOSITORY), clone], check=True)
+        subprocess.run([*pip, clone], check=True)
         after = _installed(Path(folder))
     added = sorted(set(after[1]) - set(before[1]) - {"deploykit"})
     megabytes = (after[0] - before[0]) / 1e6

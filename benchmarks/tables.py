@@ -53,7 +53,7 @@ def results() -> dict[str, Rows]:
 def page(found: Mapping[str, Rows]) -> str:
     """``docs/results.md``."""
     head = (
-        "# Results\n\nEvery line is an acceptance line of the project, measured by a script in `benchmarks/` and "
+        "# Results\n\nEvery line is a claim of the project with its bar, measured by a script in `benchmarks/` and "
         "written here by `make docs`. A figure that is worse than its bar says so.\n\n"
     )
     return head + "\n\n".join(section(name, rows) for name, rows in found.items()) + "\n"

@@ -44,7 +44,7 @@ class Block(nn.Module):
 class DigitsNet(nn.Module):
     """A CNN for 8 x 8 grey images, 10 classes."""
 
-    def __init__(self, channels: int = 32) -> None:
+    def __init__(self, channels: int = 64) -> None:
         """``channels`` of the first stage; the second has twice as many."""
         super().__init__()
         self.stem = nn.Sequential(
@@ -82,7 +82,7 @@ def digits() -> tuple[DataSet, DataSet]:
     )
 
 
-def train(data: DataSet, seed: int = 0, epochs: float = 10) -> DigitsNet:
+def train(data: DataSet, seed: int = 0, epochs: float = 3) -> DigitsNet:
     """A trained network in eval mode, the same for the same seed."""
     torch.manual_seed(seed)
     net = DigitsNet()

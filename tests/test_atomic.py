@@ -89,7 +89,7 @@ def test_a_killed_export_leaves_nothing_partial(desk: Path, target: str, overwri
 def test_ctrl_c_leaves_nothing_at_all(desk: Path) -> None:
     """The user interrupts while the files are being written and checked."""
     before = contents(desk)
-    command = "export nets.py:build --target x86 --calib calib.npy -o out"  # benchmarks for five seconds
+    command = "export net.onnx --target x86 --calib calib.npy -o out"  # benchmarks for five seconds
     ran = subprocess.Popen(
         [sys.executable, "-m", "deploykit", *command.split()],
         env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,

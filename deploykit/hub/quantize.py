@@ -330,9 +330,10 @@ def _activation_params(graph: ir.Graph, made: Plan, ranges: Ranges, spec: QuantS
 def activation_params(low: float, high: float, spec: QuantSpec) -> QParams:
     """Scale and zero point that cover [low, high] and represent 0 exactly.
 
-    The rounded zero point would push one end of an asymmetric range outside by up to half a step; the scale is
-    widened until both ends are inside. This also moves images normalised to [-1, 1] (pixel/127.5 - 1), every value
-    of which would fall on a rounding tie, off the ties.
+    A rounded zero point pushes one end of an asymmetric range outside by up to half a step; the scale is widened until
+    both ends are inside, and of the two zero points next to the exact one that is taken which widens it less. This also
+    moves images normalised to [-1, 1] (pixel/127.5 - 1), every value of which would fall on a rounding tie, off the
+    ties.
     """
     low, high = min(low, 0.0), max(high, 0.0)
     bottom, top = spec.activation_range
@@ -343,12 +344,17 @@ def activation_params(low: float, high: float, spec: QuantSpec) -> QParams:
         reach = top if spec.activation_signed else (top + 1) // 2
         scale, zero = max(-low, high) / reach, 0 if spec.activation_signed else reach
     else:
-        zero = bottom + round(-low / (high - low) * (top - bottom)) if high > low else bottom
-        if low < 0 < high:
-            zero = min(max(zero, bottom + 1), top - 1)
-        below = -low / (zero - bottom) if zero > bottom else 0.0
-        above = high / (top - zero) if zero < top else 0.0
-        scale = max(below, above)
+        exact = bottom - low / (high - low) * (top - bottom)
+
+        def covering(z: int) -> float:
+            """The smallest scale at which [low, high] lies inside, with this zero point."""
+            below = -low / (z - bottom) if low < 0 else 0.0
+            return max(below, high / (top - z) if high > 0 else 0.0)
+
+        first, last = bottom + (low < 0), top - (high > 0)  # an end that is not empty needs a step of its own
+        candidates = {min(max(int(z), first), last) for z in (np.floor(exact), np.ceil(exact))}
+        zero = min(sorted(candidates), key=covering)
+        scale = covering(zero)
     scale = max(scale, 2.0**-24)
     if spec.scale == "power_of_two":
         scale = 2.0 ** np.ceil(np.log2(scale))
