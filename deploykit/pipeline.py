@@ -358,7 +358,13 @@ class _Road:
             scores=tuple(scores),
             operators=tuple(operators[:WORST]),
             classes=self._classes(),
-            notes=(*self.notes, *notes, *([] if scores else [NOT_EVALUATED]), *_shrink_notes(folder, files)),
+            notes=(
+                *self.notes,
+                *notes,
+                *self._forced(target),
+                *([] if scores else [NOT_EVALUATED]),
+                *_shrink_notes(folder, files),
+            ),
             versions=versions(),
         )
         if self.ranges is not None:
@@ -375,6 +381,11 @@ class _Road:
         manifest = replace(manifest, seconds={k: round(v, 3) for k, v in self.seconds.items()})
         manifest.save(folder)
         return manifest
+
+    def _forced(self, target: Target) -> list[str]:
+        """The steps that ran although the target cannot profit from them."""
+        planned = plan(self.settings.recipe, target, _available(self.prepared))
+        return [f"--force ran {p.step!r}: it {p.refusal}" for p in planned if p.refusal and not p.automatic]
 
     def _hub(self, target: Target, integer: bool) -> tuple[Hub, tuple[str, ...]]:
         """The hub of the target's spec after its hub steps, made once per spec."""
@@ -394,6 +405,7 @@ class _Road:
             for p in planned:
                 if p.step.stage != "hub" or (p.automatic and p.refusal):
                     continue
+                say(f"running {p.step!r} for {target.name}")
                 with self._phase(f"{type(p.step).__name__} {target.name}"):
                     hub = p.step(hub, context)
                 done.append(repr(p.step))
@@ -408,6 +420,7 @@ class _Road:
 
     def _context(self, target: Target) -> Context:
         from deploykit.cost import cost
+        from deploykit.losses import load_loss
         from deploykit.trainer import Trainer
 
         example = self.prepared.example
@@ -417,6 +430,7 @@ class _Road:
             example=example,
             original=_teacher(self.prepared.model),
             trainer=Trainer(self.settings.recipe.train, self.settings.seed),
+            loss=load_loss(self.settings.recipe.train.loss) if self.settings.recipe.train.loss else None,
             cost=lambda module: cost(module, example),
             seed=self.settings.seed,
         )

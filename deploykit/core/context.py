@@ -47,6 +47,8 @@ class Context:
     original: Any = None
     """The model as it came in: the teacher."""
     trainer: Trainer | None = None
+    loss: Callable[[Any, Any], Any] | None = None
+    """What the recipe's ``[train]`` table names; None: each step has its own."""
     cost: Callable[[Any], Cost] | None = None
     seed: int = 0
 

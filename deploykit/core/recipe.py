@@ -50,8 +50,8 @@ class Step:
 class TrainSettings:
     """How a step that trains, trains: the ``[train]`` table of a recipe."""
 
-    loss: str = "ce"
-    """``ce`` (cross-entropy with labels) or ``file.py:function(outputs, batch) -> scalar``."""
+    loss: str = ""
+    """``ce`` (cross-entropy with labels) or ``file.py:function(outputs, batch) -> scalar``; empty: the step's own."""
     epochs: float = 1.0
     """Passes over the training data; fractions are allowed."""
     learning_rate: float = 1e-3

@@ -88,7 +88,8 @@ def summarizing(
     running = _mapped_session(extended)
 
     def run(arrays: Mapping[str, NDArray[Any]]) -> Seen:
-        found = dict(arrays) | dict(zip(names, running.run(names, dict(arrays)), strict=True))
+        computed = running.run(names, dict(arrays)) if names else []
+        found = dict(arrays) | dict(zip(names, computed, strict=True))
         extremes = {
             n: Extremes(float(found[low[n]]), float(found[high[n]]), found[n] if values else None) for n in tensors
         }

@@ -60,6 +60,7 @@ def attach_mask(layer: nn.Module, name: str, mask: Tensor) -> None:
         own = {k: v for k, v in vars(type(layer)).items() if k not in ("__dict__", "__weakref__")}
         layer.__class__ = type(type(layer).__name__, type(layer).__bases__, own)
     parametrize.register_parametrization(layer, name, Mask(mask.to(weight.device)))
+    layer.parametrizations.train(layer.training)  # type: ignore[union-attr]
 
 
 def mask_of(layer: nn.Module, name: str) -> Mask | None:

@@ -3,7 +3,7 @@
 The forward pass is what the device computes; gradients pass rounding straight through (Jacob et al. 2018, "Quantization
 and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference", section 3). Normalisation is folded
 and so frozen. The loss is the Kullback-Leibler divergence from the original model's answers (Hinton et al. 2015), so
-no labels are needed. Scales stay as they are, zeros stay zero.
+no labels are needed; ``loss`` in the recipe's ``[train]`` table replaces it. Scales stay as they are, zeros stay zero.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Qat:
             raise DeploykitError("qat needs the PyTorch model as teacher; an .onnx file has none")
         student = HubModule(hub)
         context.trainer.fit(
-            student, data, distill_kl(self.temperature), teacher=context.original, steps=self.steps,
+            student, data, context.loss or distill_kl(self.temperature), teacher=context.original, steps=self.steps,
             learning_rate=self.learning_rate,
         )  # fmt: skip
         return student.to_hub()

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from pprint import pformat
+from types import SimpleNamespace
 from typing import Any
 
 from deploykit import exporters
@@ -57,7 +58,10 @@ def usage(manifest: Manifest) -> Usage:
 def _runtime(exporter: str) -> Any:
     if exporter not in exporters.names():
         raise unknown("exporter", exporter, exporters.names())
-    return importlib.import_module(f"{PARTS}.run_{exporter}")
+    try:
+        return importlib.import_module(f"{PARTS}.run_{exporter}")
+    except ModuleNotFoundError:  # an exporter of the user's: the files speak for themselves
+        return SimpleNamespace(COMMANDS=(), ABOUT="Open the files in the runtime they were written for.")
 
 
 def _script(folder: Path, manifest: Manifest, runtime: Any) -> str:
