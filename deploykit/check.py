@@ -307,3 +307,15 @@ def check_integer(hub: Hub, file: File) -> Check:
         f"integer {'products' if products else 'operators'}", file.precision, float(integer), 1.0, integer >= 1,
         f"{integer} of {total} {what}",
     )  # fmt: skip
+
+
+def shrink_notes(folder: Path, files: Sequence[File]) -> tuple[str, ...]:
+    """Says aloud when a quantized file did not get smaller."""
+    sizes = {f.precision: (folder / f.path).stat().st_size for f in files}
+    base = sizes.get("fp32")
+    return tuple(
+        f"{f.path} is {sizes[f.precision] / base:.2f} x the size of the fp32 file: the weights are too few to matter, "
+        "or they were not quantized"
+        for f in files
+        if base and "int8" in f.precision and sizes[f.precision] > 0.5 * base
+    )

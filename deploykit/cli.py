@@ -218,7 +218,7 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Show which steps apply on a target, in which order, and why the others do not."""
-    from deploykit import passes, pipeline, targets
+    from deploykit import passes, planning, targets
     from deploykit.models import load_model
 
     chosen = targets.load(target)
@@ -228,10 +228,10 @@ def plan(
         have = ["data", "train", "labels"]
     if recipe is None:
         rows = [
-            (_pass_line(name), pipeline.refusal(passes.load(name), chosen, have, enters)) for name in passes.names()
+            (_pass_line(name), planning.refusal(passes.load(name), chosen, have, enters)) for name in passes.names()
         ]
     else:
-        rows = [(repr(p.step), p.refusal) for p in pipeline.plan(_recipe(recipe), chosen, have, enters=enters)]
+        rows = [(repr(p.step), p.refusal) for p in planning.plan(_recipe(recipe), chosen, have, enters=enters)]
     if as_json:
         print(json.dumps([{"step": s, "applies": not why, "why_not": why} for s, why in rows], indent=1))
         return

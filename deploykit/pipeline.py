@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -19,11 +17,12 @@ from deploykit.core.context import Context, Role
 from deploykit.core.data import DataSet, Preprocess
 from deploykit.core.errors import DeploykitError, GateFailed, unknown
 from deploykit.core.files import folder_in_place, refuse_existing
-from deploykit.core.manifest import Manifest, OperatorError, Score, Source, stored_files
+from deploykit.core.manifest import Manifest, OperatorError, Score, Source, stored_files, versions
 from deploykit.core.progress import say, status
 from deploykit.core.ranges import Ranges
-from deploykit.core.recipe import STAGES, Pass, Recipe, Stage, Step, dump_recipe
+from deploykit.core.recipe import Pass, Recipe, dump_recipe
 from deploykit.core.target import Precision, QuantSpec, Target
+from deploykit.planning import available, plan, precisions
 from deploykit.trainer import require_accelerate
 
 if TYPE_CHECKING:
@@ -47,15 +46,6 @@ HUB_SAMPLES = 200
 
 
 @dataclass(frozen=True)
-class Planned:
-    """One step of a plan: a pass, and why it will not run, if so."""
-
-    step: Pass
-    refusal: str = ""
-    automatic: bool = False
-
-
-@dataclass(frozen=True)
 class Settings:
     """What an export may be told; see the options of ``deploykit export``."""
 
@@ -72,55 +62,6 @@ class Settings:
     overwrite: bool = False
     benchmark: bool = True
     threads: int = 1
-
-
-def plan(
-    recipe: Recipe, target: Target, available: Sequence[str], automatic: bool = True, enters: Stage = "model"
-) -> tuple[Planned, ...]:
-    """Which steps apply on a target, in which order, and why the others do not.
-
-    Args:
-        recipe: every step is built, so a wrong name or option raises before anything runs.
-        target: its ``profits`` decide.
-        available: which of data, labels, train there is.
-        automatic: whether bias correction is added in front of the hub steps.
-        enters: where the model comes in: a PyTorch module at ``model``, a .pt2 or .onnx at ``graph``.
-
-    Raises:
-        DeploykitError: unknown pass or option; steps out of stage order.
-    """
-    steps = [passes.build(step) for step in recipe.steps]
-    order = [STAGES.index(step.stage) for step in steps]
-    for before, after in zip(range(len(order)), range(1, len(order)), strict=False):
-        if order[after] < order[before]:
-            raise DeploykitError(
-                f"step '{recipe.steps[after].name}' works on the {steps[after].stage} and cannot come after "
-                f"'{recipe.steps[before].name}', which works on the {steps[before].stage}. "
-                f"Stages in order: {', '.join(STAGES)}."
-            )
-    planned = [Planned(step, refusal(step, target, available, enters)) for step in steps]
-    named = {step.name for step in recipe.steps}
-    if automatic and "bias_correct" not in named and "int8" in "".join(target.precisions):
-        first_hub = next((i for i, s in enumerate(steps) if s.stage == "hub"), len(steps))
-        step = passes.build(Step("bias_correct"))
-        planned.insert(first_hub, Planned(step, refusal(step, target, available), automatic=True))
-    return tuple(planned)
-
-
-def refusal(step: Pass | type[Pass], target: Target, available: Sequence[str], enters: Stage = "model") -> str:
-    """Why a step will not run on a target with what there is; empty if it will."""
-    if STAGES.index(step.stage) < STAGES.index(enters):
-        return f"works on the {step.stage}, and a .pt2 or .onnx enters at the {enters}; give file.py:factory"
-    missing = [need for need in step.needs if need not in available]
-    if missing:
-        option = {"data": "--calib", "labels": "labels in the data", "train": "--train"}
-        return f"needs {', '.join(option[m] for m in missing)}"
-    if not set(step.pays_if) & set(target.profits):
-        return (
-            f"cannot pay on target '{target.name}': it pays where {' or '.join(step.pays_if)} does, "
-            f"and this target profits from {', '.join(target.profits)}"
-        )
-    return ""
 
 
 @dataclass(frozen=True)
@@ -236,17 +177,18 @@ def export(
     """
     for folder in folders:
         refuse_existing(folder, settings.overwrite)
-    available = _available(prepared)
+    have = available(prepared.data)
+    calibrated = "calibration" in prepared.data or ranges is not None
     for target in chosen:
         exporters.load(target.exporter).runtime()  # a missing extra is said before any long work
-        for planned in plan(settings.recipe, target, available, settings.bias_correction, prepared.model.enters):
+        for planned in plan(settings.recipe, target, have, settings.bias_correction, prepared.model.enters):
             cannot_pay = "cannot pay" in planned.refusal
             if planned.refusal and not planned.automatic and not (settings.force and cannot_pay):
                 hint = " --force runs it all the same." if cannot_pay else ""
                 raise DeploykitError(f"step {planned.step!r} {planned.refusal}.{hint}")
             if "train" in planned.step.needs:
                 require_accelerate()
-        _precisions(target, settings, prepared, ranges)
+        precisions(target, settings.precisions, calibrated)
     road = _Road(prepared, settings, gate, metric)
     road.lower(chosen[0], ranges)
     with ExitStack() as together:  # all the folders appear, or none
@@ -295,7 +237,7 @@ class _Road:
     def lower(self, target: Target, given: Ranges | None) -> None:
         """Model-stage steps, lowering, graph-stage steps, calibration."""
         context = self._context(target)
-        early = [p for p in plan(self.settings.recipe, target, _available(self.prepared)) if p.step.stage != "hub"]
+        early = [p for p in plan(self.settings.recipe, target, available(self.prepared.data)) if p.step.stage != "hub"]
         model_steps = [p.step for p in early if p.step.stage == "model"]
         graph_steps = [p.step for p in early if p.step.stage == "graph"]
         model = self.prepared.model
@@ -326,17 +268,18 @@ class _Road:
     def write(self, target: Target, folder: Path) -> Manifest:
         """Everything for one target, into an empty folder."""
         from deploykit import bench
+        from deploykit.check import shrink_notes
         from deploykit.hub.graph import specs
         from deploykit.report import write_usage
 
         exporter = exporters.load(target.exporter)
-        precisions, notes = _precisions(target, self.settings, self.prepared, self.ranges)
-        hub, hub_steps = self._hub(target, any("int8" in p for p in precisions))
+        chosen, notes = precisions(target, self.settings.precisions, self.ranges is not None)
+        hub, hub_steps = self._hub(target, any("int8" in p for p in chosen))
         source = self.prepared.data.get("calibration")
         samples = next(source.batches(GOLDEN)).inputs if source is not None else {}
         with self._phase(f"write {target.name}"):
             hub = replace(hub, samples=samples)
-            files = exporter.export(hub, target, folder, precisions)
+            files = exporter.export(hub, target, folder, chosen)
         with self._phase(f"check {target.name}"):
             scores, checks, operators = self._evaluate(hub, target, folder, files)
         manifest = Manifest(
@@ -363,7 +306,7 @@ class _Road:
                 *notes,
                 *self._forced(target),
                 *([] if scores else [NOT_EVALUATED]),
-                *_shrink_notes(folder, files),
+                *shrink_notes(folder, files),
             ),
             versions=versions(),
         )
@@ -384,7 +327,7 @@ class _Road:
 
     def _forced(self, target: Target) -> list[str]:
         """The steps that ran although the target cannot profit from them."""
-        planned = plan(self.settings.recipe, target, _available(self.prepared))
+        planned = plan(self.settings.recipe, target, available(self.prepared.data))
         return [f"--force ran {p.step!r}: it {p.refusal}" for p in planned if p.refusal and not p.automatic]
 
     def _hub(self, target: Target, integer: bool) -> tuple[Hub, tuple[str, ...]]:
@@ -401,11 +344,12 @@ class _Road:
                 )  # fmt: skip
             context = self._context(target)
             done = []
-            planned = plan(self.settings.recipe, target, _available(self.prepared), self.settings.bias_correction)
+            planned = plan(self.settings.recipe, target, available(self.prepared.data), self.settings.bias_correction)
             for p in planned:
                 if p.step.stage != "hub" or (p.automatic and p.refusal):
                     continue
-                say(f"running {p.step!r} for {target.name}")
+                if not p.automatic:
+                    say(f"running {p.step!r} for {target.name}")
                 with self._phase(f"{type(p.step).__name__} {target.name}"):
                     hub = p.step(hub, context)
                 done.append(repr(p.step))
@@ -526,6 +470,7 @@ def compress(prepared: Prepared, settings: Settings, folder: Path) -> tuple[str,
     Raises:
         DeploykitError: the recipe has other stages' steps, or the model is no PyTorch module.
     """
+    from deploykit.check import Gate
     from deploykit.models import save_compressed
 
     refuse_existing(folder, settings.overwrite)
@@ -538,7 +483,7 @@ def compress(prepared: Prepared, settings: Settings, folder: Path) -> tuple[str,
     module = prepared.model.module
     if module is None:
         raise DeploykitError(f"{prepared.model.origin} holds no PyTorch module to compress")
-    road = _Road(prepared, settings, _default_gate(), None)
+    road = _Road(prepared, settings, Gate(), None)
     context = road._context(targets.load("x86"))
     for step in steps:
         module = road._run(step, module, context)
@@ -547,68 +492,8 @@ def compress(prepared: Prepared, settings: Settings, folder: Path) -> tuple[str,
     return tuple(road.early_steps)
 
 
-def versions() -> dict[str, str]:
-    """Versions of what the result depends on."""
-    names = ("deploykit", "torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "ai-edge-litert", "numpy")
-    found = {"python": platform.python_version()}
-    for name in names:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
 def _teacher(model: Model) -> nn.Module | None:
     """The model as it came in, if torch can run it."""
     if model.program is not None:
         return model.program.module()
     return model.module
-
-
-def _default_gate() -> Gate:
-    from deploykit.check import Gate
-
-    return Gate()
-
-
-def _available(prepared: Prepared) -> list[str]:
-    found = []
-    if "calibration" in prepared.data:
-        found.append("data")
-    if any(d.labels is not None for d in prepared.data.values()):
-        found.append("labels")
-    if "train" in prepared.data:
-        found.append("train")
-    return found
-
-
-def _precisions(
-    target: Target, settings: Settings, prepared: Prepared, ranges: Ranges | None
-) -> tuple[list[Precision], tuple[str, ...]]:
-    """What will be written, and what the user should know about it.
-
-    Raises:
-        DeploykitError: integer files were asked for (or the target takes nothing else) and there is no calibration.
-    """
-    wanted = list(settings.precisions or target.precisions)
-    if "calibration" in prepared.data or ranges is not None:
-        return wanted, ()
-    floats = [p for p in wanted if "int8" not in p]
-    if not floats or (settings.precisions and len(floats) < len(wanted)):
-        raise DeploykitError(f"target '{target.name}': int8 needs sample data; give --calib")
-    if len(floats) == len(wanted):
-        return floats, ()
-    return floats, ("no --calib: only float files were written; with sample data int8 files would be added",)
-
-
-def _shrink_notes(folder: Path, files: Sequence[File]) -> tuple[str, ...]:
-    """Says aloud when a quantized file did not get smaller."""
-    sizes = {f.precision: (folder / f.path).stat().st_size for f in files}
-    base = sizes.get("fp32")
-    return tuple(
-        f"{f.path} is {sizes[f.precision] / base:.2f} x the size of the fp32 file: the weights are too few to matter, "
-        "or they were not quantized"
-        for f in files
-        if base and "int8" in f.precision and sizes[f.precision] > 0.5 * base
-    )

@@ -1,0 +1,103 @@
+"""What will run: the steps that apply on a target, in which order, why the others do not, and what will be written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from deploykit import passes
+from deploykit.core.context import Role
+from deploykit.core.data import DataSet
+from deploykit.core.errors import DeploykitError
+from deploykit.core.recipe import STAGES, Pass, Recipe, Stage, Step
+from deploykit.core.target import Need, Precision, Target
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One step of a plan: a pass, and why it will not run, if so."""
+
+    step: Pass
+    refusal: str = ""
+    automatic: bool = False
+
+
+def plan(
+    recipe: Recipe, target: Target, available: Sequence[str], automatic: bool = True, enters: Stage = "model"
+) -> tuple[Planned, ...]:
+    """Which steps apply on a target, in which order, and why the others do not.
+
+    Args:
+        recipe: every step is built, so a wrong name or option raises before anything runs.
+        target: its ``profits`` decide.
+        available: which of data, labels, train there is.
+        automatic: whether bias correction is added in front of the hub steps.
+        enters: where the model comes in: a PyTorch module at ``model``, a .pt2 or .onnx at ``graph``.
+
+    Raises:
+        DeploykitError: unknown pass or option; steps out of stage order.
+    """
+    steps = [passes.build(step) for step in recipe.steps]
+    order = [STAGES.index(step.stage) for step in steps]
+    for before, after in zip(range(len(order)), range(1, len(order)), strict=False):
+        if order[after] < order[before]:
+            raise DeploykitError(
+                f"step '{recipe.steps[after].name}' works on the {steps[after].stage} and cannot come after "
+                f"'{recipe.steps[before].name}', which works on the {steps[before].stage}. "
+                f"Stages in order: {', '.join(STAGES)}."
+            )
+    planned = [Planned(step, refusal(step, target, available, enters)) for step in steps]
+    named = {step.name for step in recipe.steps}
+    if automatic and "bias_correct" not in named and "int8" in "".join(target.precisions):
+        first_hub = next((i for i, s in enumerate(steps) if s.stage == "hub"), len(steps))
+        step = passes.build(Step("bias_correct"))
+        planned.insert(first_hub, Planned(step, refusal(step, target, available), automatic=True))
+    return tuple(planned)
+
+
+def refusal(step: Pass | type[Pass], target: Target, available: Sequence[str], enters: Stage = "model") -> str:
+    """Why a step will not run on a target with what there is; empty if it will."""
+    if STAGES.index(step.stage) < STAGES.index(enters):
+        return f"works on the {step.stage}, and a .pt2 or .onnx enters at the {enters}; give file.py:factory"
+    missing = [need for need in step.needs if need not in available]
+    if missing:
+        option = {"data": "--calib", "labels": "labels in the data", "train": "--train"}
+        return f"needs {', '.join(option[m] for m in missing)}"
+    if not set(step.pays_if) & set(target.profits):
+        return (
+            f"cannot pay on target '{target.name}': it pays where {' or '.join(step.pays_if)} does, "
+            f"and this target profits from {', '.join(target.profits)}"
+        )
+    return ""
+
+
+def available(data: Mapping[Role, DataSet]) -> list[Need]:
+    """What there is of what passes may need."""
+    there: dict[Need, bool] = {
+        "data": "calibration" in data,
+        "labels": any(d.labels is not None for d in data.values()),
+        "train": "train" in data,
+    }
+    return [need for need, is_there in there.items() if is_there]
+
+
+def precisions(
+    target: Target, asked: Sequence[Precision], calibrated: bool
+) -> tuple[tuple[Precision, ...], tuple[str, ...]]:
+    """What will be written, and what the user should know about it.
+
+    Args:
+        target: its own precisions are written where nothing else is asked for.
+        asked: empty, or what to write instead.
+        calibrated: whether there are ranges, or data to measure them on.
+
+    Raises:
+        DeploykitError: integer files were asked for (or the target takes nothing else) and there is no calibration.
+    """
+    wanted = tuple(asked or target.precisions)
+    floats = tuple(p for p in wanted if "int8" not in p)
+    if calibrated or floats == wanted:
+        return wanted, ()
+    if asked or not floats:
+        raise DeploykitError(f"target '{target.name}': int8 needs sample data; give --calib")
+    return floats, ("no --calib: only float files were written; with sample data int8 files would be added",)
