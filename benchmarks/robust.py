@@ -27,8 +27,7 @@ from deploykit.core.files import refuse_existing
 ROOT = Path(__file__).resolve().parents[1]
 COMMAND = "python -m benchmarks.robust"
 TARGETS = ("x86", "mobile-arm", "jetson")
-NET = "ResNet-18 with random weights at 64 x 64, 12 random images calibrate"
-DELAYS = 40
+DELAYS = 25
 
 State = Literal["absent", "old", "complete", "partial"]
 CHANGES = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod", "os.truncate", "shutil.rmtree")
@@ -195,45 +194,41 @@ def warm_up() -> None:
 
 
 def kill_rows(folder: Path) -> list[Row]:
-    """Kills exports of an .onnx, new and over an older artifact."""
-    model, data = _net(folder)
+    """Kills exports of an .onnx file, new and over an older artifact."""
+    images = _images(folder, (1, 8, 8))
     warm_up()
-    values: dict[str, float] = {}
-    partial = 0
+    export_and_kill(["export", "deploykit.demo:DigitsNet", "--calib", images, "--target", "x86"], folder / "net")
+    partial, values = 0, {}
     for target in TARGETS:
         for overwrite in (False, True):
-            command = ["export", str(model), "--calib", str(data), "--target", target, "--no-benchmark"]
-            name = f"{target}{', over an old one' if overwrite else ''}"
-            found = kills(command, folder / name.replace(" ", "-"), overwrite, DELAYS)
-            values |= {f"{name}: {state} after the kill": float(n) for state, n in sorted(found.at_once.items())}
+            command = ["export", f"{folder}/net/model.fp32.onnx", "--calib", images, "--target", target]
+            name = f"{target}, {'over an old one' if overwrite else 'new'}"
+            found = kills([*command, "--no-benchmark"], folder / name, overwrite, DELAYS)
+            values[f"kills: {name}"] = float(found.at_once.total())
             partial += found.partial
-    total = int(sum(values.values()))
+    moments = f"killed before every single change to a file, and {DELAYS} times spread over the run"
+    data = "the demo's network with random weights, 12 random images calibrate"
     claim = "Exports killed -9 that left something partial"
-    moments = f"{total} kills: before every change to a file, and {DELAYS} spread over the run, per case"
-    return [Row(claim, float(partial), 0.0, "lower", NET, f"{COMMAND} kill", [0], values, note=moments)]
+    return [Row(claim, float(partial), 0.0, "lower", data, f"{COMMAND} kill", [0], values, note=moments)]
 
 
 def byte_rows(folder: Path) -> list[Row]:
     """Exports a PyTorch module twice per target."""
-    _, data = _net(folder)
+    images = _images(folder, (3, 64, 64))
     values = {}
     for target in TARGETS:
-        command = ["export", f"{ROOT / 'benchmarks' / 'nets.py'}:resnet18", "--calib", str(data), "--target", target]
+        command = ["export", f"{ROOT / 'benchmarks' / 'nets.py'}:resnet18", "--calib", images, "--target", target]
         values[target] = float(len(differing([*command, "--no-benchmark"], folder / target)))
+    data = "ResNet-18 with random weights at 64 x 64, 12 random images calibrate"
     claim = "Files that differ between two processes (working directory, hash seed, 1 and 2 threads)"
     note = "every file of the artifact; manifest.json without its timings"
-    return [Row(claim, sum(values.values()), 0.0, "lower", NET, f"{COMMAND} bytes", [0], values, note=note)]
+    return [Row(claim, sum(values.values()), 0.0, "lower", data, f"{COMMAND} bytes", [0], values, note=note)]
 
 
-def _net(folder: Path) -> tuple[Path, Path]:
-    """ResNet-18 as .onnx, and its calibration data."""
-    from benchmarks.nets import resnet18
-    from deploykit.hub.lower import lower
-
-    images = np.random.default_rng(0).standard_normal((12, 3, 64, 64)).astype(np.float32)
-    np.save(folder / "images.npy", images)
-    (folder / "net.onnx").write_bytes(lower(resnet18(), {"x": images[:2]}).bytes)
-    return folder / "net.onnx", folder / "images.npy"
+def _images(folder: Path, shape: tuple[int, int, int]) -> str:
+    path = folder / "images.npy"
+    np.save(path, np.random.default_rng(0).standard_normal((12, *shape)).astype(np.float32))
+    return str(path)
 
 
 PARTS = {"kill": kill_rows, "bytes": byte_rows}
