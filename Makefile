@@ -14,7 +14,7 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 demo: $(READY)
-	$(BIN)/deploykit demo --out demo
+	$(BIN)/deploykit demo --out demo --overwrite
 	@echo "Reports: demo/x86/report.html demo/mobile-arm/report.html demo/jetson/report.html"
 
 test: $(READY)

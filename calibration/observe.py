@@ -62,15 +62,18 @@ def observe(run: Callable[[Mapping[str, NDArray[Any]]], Seen], graph: str, data:
         digest.add(batch)
         seen = run(batch.inputs)
         for name, extremes in seen.extremes.items():
+            _refuse_unfinite(np.asarray([extremes.low, extremes.high]), name, data)
             states.setdefault(name, _State()).add(extremes)
         for name, mean in seen.means.items():
+            _refuse_unfinite(mean, name, data)
             sums[name] = sums.get(name, 0.0) + mean.astype(np.float64)
-    for name in (*states, *sums):
-        numbers = [states[name].low, states[name].high] if name in states else sums[name]
-        if not np.isfinite(numbers).all():
-            raise DeploykitError(f"{data.origin}: tensor '{name}' becomes NaN or infinite on the calibration data")
     tensors = {name: state.stats() for name, state in states.items()}
     return Ranges(graph, digest.result(), len(data), tensors, {name: s / len(data) for name, s in sums.items()})
+
+
+def _refuse_unfinite(numbers: NDArray[Any], name: str, data: DataSet) -> None:
+    if not np.isfinite(numbers).all():
+        raise DeploykitError(f"{data.origin}: tensor '{name}' becomes NaN or infinite on the calibration data")
 
 
 class _State:
@@ -85,7 +88,7 @@ class _State:
         low, high = seen.low, seen.high
         self.low, self.high = min(self.low, low), max(self.high, high)
         self.sum_low, self.sum_high, self.samples = self.sum_low + low, self.sum_high + high, self.samples + 1
-        if seen.values is not None and np.isfinite(low) and np.isfinite(high):
+        if seen.values is not None:
             self.histogram = self.histogram or StreamingHistogram(BINS)
             self.histogram.add(seen.values, low, high)
 

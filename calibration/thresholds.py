@@ -88,7 +88,7 @@ def entropy(stats: Stats, steps: int, symmetric: bool) -> tuple[float, float]:
 
     def divergence(low: float, high: float) -> float:
         inside = (x >= low) & (x <= high)
-        if not inside.any():
+        if not p[inside].any():
             return np.inf
         clipped = p[inside].copy()
         clipped[0] += p[x < low].sum()

@@ -168,6 +168,7 @@ def calibrate(
 def compress(
     model: Model,
     recipe: Annotated[Path, typer.Option("--recipe", help="Model-stage steps, TOML")],
+    target: Annotated[str, typer.Option("--target", help="The device that the steps shall pay on")] = "x86",
     calib: Calib = None,
     train: Train = None,
     weights: Weights = None,
@@ -178,12 +179,13 @@ def compress(
     overwrite: Overwrite = False,
 ) -> None:
     """Run the model-stage steps of a recipe; the folder it writes is a MODEL for the other commands."""
-    from deploykit import pipeline
+    from deploykit import pipeline, targets
 
+    device = targets.load(target)
     look = _preprocess(preprocess, None, None, None, None, None)
     prepared = _prepare(model, weights, {"calibration": calib, "train": train}, look, input_shape, seed)
     settings = pipeline.Settings(recipe=_recipe(recipe), seed=seed, overwrite=overwrite)
-    steps = pipeline.compress(prepared, settings, out)
+    steps = pipeline.compress(prepared, settings, device, out)
     print(f"{out}: {', '.join(steps)}")
 
 
@@ -308,7 +310,7 @@ def doctor(as_json: Json = False) -> None:
 
 
 @app.command()
-def demo(out: Out = Path("demo"), overwrite: Overwrite = True, as_json: Json = False) -> None:
+def demo(out: Out = Path("demo"), overwrite: Overwrite = False, as_json: Json = False) -> None:
     """Train a small network on scikit-learn's digits and export it for x86, mobile-arm and jetson."""
     from deploykit.demo import run
 

@@ -92,7 +92,7 @@ def train(data: DataSet, seed: int = 0, epochs: float = 3) -> DigitsNet:
     return net.eval()
 
 
-def run(out: Path, overwrite: bool = True) -> list[tuple[Path, Manifest]]:
+def run(out: Path, overwrite: bool = False) -> list[tuple[Path, Manifest]]:
     """Trains, exports for `TARGETS`, writes reports; returns each artifact's folder and manifest."""
     folders = [out / name for name in TARGETS]
     for folder in folders:

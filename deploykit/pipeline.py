@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from deploykit import exporters, passes, targets
+from deploykit import exporters, passes
 from deploykit.core.artifact import Artifact, Check, File
 from deploykit.core.context import Context, Role
 from deploykit.core.data import DataSet, Preprocess
@@ -190,7 +190,7 @@ def export(
                 require_accelerate()
         precisions(target, settings.precisions, calibrated)
     road = _Road(prepared, settings, gate, metric)
-    road.lower(chosen[0], ranges)
+    road.lower(chosen, ranges)
     with ExitStack() as together:  # all the folders appear, or none
         works = [together.enter_context(folder_in_place(folder, settings.overwrite)) for folder in folders]
         manifests = [road.write(target, work) for target, work in zip(chosen, works, strict=True)]
@@ -234,9 +234,12 @@ class _Road:
         self.lowering_check: tuple[Check, ...] = ()
         self.reference_answers: Answers | None = None
 
-    def lower(self, target: Target, given: Ranges | None) -> None:
-        """Model-stage steps, lowering, graph-stage steps, calibration."""
-        context = self._context(target)
+    def lower(self, chosen: Sequence[Target], given: Ranges | None) -> None:
+        """Model-stage steps, lowering, graph-stage steps, calibration (where somebody will need it)."""
+        from deploykit.check import check_lowering
+
+        target = chosen[0]
+        context = _context(self.prepared, self.settings, target)
         early = [p for p in plan(self.settings.recipe, target, available(self.prepared.data)) if p.step.stage != "hub"]
         model_steps = [p.step for p in early if p.step.stage == "model"]
         graph_steps = [p.step for p in early if p.step.stage == "graph"]
@@ -250,7 +253,8 @@ class _Road:
             same = module is model.module
             self.reference = self.graph if same else float_graph(model, self.prepared.example)
         self.notes += self.graph.notes
-        self.lowering_check = self._check_lowering()
+        if module is not None and model.module is not None:
+            self.lowering_check = (check_lowering(self.reference, model.module, self.prepared.example),)
         self._check_labels()
         with self._phase("graph steps"):
             for step in graph_steps:
@@ -261,7 +265,10 @@ class _Road:
                 "Leave --ranges out to calibrate again."
             )
         self.ranges = given
-        if given is None and "calibration" in self.prepared.data:
+        wanted = [p for t in chosen for p in self.settings.precisions or t.precisions]
+        if given is not None and "calibration" not in self.prepared.data and self.settings.bias_correction:
+            self.notes.append("--ranges without --calib: biases were not corrected, which needs the samples")
+        if given is None and "calibration" in self.prepared.data and any("int8" in p for p in wanted):
             with self._phase("calibrate"):
                 self.ranges = calibrate(self.graph, self.prepared.data["calibration"], self.settings.thresholds)
 
@@ -300,7 +307,7 @@ class _Road:
             checks=(*self.lowering_check, *checks),
             scores=tuple(scores),
             operators=tuple(operators[:WORST]),
-            classes=self._classes(),
+            classes=next((d.classes for d in self.prepared.data.values() if d.classes), ()),
             notes=(
                 *self.notes,
                 *notes,
@@ -342,7 +349,7 @@ class _Road:
                 hub = quantize(
                     self.graph, self.ranges, target.quant, self.settings.thresholds, self.settings.keep_float
                 )  # fmt: skip
-            context = self._context(target)
+            context = _context(self.prepared, self.settings, target)
             done = []
             planned = plan(self.settings.recipe, target, available(self.prepared.data), self.settings.bias_correction)
             for p in planned:
@@ -361,30 +368,6 @@ class _Road:
         result = step(subject, context)
         self.early_steps.append(repr(step))
         return result
-
-    def _context(self, target: Target) -> Context:
-        from deploykit.cost import cost
-        from deploykit.losses import load_loss
-        from deploykit.trainer import Trainer
-
-        example = self.prepared.example
-        return Context(
-            target=target,
-            data=self.prepared.data,
-            example=example,
-            original=_teacher(self.prepared.model),
-            trainer=Trainer(self.settings.recipe.train, self.settings.seed),
-            loss=load_loss(self.settings.recipe.train.loss) if self.settings.recipe.train.loss else None,
-            cost=lambda module: cost(module, example),
-            seed=self.settings.seed,
-        )
-
-    def _check_lowering(self) -> tuple[Check, ...]:
-        """The float graph against the PyTorch module, on the example."""
-        from deploykit.check import check_lowering
-
-        module = self.prepared.model.module
-        return () if module is None else (check_lowering(self.reference, module, self.prepared.example),)
 
     def _check_labels(self) -> None:
         """Refuses labels that are no classes of this model; what a metric of the user's reads is its own business."""
@@ -408,10 +391,9 @@ class _Road:
         from deploykit.exporters import to_onnx
         from deploykit.hub.running import session
 
-        data = self.prepared.evaluation
-        if data is None:
-            missing = Check("accuracy", "all", None, None, None, NOT_EVALUATED)
-            return [], [missing], ()
+        judged = self.prepared.evaluation is not None
+        data = self.prepared.evaluation or self.prepared.data.get("calibration")
+        data = data or DataSet.of(dict(self.prepared.example), origin="the example inputs")
         label = data.origin if not self.prepared.held_out else HELD_OUT_LABEL
         exporter = exporters.load(target.exporter)
         threads = self.settings.threads
@@ -420,12 +402,14 @@ class _Road:
             self.reference_answers = check.answer(run, data, "original model")
         baseline = check.score(self.reference_answers, self.reference_answers, "original", label, self.metric)
         scores = [baseline]
-        checks: list[Check] = []
+        checks = [] if judged else [Check("accuracy", "all", None, None, None, NOT_EVALUATED)]
         operators: Sequence[OperatorError] = ()
         for file in files:
             answers = check.answer(exporter.load(folder / file.path, threads), data, f"{target.name} {file.precision}")
             found = check.score(answers, self.reference_answers, file.precision, label, self.metric)
             scores.append(found)
+            if not judged:  # these inputs show whether the files compute the network, not how well it answers
+                found = replace(found, metric=None, agreement=None)
             checks += check.check_score(found, baseline, self.gate, exact=self.reference is self.graph)
             if "int8" in file.precision:
                 checks.append(check.check_integer(hub, file))
@@ -438,10 +422,7 @@ class _Road:
             if file.precision == "int8":
                 found_checks, operators = check.check_operators(hub, exporter, target, data, self.gate)
                 checks += found_checks
-        return scores, checks, operators
-
-    def _classes(self) -> tuple[str, ...]:
-        return next((d.classes for d in self.prepared.data.values() if d.classes), ())
+        return scores if judged else [], checks, operators
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
@@ -464,13 +445,12 @@ def calibrate(graph: FloatGraph, data: DataSet, thresholds: str = "minmax") -> R
     return observe(run, graph.hash, data)
 
 
-def compress(prepared: Prepared, settings: Settings, folder: Path) -> tuple[str, ...]:
+def compress(prepared: Prepared, settings: Settings, target: Target, folder: Path) -> tuple[str, ...]:
     """Runs the model-stage steps of a recipe and writes a folder that `load_model` and ``export`` read.
 
     Raises:
         DeploykitError: the recipe has other stages' steps, or the model is no PyTorch module.
     """
-    from deploykit.check import Gate
     from deploykit.models import save_compressed
 
     refuse_existing(folder, settings.overwrite)
@@ -483,13 +463,31 @@ def compress(prepared: Prepared, settings: Settings, folder: Path) -> tuple[str,
     module = prepared.model.module
     if module is None:
         raise DeploykitError(f"{prepared.model.origin} holds no PyTorch module to compress")
-    road = _Road(prepared, settings, Gate(), None)
-    context = road._context(targets.load("x86"))
+    context = _context(prepared, settings, target)
     for step in steps:
-        module = road._run(step, module, context)
+        say(f"running {step!r}")
+        module = step(module, context)
     with folder_in_place(folder, settings.overwrite) as work:
         save_compressed(module, work, prepared.model.origin)
-    return tuple(road.early_steps)
+    return tuple(repr(step) for step in steps)
+
+
+def _context(prepared: Prepared, settings: Settings, target: Target) -> Context:
+    from deploykit.cost import cost
+    from deploykit.losses import load_loss
+    from deploykit.trainer import Trainer
+
+    loss = settings.recipe.train.loss
+    return Context(
+        target=target,
+        data=prepared.data,
+        example=prepared.example,
+        original=_teacher(prepared.model),
+        trainer=Trainer(settings.recipe.train, settings.seed),
+        loss=load_loss(loss) if loss else None,
+        cost=lambda module: cost(module, prepared.example),
+        seed=settings.seed,
+    )
 
 
 def _teacher(model: Model) -> nn.Module | None:

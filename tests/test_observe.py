@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deploykit.calibration.observe import StreamingHistogram, channel_mean
+from deploykit.core.data import DataSet
 from deploykit.core.errors import DeploykitError
 from deploykit.hub.quantize import observed
 from deploykit.hub.running import session
@@ -89,3 +90,11 @@ def test_channel_mean_is_numpys_mean_over_the_other_axes(n, c, h, w) -> None:
     array = normal(n + 10 * c, n, c, h, w)
     np.testing.assert_allclose(channel_mean(array, 1), array.mean(axis=(0, 2, 3)), atol=1e-6)
     np.testing.assert_allclose(channel_mean(array, -1), array.mean(axis=(0, 1, 2)), atol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_one_bad_sample_among_good_ones_is_refused(bad) -> None:
+    x = normal(0, 8, 3, 8, 8)
+    x[3, 0, 0, 0] = bad
+    with pytest.raises(DeploykitError, match="NaN or infinite"):
+        measured(conv_relu_conv(), DataSet.of({"x": x}))

@@ -174,6 +174,38 @@ def test_pruning_removes_the_smallest_weights_of_the_whole_network(sparsity) -> 
     assert weights[torch.from_numpy(removed)].abs().max() <= left[left != 0].abs().min()
 
 
+def test_pruning_takes_exactly_the_share_also_among_equal_magnitudes() -> None:
+    layer = torch.nn.Linear(10, 10)
+    torch.nn.init.constant_(layer.weight, 0.5)
+    _, masks = bake(Prune(0.1)(torch.nn.Sequential(layer).eval(), context(images())))
+    assert sum(int((~m).sum()) for m in masks.values()) == 10
+
+
+def test_a_pruned_model_is_in_the_mode_it_came_in() -> None:
+    assert not any(m.training for m in Prune(0.5)(SmallNet(), context(images())).modules())
+
+
+def test_the_mask_of_a_transposed_weight_is_followed() -> None:
+    """A Linear on [n, t, c] becomes a MatMul with the transposed weight under another name."""
+    net = torch.nn.Sequential(torch.nn.Linear(4, 6)).eval()
+    pruned = Prune(0.5)(net, context(images()))
+    made = lower(pruned, {"input": normal(0, 2, 3, 4)})
+    (mask,) = made.masks.values()
+    (name,) = made.masks
+    assert mask.sum() == 12
+    assert not made.model.graph.initializers[name].const_value.numpy()[~mask].any()
+
+
+def test_zeros_of_layers_left_in_float_survive_training_too() -> None:
+    net, data = SmallNet(), images(32)
+    here = context(data, original=net, trainer=Trainer(TrainSettings(batch=8)))
+    made = lower(Prune(0.6)(net, here), {"x": normal(0, 2, 3, 8, 8)})
+    hub = quantize(made, measured(made, data), QuantSpec(), keep_float=["conv"])
+    trained = Qat(steps=3, learning_rate=1e-2)(hub, here)
+    weight = trained.quantized.graph.initializers["conv.weight"].const_value.numpy()
+    assert not weight[~made.masks["conv.weight"]].any()
+
+
 def test_pruning_leaves_the_original_alone() -> None:
     net = SmallNet()
     before = copy.deepcopy(net.state_dict())

@@ -245,3 +245,54 @@ def test_weight_scales_cover_every_weight(channels, inputs, granularity) -> None
     assert (np.abs(weight) <= 127.0001 * scale[:, None, None, None]).all()
     if granularity == "tensor":
         assert len(set(scale.tolist())) == 1
+
+
+@pytest.mark.parametrize("name", ["a_q", "a_dq", "a_scale", "y_float"])
+def test_a_layer_may_be_called_like_what_quantizing_adds(name) -> None:
+    made = graph(
+        f"""(float[batch,3,8,8] x) => (float[batch,5,4,4] y) {{
+            a = Conv(x, wa, ba)
+            {name} = Relu(a)
+            y = Conv({name}, wb, bb)
+        }}""",
+        wa=normal(0, 4, 3, 3, 3), ba=normal(1, 4), wb=normal(2, 5, 4, 3, 3), bb=normal(3, 5),
+    )  # fmt: skip
+    (found,), (expected,) = run(hub_of(made).bytes, images()), run(made.bytes, images())
+    assert np.abs(found - expected).max() < 0.1 * np.abs(expected).max()
+
+
+def test_nodes_without_a_name_or_with_the_same_are_planned_one_by_one() -> None:
+    from deploykit.hub.lower import from_proto
+
+    text = "(float[batch,3,8,8] x) => (float[batch,4,1,1] y) { a = Conv(x, w, b) r = Relu(a) y = GlobalAveragePool(r) }"
+    for name in ("", "same"):
+        proto = onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["" : 20]> test {text}')
+        for node in proto.graph.node:
+            node.name = name
+        weights = {"w": normal(0, 4, 3, 3, 3), "b": normal(1, 4)}
+        proto.graph.initializer.extend(onnx.numpy_helper.from_array(a, n) for n, a in weights.items())
+        assert hub_of(from_proto(proto, "test")).counts() == {"Conv": 1, "GlobalAveragePool": 1}
+
+
+def test_a_weight_used_twice_is_stored_once() -> None:
+    made = graph(
+        """(float[batch,3,8,8] x) => (float[batch,3,8,8] y) {
+            a = Conv<pads=[1,1,1,1]>(x, w)
+            y = Conv<pads=[1,1,1,1]>(a, w)
+        }""",
+        w=normal(0, 3, 3, 3, 3),
+    )  # fmt: skip
+    arrays = [onnx.numpy_helper.to_array(t) for t in onnx.load_model_from_string(hub_of(made).bytes).graph.initializer]
+    assert sum(a.dtype == np.int8 and a.ndim == 4 for a in arrays) == 1
+
+
+def test_the_factors_of_a_gemm_go_into_its_constants() -> None:
+    made = graph(
+        "(float[batch,4] x) => (float[batch,5] y) { y = Gemm<alpha=0.5, beta=0.25, transB=1>(x, w, b) }",
+        w=normal(0, 5, 4), b=normal(1, 5),
+    )  # fmt: skip
+    data = images(shape=(4,))
+    x = next(data.batches(16)).inputs["x"]
+    expected = 0.5 * x @ normal(0, 5, 4).T + 0.25 * normal(1, 5)
+    np.testing.assert_allclose(run(made.bytes, data)[0], expected, atol=1e-5)
+    assert np.abs(run(hub_of(made, data=data).bytes, data)[0] - expected).max() < 0.1

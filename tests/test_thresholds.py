@@ -88,3 +88,8 @@ def test_a_histogram_method_without_histograms_says_so() -> None:
 def test_an_unknown_method_names_the_nearest() -> None:
     with pytest.raises(DeploykitError, match="Did you mean 'minmax'"):
         threshold(Stats(0.0, 1.0, 0.0, 1.0), "minmx", 255, False)
+
+
+def test_entropy_keeps_values_that_lie_far_from_zero() -> None:
+    values = np.concatenate([np.zeros(5000), np.random.default_rng(4).uniform(0.6, 1.0, 5000)])
+    assert threshold(stats_of(values), "entropy", 255, False)[1] > 0.9

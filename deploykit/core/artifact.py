@@ -112,6 +112,8 @@ class Artifact:
     outputs: tuple[TensorSpec, ...]
     load: Callable[[Path, int], Runner]
     """The exporter's ``load(path, threads)``."""
+    _open: dict[str | None, Runner] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """Runners of files that were called already."""
 
     def file(self, precision: str | None = None) -> File:
         """The file of that precision; without one, the last, which is the most compressed.
@@ -141,6 +143,9 @@ class Artifact:
         if len(args) > len(expected) or set(inputs) != set(expected):
             raise DeploykitError(f"this artifact takes the inputs {', '.join(expected)}; given: {', '.join(inputs)}")
         arrays = {
-            n: np.asarray(getattr(v, "numpy", lambda v=v: v)(), dtype=expected[n].dtype) for n, v in inputs.items()
+            n: np.asarray(v.detach().cpu() if hasattr(v, "detach") else v, dtype=expected[n].dtype)
+            for n, v in inputs.items()
         }
-        return self.runner(precision)(arrays)
+        if precision not in self._open:
+            self._open[precision] = self.runner(precision)
+        return self._open[precision](arrays)

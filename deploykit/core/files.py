@@ -57,6 +57,7 @@ def folder_in_place(destination: Path, overwrite: bool = False) -> Iterator[Path
     try:
         yield work
         os.chmod(work, 0o755)
+        refuse_existing(destination, overwrite)  # it may have appeared meanwhile
         _swap(work, destination)
     except OSError as error:
         foreign = error.filename is not None and not str(error.filename).startswith(str(destination.parent))

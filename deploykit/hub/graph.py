@@ -59,7 +59,9 @@ class FloatGraph:
 
     def copy(self) -> ir.Model:
         """A model that may be changed."""
-        return self.model.clone()
+        copied = self.model.clone()
+        copied.graph.meta.pop(NAMES, None)
+        return copied
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,8 @@ class Hub:
     quantized: ir.Model | None = None
     ranges: Ranges | None = None
     decisions: tuple[Decision, ...] = ()
+    weights: Mapping[str, str] = field(default_factory=dict)
+    """Integer weight initializer -> the float graph's weight it came from."""
     samples: Mapping[str, NDArray[Any]] = field(default_factory=dict)
     """A few real inputs by name, stacked, for exporters that ship inputs with expected outputs; may be empty."""
 
@@ -121,12 +125,27 @@ def constant(value: ir.Value | None) -> NDArray[Any] | None:
     return value.const_value.numpy()
 
 
+NAMES = "deploykit.names"
+"""Where a graph that is being changed keeps the set of its names."""
+
+
+def fresh_name(graph: ir.Graph, wanted: str) -> str:
+    """The wanted name, or that name with a number: nothing else in the graph is called so."""
+    if NAMES not in graph.meta:
+        values = [*graph.inputs, *(v for node in graph for v in node.outputs)]
+        graph.meta[NAMES] = {v.name for v in values} | {node.name for node in graph} | set(graph.initializers)
+    taken: set[str] = graph.meta[NAMES]
+    unique, number = wanted, 1
+    while unique in taken:
+        number += 1
+        unique = f"{wanted}_{number}"
+    taken.add(unique)
+    return unique
+
+
 def add_initializer(graph: ir.Graph, name: str, array: NDArray[Any]) -> ir.Value:
     """Registers an array under a name that is not taken yet, and returns its value."""
-    unique, number = name, 1
-    while unique in graph.initializers:
-        number += 1
-        unique = f"{name}_{number}"
+    unique = fresh_name(graph, name)
     tensor = ir.tensor(array, name=unique)
     value = ir.Value(name=unique, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape))
     graph.register_initializer(value)

@@ -17,7 +17,7 @@ import onnx_ir as ir
 
 from deploykit.core.errors import DeploykitError
 from deploykit.core.progress import say
-from deploykit.hub.graph import FloatGraph, add_initializer, constant, drop_unused
+from deploykit.hub.graph import NAMES, FloatGraph, add_initializer, attribute, constant, drop_unused, fresh_name
 
 if TYPE_CHECKING:
     import onnx
@@ -63,6 +63,7 @@ def lower(module: torch.nn.Module, example: Mapping[str, NDArray[Any]]) -> Float
             f"the model's forward fails on the sample inputs ({shapes}): {type(error).__name__}: {_first_line(error)}"
         ) from error
     output_names = _output_names(outputs)
+    _refuse_outputs(outputs, output_names, names)
     notes: tuple[str, ...] = ()
     try:
         program = _export(plain, arguments, names, output_names, dynamic=True)
@@ -76,7 +77,7 @@ def lower(module: torch.nn.Module, example: Mapping[str, NDArray[Any]]) -> Float
         say(f"note: {notes[0]}")
     model = simplify(program)
     _name_by_module(model.graph)
-    found = {name: mask for name, mask in masks.items() if name in model.graph.initializers}
+    found = _follow_masks(model.graph, masks, plain)
     _check_masks(model.graph, found)
     return FloatGraph(model, found, notes)
 
@@ -130,7 +131,9 @@ def from_proto(proto: onnx.ModelProto, origin: str) -> FloatGraph:
     """The float graph of an ONNX model in memory; see `read_onnx`."""
     import onnx
 
-    opset = next((o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")), 0)
+    for imported in proto.opset_import:
+        imported.domain = "" if imported.domain == "ai.onnx" else imported.domain
+    opset = next((o.version for o in proto.opset_import if o.domain == ""), 0)
     if opset < OLDEST_OPSET:
         raise DeploykitError(f"{origin} uses operator set {opset}; {OLDEST_OPSET} or later is needed")
     if opset < OPSET:
@@ -185,8 +188,11 @@ def simplify(model: ir.Model) -> ir.Model:
     """Folds constants and batch normalisation, drops what nobody reads. Changes and returns ``model``."""
     if not _is_simple(model.graph):
         model = _fold(model)
+    model.graph.meta.pop(NAMES, None)
     _lift_constants(model.graph)
+    _name_nodes(model.graph)
     _multiply_instead_of_dividing(model.graph)
+    _plain_products(model.graph)
     for value in model.graph.initializers.values():
         if value.const_value is not None:
             value.const_value = ir.tensor(np.asarray(value.const_value.numpy(), order="C"), name=value.name)
@@ -194,6 +200,7 @@ def simplify(model: ir.Model) -> ir.Model:
     model.graph.sort()
     model.metadata_props.clear()
     model.producer_name, model.producer_version, model.doc_string = "deploykit", "", ""
+    model.graph.meta.pop(NAMES, None)  # whoever changes the graph next looks at its names anew
     return model
 
 
@@ -222,6 +229,30 @@ def _fold(model: ir.Model) -> ir.Model:
         model = rewrite(model, pattern_rewrite_rules=rules)
         onnxscript.optimizer.optimize(model, input_size_limit=FOLD_LIMIT, output_size_limit=FOLD_LIMIT)
     return model
+
+
+def _plain_products(graph: ir.Graph) -> None:
+    """A Gemm's factors alpha and beta go into its constants, so that nobody else has to know them."""
+    for node in graph:
+        if node.op_type != "Gemm":
+            continue
+        for position, name in ((1, "alpha"), (2, "beta")):
+            factor = attribute(node, name, 1.0)
+            value = node.inputs[position] if len(node.inputs) > position else None
+            array = constant(value)
+            if factor != 1.0 and value is not None and array is not None:
+                scaled = add_initializer(graph, f"{value.name}_times_{name}", np.float32(factor) * array)
+                node.replace_input_with(position, scaled)
+                node.attributes[name] = ir.AttrFloat32(name, 1.0)
+
+
+def _name_nodes(graph: ir.Graph) -> None:
+    """Every node gets a name of its own: the plan and the report are kept by layer."""
+    seen: set[str | None] = {None, ""}
+    for node in graph:
+        if node.name in seen:
+            node.name = fresh_name(graph, node.outputs[0].name or node.op_type.lower())
+        seen.add(node.name)
 
 
 def _multiply_instead_of_dividing(graph: ir.Graph) -> None:
@@ -296,6 +327,19 @@ def _argument_names(module: torch.nn.Module, example: Mapping[str, Any]) -> list
     return [n for n in known if n in example]
 
 
+def _refuse_outputs(outputs: Any, names: list[str], inputs: list[str]) -> None:
+    listed = (
+        [outputs] if hasattr(outputs, "ndim") else list(outputs.values() if hasattr(outputs, "values") else outputs)
+    )
+    for name, output in zip(names, listed, strict=True):
+        if output.ndim == 0:
+            raise DeploykitError(
+                f"output '{name}' of the model is a single number; every output needs a batch dimension"
+            )
+        if name in inputs:
+            raise DeploykitError(f"output '{name}' of the model has the name of an input; give it another")
+
+
 def _output_names(outputs: Any) -> list[str]:
     import torch
 
@@ -352,6 +396,35 @@ def _unique(name: str, taken: set[str | None]) -> str:
         unique = f"{name}_{number}"
     taken.add(unique)
     return unique
+
+
+def _follow_masks(
+    graph: ir.Graph, masks: Mapping[str, NDArray[np.bool_]], module: torch.nn.Module
+) -> dict[str, NDArray[np.bool_]]:
+    """The masks under the names that lowering gave to their weights; a folded transpose turns a mask with its weight.
+
+    Raises:
+        DeploykitError: a masked weight cannot be found again, so its zeros could not be kept.
+    """
+    parameters = dict(module.named_parameters())
+    found: dict[str, NDArray[np.bool_]] = {}
+    for name, mask in masks.items():
+        if name in graph.initializers:
+            found[name] = mask
+            continue
+        weight = parameters[name].detach().numpy()
+        for other, value in graph.initializers.items():
+            array = constant(value)
+            if array is not None and weight.ndim == 2 and np.array_equal(array, weight.T):
+                found[other] = np.ascontiguousarray(mask.T)
+            elif array is not None and array.shape == weight.shape and np.array_equal(array, weight):
+                found[other] = mask
+            else:
+                continue
+            break
+        else:
+            raise DeploykitError(f"the pruned weight {name} was changed beyond recognition while lowering")
+    return found
 
 
 def _check_masks(graph: ir.Graph, masks: Mapping[str, NDArray[np.bool_]]) -> None:

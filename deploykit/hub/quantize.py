@@ -13,7 +13,7 @@ from deploykit.calibration.thresholds import threshold
 from deploykit.core.errors import DeploykitError, unknown
 from deploykit.core.ranges import Ranges, Stats
 from deploykit.core.target import QuantSpec
-from deploykit.hub.graph import Decision, FloatGraph, Hub, add_initializer, attribute, constant, drop_unused
+from deploykit.hub.graph import Decision, FloatGraph, Hub, add_initializer, attribute, constant, drop_unused, fresh_name
 from deploykit.hub.operators import (
     FIXED_OUTPUT,
     channel_axis,
@@ -263,10 +263,12 @@ def quantize(
         elif root != _root(made, names[id(source)]):
             node.replace_input_with(position, dequantized(source, root, after=current))
     # 3. weights and biases
+    shared: dict[tuple[str, int, bytes], ir.Value] = {}
     for node in [n for n in g if _name(n) in made.integer and role(n) == "linear"]:
-        _quantize_weights(g, node, graph.masks, spec)
+        _quantize_weights(g, node, graph.masks, spec, shared)
     drop_unused(g)
-    return Hub(graph, spec, model, ranges, tuple(made.decisions))
+    weights = {_name(dq.producer().inputs[0]): name for (name, _, _), dq in shared.items()}  # type: ignore[union-attr]
+    return Hub(graph, spec, model, ranges, tuple(made.decisions), weights)
 
 
 def _behind_pair(value: ir.Value) -> ir.Value | None:
@@ -282,17 +284,18 @@ def _become_output(graph: ir.Graph, index: int, value: ir.Value) -> None:
     """The dequantized value takes over the place and the name of a graph output."""
     old = graph.outputs[index]
     name = old.name
-    old.name = f"{name}_float"
+    old.name = fresh_name(graph, f"{name}_float")
     value.name = name
     graph.outputs[index] = value
 
 
 def _insert_pair(graph: ir.Graph, value: ir.Value, name: str, scale: ir.Value, zero: ir.Value) -> ir.Value:
     """Q and DQ right after the producer of ``value``; returns the dequantized value."""
-    q = ir.Node("", "QuantizeLinear", [value, scale, zero], outputs=[ir.Value(name=f"{name}_q")], name=f"{name}_q")
+    names = [fresh_name(graph, f"{name}_{kind}") for kind in ("q", "dq")]
+    q = ir.Node("", "QuantizeLinear", [value, scale, zero], outputs=[ir.Value(name=names[0])], name=names[0])
     q.outputs[0].type, q.outputs[0].shape = zero.type, value.shape
-    dq_value = ir.Value(name=f"{name}_dq", type=value.type, shape=value.shape)
-    dq = ir.Node("", "DequantizeLinear", [q.outputs[0], scale, zero], outputs=[dq_value], name=f"{name}_dq")
+    dq_value = ir.Value(name=names[1], type=value.type, shape=value.shape)
+    dq = ir.Node("", "DequantizeLinear", [q.outputs[0], scale, zero], outputs=[dq_value], name=names[1])
     producer = value.producer()
     if producer is None:
         first = graph[0]
@@ -407,7 +410,17 @@ def round_bias(bias: NDArray[Any], scale: NDArray[np.float32]) -> NDArray[np.int
     return np.clip(np.rint(bias.astype(np.float64) / scale), -(2**31) + 1, 2**31 - 1).astype(np.int32)
 
 
-def _quantize_weights(graph: ir.Graph, node: ir.Node, masks: Mapping[str, Any], spec: QuantSpec) -> None:
+def _quantize_weights(
+    graph: ir.Graph,
+    node: ir.Node,
+    masks: Mapping[str, Any],
+    spec: QuantSpec,
+    shared: dict[tuple[str, int, bytes], ir.Value],
+) -> None:
+    """Puts integers behind a linear operator's weight and bias.
+
+    ``shared`` holds what was written before: a weight that several operators use with one scale is stored once.
+    """
     weight_value = node.inputs[1]
     weight = constant(weight_value)
     assert weight_value is not None and weight is not None
@@ -422,17 +435,22 @@ def _quantize_weights(graph: ir.Graph, node: ir.Node, masks: Mapping[str, Any], 
     input_scale = float(constant(x.producer().inputs[1]))  # type: ignore[union-attr, arg-type]
     fits = bias is not None and bias.shape == (weight.shape[axis],)
     scale = weight_scale(weight, axis, spec, bias if fits else None, input_scale)
-    stored = round_weight(weight, scale, axis, spec)
-    if name in masks:
-        assert not stored[~masks[name]].any(), f"quantizing filled zeros of {name}"
-    node.replace_input_with(1, _dequantize_constant(graph, node, f"{name}_q", stored, scale, axis))
+    key = (name, axis, scale.tobytes())
+    if key not in shared:
+        stored = round_weight(weight, scale, axis, spec)
+        if name in masks:
+            assert not stored[~masks[name]].any(), f"quantizing filled zeros of {name}"
+        shared[key] = _dequantize_constant(graph, node, f"{name}_q", stored, scale, axis)
+    node.replace_input_with(1, shared[key])
     if node.op_type == "MatMul" or not fits or bias is None:
         return
     if spec.bias == "int32":
         bias_scale = np.float32(input_scale) * scale
         value = _dequantize_constant(graph, node, f"{node.name}.bias_q", round_bias(bias, bias_scale), bias_scale, 0)
+    elif bias_value is None or len(list(bias_value.uses())) > 1:  # each operator's bias is corrected on its own
+        value = add_initializer(graph, f"{node.name}.bias", bias)
     else:
-        value = bias_value if bias_value is not None else add_initializer(graph, f"{node.name}.bias", bias)
+        value = bias_value
     if len(node.inputs) < 3:
         node.resize_inputs(3)
     node.replace_input_with(2, value)
@@ -465,8 +483,9 @@ def _dequantize_constant(
 def _dequantize(
     graph: ir.Graph, node: ir.Node, held: ir.Value, scale: ir.Value, zero: ir.Value, axis: int | None
 ) -> ir.Value:
-    output = ir.Value(name=f"{held.name}_dq", type=ir.TensorType(ir.DataType.FLOAT), shape=held.shape)
+    name = fresh_name(graph, f"{held.name}_dq")
+    output = ir.Value(name=name, type=ir.TensorType(ir.DataType.FLOAT), shape=held.shape)
     attributes = [] if axis is None else [ir.AttrInt64("axis", axis)]
-    dq = ir.Node("", "DequantizeLinear", [held, scale, zero], attributes, outputs=[output], name=f"{held.name}_dq")
+    dq = ir.Node("", "DequantizeLinear", [held, scale, zero], attributes, outputs=[output], name=name)
     graph.insert_before(node, [dq])
     return output

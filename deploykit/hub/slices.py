@@ -25,9 +25,17 @@ class Slicer:
         self.position = {id(node): i for i, node in enumerate(model.graph.node)}
         self.initializers = {t.name: t for t in model.graph.initializer}
         self.inputs = {i.name: i for i in model.graph.input}
-        self.outputs = {o.name for o in model.graph.output}
+        self.renamed = {self._float_behind(o.name): o.name for o in model.graph.output}
+        """Float values whose name in the float graph went over to the dequantized value behind them."""
         infos = [*model.graph.value_info, *model.graph.output, *model.graph.input]
         self.info = {i.name: i for i in infos}
+
+    def _float_behind(self, output: str) -> str:
+        """The float value that an output is the dequantized form of; the output itself, if it is float."""
+        dequantizer = self.producer.get(output)
+        quantizer = self.producer.get(dequantizer.input[0]) if dequantizer is not None else None
+        pair = dequantizer is not None and dequantizer.op_type == "DequantizeLinear"
+        return quantizer.input[0] if pair and quantizer is not None else output
 
     def array(self, name: str) -> NDArray[Any]:
         """An initializer's values."""
@@ -105,7 +113,7 @@ def operator_slices(hub: Hub) -> Iterator[OperatorSlice]:
     """
     slicer = Slicer(onnx.load_model_from_string(hub.bytes))
     integer = {d.layer: d for d in hub.decisions if d.quantized}
-    floats = {f"{o.name}_float": o.name for o in slicer.model.graph.output}  # what quantizing renamed
+    floats = slicer.renamed
     reads: dict[str, list[onnx.NodeProto]] = {}
     for node in slicer.model.graph.node:
         for name in node.input:

@@ -68,9 +68,9 @@ class HubModule(nn.Module):
         }
         self.latent = nn.ParameterDict()
         for output, weight in self.weights.items():
-            self.latent[_key(output)] = nn.Parameter(
-                torch.from_numpy(_latent(weight, arrays, floats, hub.spec.weight_max))
-            )
+            original = floats.get(hub.weights.get(weight.stored, ""))
+            start = _latent(weight, arrays, original, hub.spec.weight_max)
+            self.latent[_key(output)] = nn.Parameter(torch.from_numpy(start))
         readers = {i for op, _, inputs, _ in self.nodes if op in PARAMETER_READERS for i in inputs}
         held = {w.stored for w in self.weights.values()}
         for name, array in arrays.items():
@@ -80,16 +80,16 @@ class HubModule(nn.Module):
                 self.register_buffer(_key(name), torch.from_numpy(array.copy()), persistent=False)
         self.constants = [n for n in arrays if n not in held and _key(n) not in self.latent]
         self.free = [n for n in arrays if _key(n) in self.latent]
-        for output, weight in self.weights.items():
-            mask = hub.graph.masks.get(weight.stored.removesuffix("_q"))
-            if mask is not None and not weight.is_bias:
-                self.register_buffer(_key(f"{output}.mask"), torch.from_numpy(mask), persistent=False)
+        origins = {output: hub.weights.get(weight.stored, "") for output, weight in self.weights.items()}
+        for name, origin in (origins | {name: name for name in self.free}).items():
+            if origin in hub.graph.masks:
+                self.register_buffer(_key(f"{name}.mask"), torch.from_numpy(hub.graph.masks[origin]), persistent=False)
 
     def forward(self, **inputs: Tensor) -> dict[str, Tensor]:
         """Outputs by name for inputs by name, each ``[n, ...]`` float32."""
         values: dict[str, Any] = {"": None, **inputs}
         values.update({name: getattr(self, _key(name)) for name in self.constants})
-        values.update({name: self.latent[_key(name)] for name in self.free})
+        values.update({name: self._masked(name) for name in self.free})
         for op, attributes, names, results in self.nodes:
             if results[0] in self.weights:
                 values[results[0]] = self._weight(results[0])
@@ -111,12 +111,17 @@ class HubModule(nn.Module):
         weight = self.weights[output]
         if weight.is_bias:
             return v  # int32 steps are far finer than float32 training resolves
-        mask = getattr(self, _key(f"{output}.mask"), None)
-        v = v if mask is None else v * mask
+        v = self._masked(output)
         scale = _along(getattr(self, _key(weight.scale)), v, weight.axis)
         top = self.hub.spec.weight_max
         integers: Tensor = torch.clamp(round_through(v / scale), -top, top)
         return integers * scale
+
+    def _masked(self, name: str) -> Tensor:
+        """The parameter behind a weight, its zeros held."""
+        v: Tensor = self.latent[_key(name)]
+        mask = getattr(self, _key(f"{name}.mask"), None)
+        return v if mask is None else v * mask
 
     def to_hub(self) -> Hub:
         """The hub with the trained weights and biases, rounded; scales and structure unchanged."""
@@ -134,7 +139,7 @@ class HubModule(nn.Module):
                 stored = steps.round().numpy().astype(np.int8)
             tensors[weight.stored].CopyFrom(onnx.numpy_helper.from_array(stored, weight.stored))
         for name in self.free:
-            array = self.latent[_key(name)].detach().numpy()
+            array = self._masked(name).detach().numpy()
             tensors[name].CopyFrom(onnx.numpy_helper.from_array(array, name))
         return replace(self.hub, quantized=ir.from_proto(model))
 
@@ -155,12 +160,11 @@ def _integer_weights(
     return found
 
 
-def _latent(weight: _Weight, arrays: dict[str, Any], floats: dict[str, Any], top: int) -> Any:
+def _latent(weight: _Weight, arrays: dict[str, Any], original: Any, top: int) -> Any:
     """The float weight where it rounds to the hub's integer, the integer's value where some step chose another."""
     stored, scale = arrays[weight.stored], arrays[weight.scale].astype(np.float64)
     shape = [-1 if i == weight.axis else 1 for i in range(stored.ndim)]
     value = stored.astype(np.float64) * scale.reshape(shape)
-    original = floats.get(weight.stored.removesuffix("_q"))
     if original is not None and not weight.is_bias and original.shape == stored.shape:
         steps = np.rint(original / arrays[weight.scale].reshape(shape))  # float32, as the forward pass will round
         same = np.clip(steps, -top, top) == stored

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from deploykit.core.errors import DeploykitError
+
 Attributes = Mapping[str, Any]
 
 
@@ -89,6 +91,8 @@ def _average_pool(a: Attributes, x: Tensor) -> Tensor:
 
 
 def _pad(a: Attributes, x: Tensor, pads: Tensor, fill: Tensor | None = None, axes: Tensor | None = None) -> Tensor:
+    if a.get("mode", "constant") != "constant":
+        raise DeploykitError(f"Pad in mode {a['mode']} has no torch meaning here; the hub cannot be trained")
     value = 0.0 if fill is None else float(fill)
     return pad_onnx(x, ints(pads), None if axes is None else ints(axes), value)
 
@@ -153,6 +157,8 @@ def _resize(
         assert scales is not None
         size = [int(n * float(s)) for n, s in zip(x.shape[2:], scales.tolist()[-rank:], strict=True)]
     mode = a.get("mode", "nearest")
+    if mode not in ("nearest", "linear") or a.get("antialias", 0):
+        raise DeploykitError(f"Resize in mode {mode} has no torch meaning here; the hub cannot be trained")
     if mode == "nearest":
         return F.interpolate(x, size=size, mode="nearest")
     names = {1: "linear", 2: "bilinear", 3: "trilinear"}

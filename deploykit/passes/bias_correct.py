@@ -81,8 +81,7 @@ def _is_correctable(node: onnx.NodeProto, slicer: Slicer, means: Mapping[str, An
 
 def _float_name(layer: onnx.NodeProto, slicer: Slicer) -> str:
     """The name that a layer's output has in the float graph; quantizing renames the graph's outputs."""
-    name = str(layer.output[0])
-    return name.removesuffix("_float") if name.removesuffix("_float") in slicer.outputs else name
+    return str(slicer.renamed.get(layer.output[0], layer.output[0]))
 
 
 def _integer_input(layer: onnx.NodeProto, slicer: Slicer) -> str:

@@ -125,6 +125,8 @@ def _pairs(graph: ir.Graph) -> Iterator[_Pair]:
 
 
 def _can_scale(node: ir.Node) -> bool:
+    if len(node.inputs) > 2 and node.inputs[2] is not None and constant(node.inputs[2]) is None:
+        return False  # a computed bias cannot be scaled along
     if node.op_type == "Gemm":
         return constant(node.inputs[1]) is not None and not attribute(node, "transA", 0)
     if node.op_type != "Conv" or (weight := constant(node.inputs[1])) is None:
@@ -146,7 +148,7 @@ def _only_reader(value: ir.Value) -> ir.Node | None:
 
 
 def _clips_from_zero(node: ir.Node) -> bool:
-    low, high = (constant(v) for v in node.inputs[1:3])
+    low, high = ([constant(v) for v in node.inputs[1:3]] + [None, None])[:2]
     return low is not None and high is not None and float(low) == 0.0
 
 

@@ -55,8 +55,11 @@ class Prune:
             raise DeploykitError("prune: the model has no convolution or linear layer")
         with torch.no_grad():
             magnitudes = torch.cat([layer.weight.abs().flatten() for layer in layers])
-            # the k-th smallest magnitude over all layers
-            threshold = magnitudes.kthvalue(max(1, round(self.sparsity * magnitudes.numel()))).values
-            for layer in layers:
-                attach_mask(layer, "weight", layer.weight.abs() > threshold)
+            # exactly k of all layers' weights, also where magnitudes are equal
+            k = round(self.sparsity * magnitudes.numel())
+            lives = torch.ones_like(magnitudes, dtype=torch.bool)
+            lives[magnitudes.argsort(stable=True)[:k]] = False
+            parts = torch.split(lives, [layer.weight.numel() for layer in layers])
+            for layer, mask in zip(layers, parts, strict=True):
+                attach_mask(layer, "weight", mask.reshape(layer.weight.shape))
         return pruned

@@ -34,7 +34,7 @@ class Qat:
 
     def __post_init__(self) -> None:
         """Refuses settings that cannot train."""
-        if self.steps < 1 or self.learning_rate <= 0 or self.temperature <= 0:
+        if self.steps < 1 or not (self.learning_rate > 0 and self.temperature > 0):
             raise ValueError("steps, learning_rate and temperature must be above 0")
 
     def __call__(self, hub: Hub, context: Context) -> Hub:
