@@ -84,21 +84,15 @@ def fresh() -> None:
     with tempfile.TemporaryDirectory() as folder:
         clone = Path(folder) / "deploykit"
         subprocess.run(["git", "clone", "--quiet", str(REPOSITORY), str(clone)], check=True)
-        minutes = {}
-        for command in ("demo", "test"):
+        environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "VIRTUAL_ENV", "MAKE"))}
+        for command, claim in (
+            ("demo", "make demo in a fresh clone, install included: minutes"),
+            ("test", "make test after the install: minutes"),
+        ):
             started = time.perf_counter()
-            environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "VIRTUAL_ENV", "MAKE"))}
             subprocess.run(["make", command], cwd=clone, check=True, env=environment)
-            minutes[command] = (time.perf_counter() - started) / 60
-    record(
-        "road",
-        [
-            Row("make demo in a fresh clone, install included: minutes", minutes["demo"], 10.0, "lower", "fresh clone",
-                f"{COMMAND} fresh"),
-            Row("make test after the install: minutes", minutes["test"], 10.0, "lower", "fresh clone",
-                f"{COMMAND} fresh"),
-        ],
-    )  # fmt: skip
+            minutes = (time.perf_counter() - started) / 60
+            record("road", [Row(claim, minutes, 10.0, "lower", "fresh clone", f"{COMMAND} fresh")])
 
 
 PARTS = {"base": base, "help": help_, "fresh": fresh}
