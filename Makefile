@@ -31,6 +31,8 @@ check: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks.road
+	$(BIN)/python -m benchmarks.robust kill bytes
+	$(BIN)/python -m benchmarks.install base help fresh
 	$(BIN)/python -m benchmarks.tables
 
 docs: $(READY)
