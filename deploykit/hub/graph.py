@@ -134,13 +134,17 @@ def fresh_name(graph: ir.Graph, wanted: str) -> str:
     if NAMES not in graph.meta:
         values = [*graph.inputs, *(v for node in graph for v in node.outputs)]
         graph.meta[NAMES] = {v.name for v in values} | {node.name for node in graph} | set(graph.initializers)
-    taken: set[str] = graph.meta[NAMES]
-    unique, number = wanted, 1
-    while unique in taken:
+    return take_name(wanted, graph.meta[NAMES])
+
+
+def take_name(wanted: str, taken: set[str | None]) -> str:
+    """The wanted name, or that name with the first free number; it is added to ``taken``."""
+    name, number = wanted, 1
+    while name in taken:
         number += 1
-        unique = f"{wanted}_{number}"
-    taken.add(unique)
-    return unique
+        name = f"{wanted}_{number}"
+    taken.add(name)
+    return name
 
 
 def add_initializer(graph: ir.Graph, name: str, array: NDArray[Any]) -> ir.Value:

@@ -17,7 +17,16 @@ import onnx_ir as ir
 
 from deploykit.core.errors import DeploykitError
 from deploykit.core.progress import say
-from deploykit.hub.graph import NAMES, FloatGraph, add_initializer, attribute, constant, drop_unused, fresh_name
+from deploykit.hub.graph import (
+    NAMES,
+    FloatGraph,
+    add_initializer,
+    attribute,
+    constant,
+    drop_unused,
+    fresh_name,
+    take_name,
+)
 
 if TYPE_CHECKING:
     import onnx
@@ -364,10 +373,10 @@ def _name_by_module(graph: ir.Graph) -> None:
                 ["batch" if i == 0 and not isinstance(d, int) else d for i, d in enumerate(value.shape)]
             )
     for node in graph:
-        node.name = _unique(_module_path(node), taken)
+        node.name = take_name(_module_path(node), taken)
         for number, value in enumerate(node.outputs):
             if id(value) not in outputs:
-                value.name = node.name if number == 0 else _unique(f"{node.name}.{number}", taken)
+                value.name = node.name if number == 0 else take_name(f"{node.name}.{number}", taken)
             if value.shape is not None:
                 value.shape = ir.Shape(
                     ["batch" if not isinstance(d, int) and i == 0 else d for i, d in enumerate(value.shape)]
@@ -387,15 +396,6 @@ def _module_path(node: ir.Node) -> str:
     if not parts:
         return str(node.op_type).lower()
     return parts[-1] if len(parts) == 1 or parts[-1].startswith(parts[-2]) else f"{parts[-2]}.{parts[-1]}"
-
-
-def _unique(name: str, taken: set[str | None]) -> str:
-    unique, number = name, 1
-    while unique in taken:
-        number += 1
-        unique = f"{name}_{number}"
-    taken.add(unique)
-    return unique
 
 
 def _follow_masks(
