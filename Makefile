@@ -15,7 +15,7 @@ $(READY): pyproject.toml constraints.txt
 
 demo: $(READY)
 	$(BIN)/deploykit demo --out demo --overwrite
-	@echo "Reports: demo/x86/report.html demo/mobile-arm/report.html demo/jetson/report.html"
+	@echo "Reports: demo/report.html, and one beside the files of each target"
 
 test: $(READY)
 	$(BIN)/python -m pytest -m "not slow" -n 2

@@ -1,6 +1,7 @@
 """Writes what the documentation shows of ``results/*.json``: nothing of it is typed by hand.
 
 * ``docs/results.md``: every row;
+* ``docs/support.md``: every cell of ``results/support.json``;
 * ``<!-- results -->`` … ``<!-- /results -->`` in the README: the rows about two trained networks;
 * ``<!-- row: NAME/CLAIM -->`` … ``<!-- /row -->`` on any page: the values of one row, the claim cut short at will;
 * ``docs/images/int8.svg``: int8 beside fp32.
@@ -14,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 from xml.sax.saxutils import escape
 
+from benchmarks import support_page
 from benchmarks.rows import RESULTS
 
 ROOT = RESULTS.parent.parent
@@ -47,7 +49,7 @@ def met(row: Mapping[str, Any]) -> bool:
 def results() -> dict[str, Rows]:
     """The rows of every file, by its name, in the order of `TITLES`."""
     found = sorted(RESULTS.glob("*.json"), key=lambda p: [*TITLES, p.stem].index(p.stem))
-    return {path.stem: json.loads(path.read_text())["rows"] for path in found}
+    return {path.stem: json.loads(path.read_text())["rows"] for path in found if path.stem != "support"}
 
 
 def page(found: Mapping[str, Rows]) -> str:
@@ -185,6 +187,7 @@ def main() -> None:
     """Writes all of it."""
     found = results()
     written = {ROOT / "docs" / "results.md": page(found), ROOT / "docs" / "images" / "int8.svg": chart(found["road"])}
+    written[ROOT / "docs" / "support.md"] = support_page.page(support_page.load())
     written |= {path: refreshed(path.read_text(encoding="utf-8"), found) for path in PAGES if path not in written}
     for path, text in written.items():
         if not path.is_file() or path.read_text(encoding="utf-8") != text:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deploykit import pipeline, targets
-from deploykit.check import Gate
+from deploykit.asked import files_read
 from deploykit.core.artifact import Artifact
 from deploykit.core.context import Role
 from deploykit.core.data import DataSet, Preprocess
-from deploykit.core.errors import DeploykitError
+from deploykit.core.errors import DeploykitError, unknown
 from deploykit.core.ranges import load_ranges
 from deploykit.core.recipe import Recipe, load_recipe
+from deploykit.core.request import Gate, Request, Settings
 from deploykit.exporters import open_artifact
 from deploykit.models import Model, accept_module, input_specs, load_model
 from deploykit.sources import from_python, load_data
@@ -58,25 +60,39 @@ def export(
         ranges: a file that ``deploykit calibrate`` wrote.
         out: folder to write.
         gate: the bounds the files must meet.
-        settings: fields of `deploykit.pipeline.Settings`, e.g. ``thresholds="mse"``, ``overwrite=True``.
+        settings: fields of `deploykit.core.request.Settings`, e.g. ``thresholds="mse"``, ``overwrite=True``.
 
     Raises:
         DeploykitError: something about the request or its inputs that you can mend.
         GateFailed: the files were written but failed a check.
     """
+    _refuse_settings(settings)
     loaded = load_model(str(model), None if weights is None else Path(weights)) if _is_spec(model) else None
     if loaded is None:
         loaded = accept_module(model)
         if weights is not None:
             raise DeploykitError("weights are for factories; load them into the module yourself")
     given: dict[Role, Any] = {"calibration": calibration, "train": train, "eval": evaluation}
-    data = {role: _data(source, loaded, preprocess, role) for role, source in given.items() if source is not None}
+    seed = settings.get("seed", 0)
+    data = {role: _data(s, loaded, preprocess, role, seed) for role, s in given.items() if s is not None}
     prepared = pipeline.prepare(loaded, data, example)
     steps = recipe if isinstance(recipe, Recipe) else load_recipe(Path(recipe)) if recipe is not None else Recipe()
     known = load_ranges(Path(ranges)) if ranges is not None else None
-    chosen = pipeline.Settings(recipe=steps, **settings)
-    folder = Path(out)
-    pipeline.export(prepared, [targets.load(target)], [folder], chosen, gate or Gate(), metric, known)
+    named = [("model", model), ("example", example), ("metric", metric), *given.items()]
+    request = Request(
+        model=loaded.origin,
+        target=target,
+        weights=None if weights is None else str(weights),
+        data={role: str(source) for role, source in given.items() if _is_spec(source)},
+        preprocess=preprocess,
+        ranges=None if ranges is None else str(ranges),
+        settings=Settings(recipe=steps, **settings),
+        gate=gate or Gate(),
+        objects=tuple(f"{n} ({type(s).__name__})" for n, s in named if s is not None and not _is_spec(s)),
+    )
+    request = replace(request, read=files_read(request))
+    folder, device = Path(out), targets.load(target)
+    pipeline.export(prepared, [device], [folder], request.settings, request.gate, metric, known, [request])
     return open_artifact(folder)
 
 
@@ -92,11 +108,18 @@ def load(folder: str | Path) -> nn.Module:
     return module
 
 
+def _refuse_settings(given: Mapping[str, Any]) -> None:
+    known = [f.name for f in fields(Settings) if f.name != "recipe"]
+    for name in given:
+        if name not in known:
+            raise unknown("setting", name, known)
+
+
 def _is_spec(model: Any) -> bool:
     return isinstance(model, (str, Path))
 
 
-def _data(source: Any, model: Model, preprocess: Preprocess | None, role: Role) -> DataSet:
-    if isinstance(source, (str, Path)):
-        return load_data(str(source), input_specs(model), preprocess, role)
-    return from_python(source, input_specs(model), role=role, origin=f"{role} data")
+def _data(source: Any, model: Model, preprocess: Preprocess | None, role: Role, seed: int) -> DataSet:
+    if _is_spec(source):
+        return load_data(str(source), input_specs(model), preprocess, role, seed)
+    return from_python(source, input_specs(model), role=role, seed=seed, origin=f"{role} data")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -18,11 +19,10 @@ from deploykit.core.target import PRECISIONS
 if TYPE_CHECKING:
     from deploykit.core.context import Role
     from deploykit.core.recipe import Recipe
-    from deploykit.pipeline import Prepared
+    from deploykit.core.target import Target
 
 app = typer.Typer(
     name="deploykit",
-    help="Turns a PyTorch model and sample data into checked, timed files for the device you name.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -57,8 +57,31 @@ Thresholds = Annotated[
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output folder")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON")]
+Device = Annotated[
+    str | None,
+    typer.Option(help="Run the files there: local, ssh://[user@]host[:port] or adb://serial", metavar="ADDRESS"),
+]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random")]
 Out = Annotated[Path, typer.Option("-o", "--out", help="Output folder")]
+INTERRUPTED = 130
+"""What typer ends with after Ctrl-C: 128 and the number of the signal."""
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        print(f"deploykit {version('deploykit')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and end")
+    ] = False,
+) -> None:
+    """Turns a PyTorch model and sample data into checked, timed files for the device you name."""
 
 
 @app.command()
@@ -85,9 +108,13 @@ def export(
     ] = None,
     bias_correction: Annotated[bool, typer.Option(help="Correct biases after quantizing")] = True,
     keep_float: Annotated[list[str] | None, typer.Option(help="Layer that stays in float, by name")] = None,
-    max_drop: Annotated[float, typer.Option(help="Gate: largest loss of accuracy, in points")] = 2.0,
+    uint8_input: Annotated[
+        bool, typer.Option("--uint8-input", help="Files take raw uint8 images [n, h, w, c] and normalise themselves")
+    ] = False,
+    max_drop: Annotated[float | None, typer.Option(help="Gate: largest loss of accuracy, in points")] = None,
     benchmark: Annotated[bool, typer.Option(help="Time the files on this machine")] = True,
     threads: Annotated[int, typer.Option(min=1, help="Threads for evaluation and timing")] = 1,
+    device: Device = None,
     out: Out = Path("out"),
     seed: Seed = 0,
     force: Annotated[bool, typer.Option("--force", help="Run steps the target cannot profit from")] = False,
@@ -95,19 +122,16 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Write checked files for one or more targets (several: one subfolder each)."""
-    from deploykit import pipeline, targets
-    from deploykit.check import Gate
+    from deploykit import asked, targets
     from deploykit.core.errors import GateFailed
-    from deploykit.core.files import refuse_existing
     from deploykit.core.manifest import load_manifest
-    from deploykit.core.ranges import load_ranges
-    from deploykit.core.user_code import load_function
+    from deploykit.core.request import Gate, Request, Settings
 
     chosen = [targets.load(name) for name in target]
     twice = next((t.name for i, t in enumerate(chosen) if t.name in {u.name for u in chosen[:i]}), None)
     if twice is not None:
         raise DeploykitError(f"--target {twice} is given twice; every target gets one folder, named after it")
-    settings = pipeline.Settings(
+    settings = Settings(
         recipe=_recipe(recipe),
         thresholds=_known("threshold method", thresholds, _methods()),
         precisions=tuple(_known("precision", p, PRECISIONS) for p in precision or ()),  # type: ignore[misc]
@@ -118,18 +142,23 @@ def export(
         overwrite=overwrite,
         benchmark=benchmark,
         threads=threads,
+        uint8_input=uint8_input,
     )
     folders = [out] if len(chosen) == 1 else [out / t.name for t in chosen]
-    for folder in folders:
-        refuse_existing(folder, overwrite)
-    look = _preprocess(preprocess, resize, crop, mean, std, scale)
-    prepared = _prepare(
-        model, weights, {"calibration": calib, "train": train, "eval": evaluation}, look, input_shape, seed
+    request = Request(
+        model=model,
+        target="",
+        weights=_typed(weights),
+        data=_given(calibration=calib, train=train, eval=evaluation),
+        preprocess=_preprocess(preprocess, resize, crop, mean, std, scale),
+        inputs=tuple(input_shape or ()),
+        metric=metric,
+        ranges=_typed(ranges),
+        settings=settings,
+        gate=Gate(max_drop=max_drop),
     )
-    given = load_ranges(ranges) if ranges is not None else None
-    measured = load_function(metric, "metric") if metric is not None else None
     try:
-        pipeline.export(prepared, chosen, folders, settings, Gate(max_drop=max_drop), measured, given)
+        asked.export([replace(request, target=name) for name in target], folders, device)
     except GateFailed:  # the files are there all the same
         _show([(f, load_manifest(f)) for f in folders], as_json)
         raise
@@ -150,25 +179,30 @@ def calibrate(
     thresholds: Thresholds = "minmax",
     out: Annotated[Path, typer.Option("-o", "--out", help="The JSON file to write")] = Path("ranges.json"),
     overwrite: Overwrite = False,
+    as_json: Json = False,
 ) -> None:
     """Measure the ranges of a model's tensors on sample data, once for all targets."""
-    from deploykit import pipeline
+    from deploykit import asked, pipeline
+    from deploykit.core.request import Request
 
     if out.exists() and not overwrite:
         raise DeploykitError(f"{out} already exists. Give another -o, or --overwrite to replace it.")
     look = _preprocess(preprocess, resize, crop, mean, std, scale)
-    prepared = _prepare(model, weights, {"calibration": calib}, look, None, 0)
+    prepared = asked.prepare(Request(model, "", _typed(weights), {"calibration": calib}, look), hold_out=False)
     graph = pipeline.float_graph(prepared.model, prepared.example)
     found = pipeline.calibrate(graph, prepared.data["calibration"], thresholds)
     found.save(out)
-    print(f"{out}: {len(found.tensors)} tensors on {found.samples} samples")
+    if as_json:
+        print(json.dumps({"out": str(out), "tensors": len(found.tensors), "samples": found.samples}, indent=1))
+    else:
+        print(f"{out}: {len(found.tensors)} tensors on {found.samples} samples")
 
 
 @app.command()
 def compress(
     model: Model,
     recipe: Annotated[Path, typer.Option("--recipe", help="Model-stage steps, TOML")],
-    target: Annotated[str, typer.Option("--target", help="The device that the steps shall pay on")] = "x86",
+    target: Annotated[str | None, typer.Option("--target", help="A device that the steps have to pay on")] = None,
     calib: Calib = None,
     train: Train = None,
     weights: Weights = None,
@@ -176,17 +210,22 @@ def compress(
     input_shape: InputShape = None,
     out: Out = Path("small"),
     seed: Seed = 0,
+    force: Annotated[bool, typer.Option("--force", help="Run steps the target cannot profit from")] = False,
     overwrite: Overwrite = False,
+    as_json: Json = False,
 ) -> None:
     """Run the model-stage steps of a recipe; the folder it writes is a MODEL for the other commands."""
-    from deploykit import pipeline, targets
+    from deploykit import asked, pipeline, targets
+    from deploykit.core.request import Request, Settings
 
-    device = targets.load(target)
+    device = None if target is None else targets.load(target)
     look = _preprocess(preprocess, None, None, None, None, None)
-    prepared = _prepare(model, weights, {"calibration": calib, "train": train}, look, input_shape, seed)
-    settings = pipeline.Settings(recipe=_recipe(recipe), seed=seed, overwrite=overwrite)
+    settings = Settings(recipe=_recipe(recipe), seed=seed, force=force, overwrite=overwrite)
+    data = _given(calibration=calib, train=train)
+    shapes = tuple(input_shape or ())
+    prepared = asked.prepare(Request(model, target or "", _typed(weights), data, look, shapes, settings=settings))
     steps = pipeline.compress(prepared, settings, device, out)
-    print(f"{out}: {', '.join(steps)}")
+    print(json.dumps({"out": str(out), "steps": list(steps)}, indent=1) if as_json else f"{out}: {', '.join(steps)}")
 
 
 @app.command()
@@ -196,17 +235,40 @@ def benchmark(
     runs: Annotated[int, typer.Option(min=1, help="Timed runs of every file, after warm-up")] = 100,
     batch: Annotated[int, typer.Option(min=1)] = 1,
     threads: Annotated[int, typer.Option(min=1)] = 1,
+    device: Device = None,
+    sustained: Annotated[
+        float, typer.Option(min=0, help="Go on that long without a pause, and show the drift", metavar="MINUTES")
+    ] = 0.0,
+    evaluation: Annotated[
+        str | None, typer.Option("--eval", help="Data (with labels) to answer on the device", metavar="DATA")
+    ] = None,
+    metric: Annotated[str | None, typer.Option(help="file.py:fn(outputs, labels) -> percent, higher is better")] = None,
+    record: Annotated[
+        bool, typer.Option("--record", help="Keep it all in the manifest; answers the export's --eval, too")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Time the files of an artifact on this machine, all files interleaved in one run."""
-    from deploykit import bench
+    """Time the files of an artifact on this machine or a device, all files interleaved in one run."""
+    folders = [artifact, *(against or [])]
+    if device is None and not (sustained or evaluation or record):
+        from deploykit import bench
 
-    result = bench.measure([artifact, *(against or [])], runs=runs, batch=batch, threads=threads)
-    print(json.dumps(result.to_dict(), indent=1) if as_json else "", end="\n" if as_json else "")
+        result = bench.measure(folders, runs=runs, batch=batch, threads=threads)
+        _print_benchmark(result, result.to_dict(), as_json)
+        return
+    from deploykit import asked
+
+    if batch != 1:
+        raise DeploykitError("--batch is for this machine only: on a device, files are run with single samples")
+    trial = asked.try_out(
+        folders, device or "local", evaluation=evaluation, metric=metric, record=record, runs=runs, threads=threads,
+        minutes=sustained,
+    )  # fmt: skip
+    _print_benchmark(trial.benchmark, trial.to_dict(), as_json)
     if not as_json:
-        _print_table(result.table())
-        for line in result.advice:
+        for line in trial.lines(folders):
             print(line)
+    trial.refuse_failed(folders)
 
 
 @app.command()
@@ -224,22 +286,27 @@ def plan(
     from deploykit.models import load_model
 
     chosen = targets.load(target)
-    enters = "model" if model is None else load_model(model).enters
+    loaded = None if model is None else load_model(model)
+    enters = "model" if loaded is None else loaded.enters
     have = [name for name, given in (("data", calib), ("train", train), ("labels", evaluation)) if given]
     if model is None and not have:
         have = ["data", "train", "labels"]
+    if loaded is None or loaded.onnx is None:
+        have.append("teacher")
     if recipe is None:
-        rows = [
-            (_pass_line(name), planning.refusal(passes.load(name), chosen, have, enters)) for name in passes.names()
-        ]
+        kinds = [(name, passes.load(name)) for name in planning.in_order(passes.names())]
+        rows = [(_pass_line(name), kind.needs, planning.refusal(kind, chosen, have, enters)) for name, kind in kinds]
     else:
-        rows = [(repr(p.step), p.refusal) for p in planning.plan(_recipe(recipe), chosen, have, enters=enters)]
+        planned = planning.plan(_recipe(recipe), chosen, have, enters=enters)
+        rows = [(repr(p.step), p.step.needs, p.refusal) for p in planned]
     if as_json:
-        print(json.dumps([{"step": s, "applies": not why, "why_not": why} for s, why in rows], indent=1))
+        found = [{"step": s, "applies": not why, "needs": list(needs), "why_not": why} for s, needs, why in rows]
+        print(json.dumps(found, indent=1))
         return
     print(f"{chosen.name}: {chosen.title}\nprofits from {', '.join(chosen.profits)}")
-    for step, why in rows:
-        print(f"  {'-' if why else '+'} {step}" + (f"  ({why})" if why else ""))
+    for step, needs, why in rows:
+        note = why or (f"needs {planning.named(needs)}" if needs else "")
+        print(f"  {'-' if why else '+'} {step}" + (f"  ({note})" if note else ""))
 
 
 @app.command("targets")
@@ -255,66 +322,127 @@ def show_targets(
         found = [targets.load(n) for n in ([name] if name else targets.names())]
         print(json.dumps(msgspec.to_builtins(found), indent=1))
     elif name is None:
-        width = max(len(n) for n in targets.names())
-        for n in targets.names():
-            target = targets.load(n)
-            print(f"{n:{width}}  {target.title} [{target.exporter}: {', '.join(target.precisions)}]")
+        known = [targets.load(n) for n in targets.names()]
+        width = max(len(target.name) for target in known)
+        for exporter in sorted({target.exporter for target in known}):
+            print(exporter)
+            for target in (t for t in known if t.exporter == exporter):
+                print(f"  {target.name:{width}}  {target.title} [{', '.join(target.precisions)}]")
     else:
-        print(_card(targets.load(name)))
+        print(_card(targets.load(name), targets.base(name)))
 
 
 @app.command()
 def verify(
-    artifact: Annotated[Path, typer.Argument(help="A folder that `export` wrote")], as_json: Json = False
+    artifact: Annotated[Path, typer.Argument(help="A folder that `export` wrote")],
+    threads: Annotated[int, typer.Option(min=1)] = 1,
+    as_json: Json = False,
 ) -> None:
-    """Check that an artifact's files are whole, open in their runtimes, and say what their checks said."""
+    """Run an artifact's files again: are they whole, and do they answer here as they did?"""
     from deploykit.core.errors import GateFailed
-    from deploykit.report import verify_artifact
+    from deploykit.verify import verify as found_in
 
-    manifest, problems = verify_artifact(artifact)
+    found = found_in(artifact, threads)
     if as_json:
-        import msgspec
-
-        print(json.dumps({"problems": problems, "checks": msgspec.to_builtins(manifest.checks)}, indent=1))
-    elif not problems:
-        for check in manifest.checks:
-            state = {True: "ok", False: "FAILED", None: "not run here"}[check.passed]
-            print(f"{state:12}  {check.precision:9}  {check.name}: {check.value if check.value is not None else '-'}")
-    if problems:
+        print(json.dumps(found.to_dict(), indent=1))
+    elif not found.problems:
+        print("\n".join(found.lines()))
+    if found.problems:
         raise DeploykitError(
-            f"{artifact} is not as it was written:\n  " + "\n  ".join(problems) + "\nExport it again, or copy it whole."
-        )
-    if not manifest.passed:
+            f"{artifact} is not as it was written:\n  " + "\n  ".join(found.problems)
+            + "\nExport it again, or copy it whole."
+        )  # fmt: skip
+    if found.differing:
+        raise GateFailed("\n  ".join([f"{artifact} answers otherwise here than at the export:", *found.differing]))
+    if not found.manifest.passed:
         raise GateFailed(f"{artifact}: a check failed when it was exported")
+    if not found.ran:
+        raise DeploykitError(f"{artifact}: the files are whole, but none could be run here: {found.checks[0].detail}")
 
 
 @app.command()
-def report(artifact: Annotated[Path, typer.Argument(help="A folder that `export` wrote")]) -> None:
-    """Write report.html beside the files of an artifact."""
-    from deploykit.report import write_report
+def diff(
+    old: Annotated[Path, typer.Argument(help="A folder that `export` wrote, or its manifest.json")],
+    new: Annotated[Path, typer.Argument(help="The one that shall replace it")],
+    max_drop: Annotated[float, typer.Option(help="Allowed loss of accuracy, in points")] = 0.5,
+    max_growth: Annotated[float, typer.Option(help="Allowed growth of a file, in percent")] = 1.0,
+    max_slower: Annotated[float, typer.Option(help="Allowed growth of p50, in percent")] = 20.0,
+    max_float: Annotated[int, typer.Option(help="Allowed number of operators that fall back to float")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Compare two artifacts of a model; exit code 3 where the new one is worse than allowed."""
+    from deploykit.core.errors import GateFailed
+    from deploykit.core.manifest import open_manifest
+    from deploykit.diff import Limits, compare
 
-    print(write_report(artifact))
+    found = compare(open_manifest(old), open_manifest(new), Limits(max_drop, max_growth, max_slower, max_float))
+    if as_json:
+        print(json.dumps(found.to_dict(), indent=1))
+    else:
+        _print_table(found.table())
+        print("\n".join(found.lines()))
+    if found.regressions:
+        raise GateFailed(f"{new} is a step back from {old}:\n  " + "\n  ".join(found.regressions))
+
+
+@app.command()
+def reproduce(
+    source: Annotated[
+        Path, typer.Argument(metavar="ARTIFACT", help="A folder that `export` wrote, or its manifest.json")
+    ],
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Keep the second artifact in this folder")] = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Export again what a manifest tells of, and compare every file's bytes."""
+    from deploykit.core.errors import GateFailed
+    from deploykit.reproduce import reproduce as made_again
+
+    found = made_again(source, out, overwrite)
+    if as_json:
+        print(json.dumps(found.to_dict(), indent=1))
+    else:
+        print("\n".join(found.lines()))
+    if not found.identical:
+        why = "" if found.changed else "; nothing that the manifest keeps track of was changed"
+        raise GateFailed(f"{source}: {len(found.differing)} differences{why}")
+
+
+@app.command()
+def report(
+    artifacts: Annotated[list[Path], typer.Argument(help="Folders that `export` wrote; several are compared")],
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="The HTML file to write")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print it all as JSON; write the page only with -o")] = False,
+) -> None:
+    """Write report.html: of one artifact, or of several exports of a model side by side."""
+    from deploykit.report import report_json, write_report
+
+    if as_json:
+        found = report_json(*artifacts)
+        if out is not None:
+            write_report(*artifacts, out=out)
+        print(json.dumps(found, indent=1))
+    else:
+        print(write_report(*artifacts, out=out))
 
 
 @app.command()
 def doctor(as_json: Json = False) -> None:
-    """Show what is installed, and what the missing extras would add."""
-    from deploykit.doctor import findings
+    """Show what is installed, what this processor can, and how to get what is missing."""
+    from deploykit.doctor import diagnose
 
-    found = findings()
-    if as_json:
-        print(json.dumps(found, indent=1))
-        return
-    for name, state in found.items():
-        print(f"{name:18} {state}")
+    found = diagnose()
+    print(json.dumps(found.to_dict(), indent=1) if as_json else "\n".join(found.lines()))
 
 
 @app.command()
-def demo(out: Out = Path("demo"), overwrite: Overwrite = False, as_json: Json = False) -> None:
+def demo(
+    out: Out = Path("demo"), device: Device = None, overwrite: Overwrite = False, as_json: Json = False
+) -> None:
     """Train a small network on scikit-learn's digits and export it for x86, mobile-arm and jetson."""
     from deploykit.demo import run
 
-    _show(run(out, overwrite), as_json)
+    _show(run(out, overwrite, device), as_json)
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
@@ -324,6 +452,10 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     except DeploykitError as error:
         print(f"deploykit: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except SystemExit as end:
+        if end.code == INTERRUPTED:
+            print("\ndeploykit: interrupted; nothing was left half-written", file=sys.stderr)
+        raise
     sys.exit(0)
 
 
@@ -333,23 +465,13 @@ def _recipe(path: Path | None) -> Recipe:
     return Recipe() if path is None else load_recipe(path)
 
 
-def _prepare(
-    model: str,
-    weights: Path | None,
-    sources: dict[Role, str | None],
-    look: Any,
-    input_shape: list[str] | None,
-    seed: int,
-) -> Prepared:
-    from deploykit import pipeline
-    from deploykit.models import input_specs, load_model
-    from deploykit.sources import load_data
+def _typed(path: Path | None) -> str | None:
+    return None if path is None else str(path)
 
-    loaded = load_model(model, weights)
-    inputs = input_specs(loaded)
-    data = {role: load_data(spec, inputs, look, role, seed) for role, spec in sources.items() if spec is not None}
-    example = None if not input_shape else dict(_input(text) for text in input_shape)
-    return pipeline.prepare(loaded, data, example)
+
+def _given(**sources: str | None) -> dict[Role, str]:
+    """Data by role, as far as it was given."""
+    return {role: spec for role, spec in sources.items() if spec is not None}  # type: ignore[misc]
 
 
 def _preprocess(
@@ -364,24 +486,6 @@ def _preprocess(
     if path is None and not flags:
         return None
     return load_preprocess(path if path is not None else {}, flags)
-
-
-def _input(text: str) -> tuple[str, Any]:
-    """``x=1x3x224x224`` or ``ids=1x128:int64`` as a name and an example array."""
-    import re
-
-    import numpy as np
-
-    found = re.fullmatch(r"(\w+)=([1-9]\d*(?:x[1-9]\d*)*)(?::(\w+))?", text)
-    if found is None:
-        raise DeploykitError(f"--input takes NAME=1x3x224x224 or NAME=1x128:int64, given '{text}'")
-    name, shape, dtype = found[1], [int(d) for d in found[2].split("x")], found[3] or "float32"
-    try:
-        kind = np.dtype(dtype)
-    except TypeError:
-        raise unknown("dtype", dtype, ("float32", "int64", "int32", "bool")) from None
-    random = np.random.default_rng(0)
-    return name, (random.standard_normal(shape) if kind.kind == "f" else random.integers(0, 2, shape)).astype(kind)
 
 
 def _numbers(name: str, text: str) -> list[float]:
@@ -410,24 +514,31 @@ def _pass_line(name: str) -> str:
     return f"{name}({options})  [{passes.load(name).stage}]"
 
 
-def _card(target: Any) -> str:
+def _card(target: Target, base: Target | None) -> str:
     quant = target.quant
-    sign = "s" if quant.activation_signed else "u"
+    sign = "signed" if quant.activation_signed else "unsigned"
     kind = "symmetric" if quant.activation_symmetric else "asymmetric"
     scales = quant.scale.replace("_", " ")
-    lines = [
-        f"{target.name}: {target.title}",
-        f"  files        {', '.join(target.precisions)} (exporter {target.exporter}, ONNX opset up to {target.opset})",
-        f"  profits      {', '.join(target.profits)}",
-        f"  channels     best in multiples of {target.channel_multiple}",
-        f"  activations  {sign}{quant.activation_bits} {kind}, {scales} scales, {quant.placement}",
-        f"  weights      s{quant.weight_bits} per {quant.weight_granularity}, bias {quant.bias}",
-        f"  timed here   {target.measured_here or 'no: only on the device'}",
-    ]
+    where = {"everywhere": "everywhere", "linear_inputs": "at the inputs of products and the skip branch of adds"}
+    integers = {
+        "activations": f"{quant.activation_bits} bit {sign} {kind}, {scales} scales, {where[quant.placement]}",
+        "weights": f"{quant.weight_bits} bit signed symmetric per {quant.weight_granularity}, bias {quant.bias}",
+    }
+    rows = {
+        "files": f"{', '.join(target.precisions)} (exporter {target.exporter}, ONNX opset up to {target.opset})",
+        "profits": ", ".join(target.profits),
+        "channels": f"best in multiples of {target.channel_multiple}",
+        **(integers if any("int8" in p for p in target.precisions) else {}),
+        "timed here": target.measured_here or "no: only on the device",
+    }
     for name, fact in target.facts.items():
-        mark = "" if fact.verified else ", not verified"
-        lines.append(f"  {name:12} {fact.value} {fact.unit}".rstrip() + f"  ({fact.source}{mark})")
-    return "\n".join(lines)
+        value = {True: "yes", False: "no"}[fact.value] if isinstance(fact.value, bool) else fact.value
+        marks = [fact.source] if fact.verified else [fact.source, "not verified"]
+        if base is not None and base.facts.get(name) == fact:
+            marks.append(f"as {base.name}")
+        rows[name] = f"{value} {fact.unit}".rstrip() + f"  ({', '.join(marks)})"
+    width = max(map(len, rows))
+    return "\n".join([f"{target.name}: {target.title}", *(f"  {name:{width}}  {row}" for name, row in rows.items())])
 
 
 def _show(finished: list[tuple[Path, Any]], as_json: bool) -> None:
@@ -438,10 +549,19 @@ def _show(finished: list[tuple[Path, Any]], as_json: bool) -> None:
         return
     _print_table(result_table(finished))
     for folder, manifest in finished:
-        for note in manifest.notes:
+        for note in (*manifest.notes, *manifest.advice):
             print(f"{folder.name}: {note}")
         for island in [i for f in manifest.files for i in f.islands][:5]:
             print(f"{folder.name}: {island.operator} {island.layer} stays in float: {island.why}")
+
+
+def _print_benchmark(result: Any, values: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(values, indent=1))
+        return
+    _print_table(result.table())
+    for line in result.advice:
+        print(line)
 
 
 def _print_table(table: Any) -> None:

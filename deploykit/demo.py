@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 
-from deploykit import pipeline, targets
-from deploykit.check import Gate
+from deploykit import asked
 from deploykit.core.data import DataSet
 from deploykit.core.errors import MissingExtra
-from deploykit.core.files import refuse_existing
 from deploykit.core.manifest import Manifest, load_manifest
 from deploykit.core.progress import say
 from deploykit.core.recipe import TrainSettings
+from deploykit.core.request import Request, Settings
+from deploykit.core.seeds import seeded
 from deploykit.losses import cross_entropy
-from deploykit.models import accept_module
 from deploykit.trainer import Trainer
+from deploykit.trial import runnable
 
 TARGETS = ("x86", "mobile-arm", "jetson")
 CALIBRATION = 200
@@ -84,36 +85,59 @@ def digits() -> tuple[DataSet, DataSet]:
 
 def train(data: DataSet, seed: int = 0, epochs: float = 3) -> DigitsNet:
     """A trained network in eval mode, the same for the same seed."""
-    torch.manual_seed(seed)
-    net = DigitsNet()
+    with seeded(seed):
+        net = DigitsNet()
     settings = TrainSettings(epochs=epochs, learning_rate=3e-3, batch=64, weight_decay=1e-4)
     net.train()
     Trainer(settings, seed).fit(net, data, cross_entropy)
     return net.eval()
 
 
-def run(out: Path, overwrite: bool = False) -> list[tuple[Path, Manifest]]:
-    """Trains, exports for `TARGETS`, writes reports; returns each artifact's folder and manifest."""
-    folders = [out / name for name in TARGETS]
-    for folder in folders:
-        refuse_existing(folder, overwrite)
-    training, test = digits()
+def build() -> DigitsNet:
+    """The demo's MODEL, ``deploykit.demo:build``: trains, the same way every time."""
+    training, _ = digits()
     say(f"training a small CNN on {len(training)} digits")
-    net = train(training)
-    data = {"calibration": training.spread(CALIBRATION), "eval": test}
-    prepared = pipeline.prepare(accept_module(net), data, None)  # type: ignore[arg-type]
-    settings = pipeline.Settings(overwrite=overwrite)
-    pipeline.export(prepared, [targets.load(n) for n in TARGETS], folders, settings, Gate())
+    return train(training)
+
+
+def calibration() -> DataSet:
+    """The demo's ``--calib``."""
+    return digits()[0].spread(CALIBRATION)
+
+
+def test() -> DataSet:
+    """The demo's ``--eval``."""
+    return digits()[1]
+
+
+def run(out: Path, overwrite: bool = False, device: str | None = None) -> list[tuple[Path, Manifest]]:
+    """Trains, exports for `TARGETS`, writes reports; returns each artifact's folder and manifest.
+
+    With a device, only for those of them whose files it can run; they are timed and scored there.
+
+    Raises:
+        DeploykitError: a folder is there already; the device cannot be reached, or can run none of them.
+    """
+    names = TARGETS if device is None else runnable(device, TARGETS)
+    folders = [out / name for name in names]
+    here = "deploykit.demo"
+    request = Request(
+        f"{here}:build", "", data={"calibration": f"{here}:calibration", "eval": f"{here}:test"},
+        settings=Settings(overwrite=overwrite),
+    )  # fmt: skip
+    asked.export([replace(request, target=name) for name in names], folders, device)
     finished = [(folder, load_manifest(folder)) for folder in folders]
-    for folder, _ in finished:
+    for folder in folders:
         _report(folder)
+    if len(folders) > 1:
+        _report(*folders, out=out / "report.html")
     return finished
 
 
-def _report(folder: Path) -> None:
+def _report(*folders: Path, out: Path | None = None) -> None:
     from deploykit.report import write_report
 
     try:
-        say(f"report: {write_report(folder)}")
+        say(f"report: {write_report(*folders, out=out)}")
     except MissingExtra as error:
-        say(f"no report for {folder}: {error}")
+        say(f"no report for {', '.join(map(str, folders))}: {error}")

@@ -40,6 +40,8 @@ class Model:
     """In eval mode."""
     program: torch.export.ExportedProgram | None = None
     onnx: Path | None = None
+    compressed: bool = False
+    """Read from a folder that `save_compressed` wrote."""
 
     @property
     def enters(self) -> Stage:
@@ -76,29 +78,36 @@ def load_model(spec: str, weights: Path | None = None) -> Model:
             says.
     """
     path = Path(spec)
-    is_factory = ":" in spec and not path.exists()
-    if weights is not None and not is_factory:
-        raise DeploykitError(f"{spec} brings its own weights; leave out --weights {weights}")
-    if is_factory:
+    if ":" in spec and not path.exists():
         module = _build(spec)
         if weights is not None:
             _fit_weights(module, _read_weights(weights), str(weights), spec)
         return Model(spec, module=module.eval())
+    _refuse_form(spec, path)
+    if weights is not None:
+        raise DeploykitError(f"{spec} brings its own weights; leave out --weights {weights}")
     if path.is_dir():
-        return Model(spec, module=_load_compressed(path))
-    if path.suffix in (".pt2", ".onnx") and not path.is_file():
-        raise no_such_file(path)
+        return Model(spec, module=_load_compressed(path), compressed=True)
     if path.suffix == ".pt2":
         return Model(spec, program=_read_program(path))
-    if path.suffix == ".onnx":
-        return Model(spec, onnx=path)
-    if path.suffix == ".py":
+    return Model(spec, onnx=path)
+
+
+def _refuse_form(spec: str, path: Path) -> None:
+    """Raises unless it is a folder, a .pt2 or an .onnx."""
+    if path.is_dir():
+        return
+    if path.suffix in (".pt2", ".onnx"):
+        if not path.is_file():
+            raise no_such_file(path)
+    elif path.suffix == ".py":
         raise DeploykitError(f"{spec}: name the function that makes the model too: {spec}:build")
-    if path.suffix in (".safetensors", ".pt", ".pth", ".ckpt", ".bin"):
+    elif path.suffix in (".safetensors", ".pt", ".pth", ".ckpt", ".bin"):
         raise DeploykitError(f"{spec} holds weights, not a model: give MODEL as file.py:factory, and --weights {spec}")
-    if not path.exists():
+    elif not path.exists():
         raise DeploykitError(f"there is no file or folder '{spec}'. MODEL is {FORMS}.")
-    raise DeploykitError(f"{spec} is no MODEL; expected {FORMS}")
+    else:
+        raise DeploykitError(f"{spec} is no MODEL; expected {FORMS}")
 
 
 def accept_module(module: Any) -> Model:
@@ -146,6 +155,17 @@ def input_specs(model: Model) -> tuple[TensorSpec, ...]:
     if not names:
         raise DeploykitError(f"{model.origin}: the forward has no named arguments; write them out instead of *args")
     return tuple(TensorSpec(name, (), "") for name in names)
+
+
+def factory_of(folder: Path) -> str:
+    """The factory that a folder of `save_compressed` was made from, as it would be typed where the folder was.
+
+    Raises:
+        DeploykitError: not such a folder.
+    """
+    spec = _read_structure(folder).model
+    place, _, name = spec.rpartition(":")
+    return f"{os.path.normpath(folder / place)}:{name}" if place.endswith(".py") else spec
 
 
 def save_compressed(module: nn.Module, folder: Path, origin_spec: str) -> None:

@@ -10,7 +10,14 @@ from deploykit.core.context import Role
 from deploykit.core.data import DataSet
 from deploykit.core.errors import DeploykitError
 from deploykit.core.recipe import STAGES, Pass, Recipe, Stage, Step
-from deploykit.core.target import Need, Precision, Target
+from deploykit.core.target import PRECISIONS, Need, Precision, Target
+
+NEEDS: Mapping[Need, str] = {
+    "data": "--calib",
+    "labels": "labels in the data",
+    "train": "--train",
+    "teacher": "a model that PyTorch runs (an .onnx has no teacher)",
+}
 
 
 @dataclass(frozen=True)
@@ -30,7 +37,7 @@ def plan(
     Args:
         recipe: every step is built, so a wrong name or option raises before anything runs.
         target: its ``profits`` decide.
-        available: which of data, labels, train there is.
+        available: which of data, labels, train, teacher there is.
         automatic: whether bias correction is added in front of the hub steps.
         enters: where the model comes in: a PyTorch module at ``model``, a .pt2 or .onnx at ``graph``.
 
@@ -61,8 +68,7 @@ def refusal(step: Pass | type[Pass], target: Target, available: Sequence[str], e
         return f"works on the {step.stage}, and a .pt2 or .onnx enters at the {enters}; give file.py:factory"
     missing = [need for need in step.needs if need not in available]
     if missing:
-        option = {"data": "--calib", "labels": "labels in the data", "train": "--train"}
-        return f"needs {', '.join(option[m] for m in missing)}"
+        return f"needs {named(missing)}"
     if not set(step.pays_if) & set(target.profits):
         return (
             f"cannot pay on target '{target.name}': it pays where {' or '.join(step.pays_if)} does, "
@@ -71,12 +77,23 @@ def refusal(step: Pass | type[Pass], target: Target, available: Sequence[str], e
     return ""
 
 
-def available(data: Mapping[Role, DataSet]) -> list[Need]:
-    """What there is of what passes may need."""
+def named(needs: Sequence[Need]) -> str:
+    """What has to be given so that a step's needs are met."""
+    return ", ".join(NEEDS[need] for need in needs)
+
+
+def in_order(names: Sequence[str]) -> list[str]:
+    """Passes by stage, in the order in which stages run."""
+    return sorted(names, key=lambda name: STAGES.index(passes.load(name).stage))
+
+
+def available(data: Mapping[Role, DataSet], teacher: bool = True) -> list[Need]:
+    """What there is of what passes may need; ``teacher``: whether PyTorch can run the model as it came in."""
     there: dict[Need, bool] = {
         "data": "calibration" in data,
         "labels": any(d.labels is not None for d in data.values()),
         "train": "train" in data,
+        "teacher": teacher,
     }
     return [need for need, is_there in there.items() if is_there]
 
@@ -92,8 +109,12 @@ def precisions(
         calibrated: whether there are ranges, or data to measure them on.
 
     Raises:
-        DeploykitError: integer files were asked for (or the target takes nothing else) and there is no calibration.
+        DeploykitError: the target does not take what was asked for; integer files were asked for (or the target takes
+            nothing else) and there is no calibration.
     """
+    for given in asked:
+        if given not in target.precisions:
+            raise DeploykitError(_not_taken(given, target))
     wanted = tuple(asked or target.precisions)
     floats = tuple(p for p in wanted if "int8" not in p)
     if calibrated or floats == wanted:
@@ -101,3 +122,15 @@ def precisions(
     if asked or not floats:
         raise DeploykitError(f"target '{target.name}': int8 needs sample data; give --calib")
     return floats, ("no --calib: only float files were written; with sample data int8 files would be added",)
+
+
+def _not_taken(asked: Precision, target: Target) -> str:
+    """Why a target does not take a precision, as far as its facts say, and the nearest one that it takes."""
+    facts = (target.facts.get(name) for name in (asked, *asked.split("-")))
+    why = next((fact.source for fact in facts if fact is not None and fact.value is False), "")
+    below = PRECISIONS[: PRECISIONS.index(asked)]
+    nearest = next((p for p in reversed(below) if p in target.precisions), target.precisions[0])
+    return (
+        f"target '{target.name}' does not take {asked}{f' ({why})' if why else ''}; it takes "
+        f"{', '.join(target.precisions)}. The nearest is --precision {nearest}."
+    )

@@ -32,7 +32,8 @@ CLIP = 1.0
 class Trainer:
     """Adam with decoupled weight decay (Loshchilov & Hutter 2019), a short warm-up and cosine decay to zero.
 
-    The same seed, data and settings give the same weights (on a GPU: up to the order of its sums).
+    The same seed, data and settings give the same weights (on a GPU: up to the order of its sums), as long as torch
+    runs with as many threads: its sums are split among them. A manifest keeps that number, and ``reproduce`` sets it.
     """
 
     settings: TrainSettings = field(default_factory=TrainSettings)

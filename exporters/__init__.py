@@ -8,6 +8,8 @@ Every exporter module has the same three functions and nothing is inherited:
 * ``load(path, threads) -> Runner`` opens a file in its real runtime: float arrays in, float arrays out.
 * ``runtime() -> Runtime`` names that runtime, and says so where times taken in it mean nothing for the device.
 
+A module may also have ``checks(hub, target, folder, file) -> tuple[Check, ...]``: what only it can compare.
+
 Heavy tools are imported inside the functions; a missing one raises `MissingExtra`.
 """
 
@@ -19,7 +21,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Protocol, cast
 
-from deploykit.core.artifact import Artifact, File, Runner, Runtime
+from deploykit.core.artifact import Artifact, Check, File, Runner, Runtime
 from deploykit.core.errors import unknown
 from deploykit.core.manifest import load_intact
 from deploykit.core.target import Precision, Target
@@ -57,6 +59,12 @@ def load(name: str) -> Exporter:
     if name not in names():
         raise unknown("exporter", name, names())
     return cast(Exporter, importlib.import_module(f"deploykit.exporters.to_{name}"))
+
+
+def own_checks(exporter: Exporter, hub: Hub, target: Target, folder: Path, file: File) -> tuple[Check, ...]:
+    """What only this exporter can compare about a file it wrote; most have nothing of their own."""
+    checks = getattr(exporter, "checks", None)
+    return tuple(checks(hub, target, folder, file)) if checks is not None else ()
 
 
 def open_artifact(folder: str | Path) -> Artifact:

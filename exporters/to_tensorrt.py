@@ -5,7 +5,8 @@ Engines run only on the GPU and the TensorRT that built them, so this writes wha
 * ``model.fp32.onnx`` and ``model.int8.onnx``: float32 between the operators; TensorRT 8 and 10 pick the kernels' types
   (weak typing, ``--fp16``, ``--int8``); the operator set is the oldest parser's;
 * ``model.fp16.onnx`` and ``model.int8-fp16.onnx``: float16 between float32 inputs and outputs; the file's types are the
-  kernels' types (strong typing, TensorRT 10 and later);
+  kernels' types (strong typing, TensorRT 10 and later; where a device only has older ones, the fp16 file is built with
+  ``--fp16``);
 * ``golden/``, ``bundle.json``, ``build.py``, ``build.sh``, ``BUILD.md``: `./build.sh` on the device builds every
   variant its TensorRT can, checks and times them, and keeps the fastest.
 
@@ -27,17 +28,19 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from deploykit.core.artifact import Arrays, File, Island, Runner, Runtime
+from deploykit.core.artifact import Arrays, File, Island, Port, Runner, Runtime, TensorSpec
 from deploykit.core.errors import DeploykitError
 from deploykit.core.target import Precision, Target
 from deploykit.exporters.half import bake_half
 from deploykit.exporters.tensorrt import lint as trt_lint
-from deploykit.exporters.tensorrt.golden import golden_inputs, relative_error, tolerance, write_arrays
+from deploykit.exporters.tensorrt.golden import golden_inputs, least, signal_to_noise, write_arrays
 from deploykit.exporters.tensorrt.lint import LINEAR, Finding, lint, runs_in_int8
 from deploykit.exporters.tensorrt.opset import lower_opset, verify_opset
 from deploykit.exporters.tensorrt.options import Options, options
+from deploykit.exporters.tensorrt.parsers import FLOAT16_WEIGHTS, unread
 from deploykit.exporters.tensorrt.shapes import bind_batch
 from deploykit.hub.graph import Hub, serialize, specs
+from deploykit.hub.operators import CANNOT_BE_STORED
 
 DEVICE_FILES = ("build.py", "build.sh", "BUILD.md")
 
@@ -52,6 +55,11 @@ def export(hub: Hub, target: Target, out_dir: Path, precisions: Sequence[Precisi
             breaks a rule TensorRT rejects, wrong options, int8 without calibration.
     """
     settings = options(target)
+    if "fp16" in precisions and "fp32" not in precisions and settings.newest < FLOAT16_WEIGHTS:
+        raise DeploykitError(
+            f"target {target.name}: TensorRT {settings.trt[1]} reads no float16 weights and builds fp16 from the fp32 "
+            "file: give --precision fp32 too"
+        )
     reference = _variant(hub, "fp32", settings)
     graph = ir.from_proto(reference[0]).graph
     takes, gives = specs(list(graph.inputs)), specs(list(graph.outputs))
@@ -64,27 +72,36 @@ def export(hub: Hub, target: Target, out_dir: Path, precisions: Sequence[Precisi
     files, models, findings = [], {}, {}
     for precision in precisions:
         proto, notes = reference if precision == "fp32" else _variant(hub, precision, settings)
-        found = lint(proto)
+        found = lint(proto, (settings.readers(precision)[1], settings.newest))
         _refuse_errors(found, precision)
         path = out_dir / f"model.{precision}.onnx"
         path.write_bytes(proto.SerializeToString(deterministic=True))
         counts, islands = _integer_operators(proto, found, hub) if precision.startswith("int8") else ({}, ())
         in_islands = {island.layer for island in islands}
         notes += [str(f) for f in found if f.node not in in_islands]
-        files.append(File(path.name, precision, counts, islands, tuple(notes)))
-        error = relative_error(load(path), inputs, golden)
+        if precision == "fp16" and settings.newest < FLOAT16_WEIGHTS:
+            notes.append(
+                f"TensorRT {settings.trt[1]} reads no float16 weights: build.py builds fp16 from the fp32 file"
+            )
+        bound = (_bound(takes, batch), _bound(gives, batch))
+        files.append(
+            File(path.name, precision, counts, islands, tuple(notes), inputs=bound[0], outputs=bound[1])
+        )  # fmt: skip
+        expected = signal_to_noise(load(path), inputs, golden)
         models[precision] = {
             "file": path.name,
             "opset": proto.opset_import[0].version,
-            "expected_error": round(error, 6),
-            "tolerance": tolerance(error),
+            "typing": settings.typing(precision),
+            "expected_db": expected,
+            "least_db": {name: least(db) for name, db in expected.items()},
         }
         findings[path.name] = [asdict(f) for f in found]
 
     about = {
-        "format": "deploykit-tensorrt-1",
+        "format": "deploykit-tensorrt-2",
         "target": target.name,
         "tensorrt": settings.trt,
+        "sparsity": "2:4" in target.profits,
         "batch": batch,
         "dynamic": dynamic,
         "inputs": [asdict(s) for s in takes],
@@ -99,6 +116,15 @@ def export(hub: Hub, target: Target, out_dir: Path, precisions: Sequence[Precisi
     }
     _write_bundle(out_dir, about, [f.path for f in files])
     return tuple(files)
+
+
+def _bound(tensors: Sequence[TensorSpec], batch: Sequence[int]) -> tuple[Port, ...]:
+    """How engines take and give them, each free batch as its smallest and largest number of samples."""
+    span = f"{batch[0]}..{batch[2]}"
+    return tuple(
+        Port(t.name, tuple(span if isinstance(d, str) and i == 0 else d for i, d in enumerate(t.shape)), t.dtype)
+        for t in tensors
+    )
 
 
 def load(path: Path, threads: int = 1) -> Runner:
@@ -164,11 +190,10 @@ def _variant(hub: Hub, precision: Precision, settings: Options) -> tuple[onnx.Mo
         raise DeploykitError(f"{precision} needs calibration: give --calib")
     source = hub.quantized if precision.startswith("int8") else hub.graph.model
     assert source is not None
-    strong = precision.endswith("fp16")
-    opset = settings.opset_strong if strong else settings.opset_weak
+    opset, oldest = settings.readers(precision)
     model = bind_batch(source, settings.bound)
-    lower_opset(model, opset)
-    notes = list(bake_half(model)) if strong else []
+    lower_opset(model, opset, unread(oldest))
+    notes = list(bake_half(model)) if precision.endswith("fp16") else []
     _forget_origin(model)
     proto = onnx.load_model_from_string(serialize(model))
     del proto.graph.value_info[:]  # parsers infer shapes again
@@ -203,7 +228,7 @@ def _integer_operators(
     sentences = {f.node: f.sentence for f in found if f.severity == "S"}
     decisions = {d.layer: d.why for d in hub.decisions if not d.quantized}
     counts: Counter[str] = Counter()
-    islands = []
+    islands = [Island(d.operator, d.layer, d.why) for d in hub.decisions if d.why == CANNOT_BE_STORED]
     for node in trt_lint.read(proto).graph:
         if node.op_type not in LINEAR:
             continue

@@ -39,7 +39,7 @@ def export(hub: Hub, target: Target, out_dir: Path, precisions: Sequence[Precisi
         made = translate(model, half=precision == "fp16", reasons=reasons)
         path = f"model.{precision}.tflite"
         (out_dir / path).write_bytes(made.data)
-        files.append(File(path, precision, made.quantized, made.islands))
+        files.append(File(path, precision, made.quantized, made.islands, inputs=made.inputs, outputs=made.outputs))
     return tuple(files)
 
 

@@ -22,14 +22,27 @@ def load(name: str) -> Target:
     Raises:
         DeploykitError: no such target (with the nearest name), or the profile is not valid.
     """
-    if name.endswith(".toml"):
-        path = Path(name)
-    else:
-        path = _folder() / f"{name}.toml"
-        if name not in names():
-            raise unknown("target", name, names())
+    path = _path(name)
     table = _merged(path, seen=())
     return from_table(Target, {"name": path.stem, **table}, f"target {path.name}")
+
+
+def base(name: str) -> Target | None:
+    """The target that a target extends; None where its profile says everything itself.
+
+    Raises:
+        DeploykitError: as `load`.
+    """
+    extended = read_toml(_path(name)).get("extends")
+    return None if extended is None else load(extended)
+
+
+def _path(name: str) -> Path:
+    if name.endswith(".toml"):
+        return Path(name)
+    if name not in names():
+        raise unknown("target", name, names())
+    return _folder() / f"{name}.toml"
 
 
 def _folder() -> Path:

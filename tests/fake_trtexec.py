@@ -12,13 +12,14 @@ import os
 import struct
 import sys
 
-MADE_UP_MS = {"fp32": 4.0, "fp16-weak": 3.0, "fp16": 3.5, "int8-weak": 2.0, "int8-fp16": 2.5}
+MADE_UP_MS = {"fp32": 4.0, "fp16-weak": 3.0, "fp16-file": 3.2, "fp16": 3.5, "int8-weak": 2.0, "int8-fp16": 2.5}
 
 # Flags by release, from the table in docs/exporters/tensorrt.md (not from build.py, which is under test).
 ALWAYS = {
     "--onnx", "--saveEngine", "--loadEngine", "--loadInputs", "--exportOutput", "--exportTimes", "--exportLayerInfo",
     "--minShapes", "--optShapes", "--maxShapes", "--shapes", "--timingCacheFile", "--profilingVerbosity",
     "--iterations", "--duration", "--warmUp", "--useCudaGraph", "--useSpinWait", "--noDataTransfers",
+    "--sparsity",
 }  # fmt: skip
 ONLY = {
     "v8201": {"--fp16", "--int8", "--workspace", "--buildOnly"},

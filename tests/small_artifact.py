@@ -10,6 +10,7 @@ from graphs import images, measured, residual
 from deploykit import exporters, targets
 from deploykit.core.artifact import Check
 from deploykit.core.manifest import Manifest, Score, Source, stored_files
+from deploykit.core.request import Request
 from deploykit.hub.graph import specs
 from deploykit.hub.quantize import quantize
 from deploykit.report import write_usage
@@ -29,11 +30,9 @@ def small_artifact(folder: Path, target: str = "x86", **changes: Any) -> Manifes
         "target": target,
         "exporter": profile.exporter,
         "model": "nets.py:small",
-        "recipe": "",
+        "request": Request("nets.py:small", target),
         "steps": ("BiasCorrect()",),
-        "seed": 0,
         "graph": graph.hash,
-        "thresholds": "minmax",
         "inputs": specs(list(graph.model.graph.inputs)),
         "outputs": specs(list(graph.model.graph.outputs)),
         "files": files,

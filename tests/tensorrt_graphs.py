@@ -133,6 +133,23 @@ BROKEN: dict[str, tuple[str, str, onnx.ModelProto]] = {
         "S",
         conv(CONV.replace("y =", "c =") + " cq = QuantizeLinear(c, s, z) cd = DequantizeLinear(cq, s, z) y = Relu(cd)"),
     ),
+    "pool with dilations": (
+        "Q26", "E", model("y = MaxPool<kernel_shape=[2,2], dilations=[2,2]>(x)", y="float[1,16,6,6] y")
+    ),
+    "pool with indices": (
+        "Q26", "E", model("y, i = MaxPool<kernel_shape=[2,2]>(x)", y="float[1,16,7,7] y, int64[1,16,7,7] i")
+    ),
+    "crop and resize": (
+        "Q26", "E",
+        model(
+            'y = Resize<mode="linear", coordinate_transformation_mode="tf_crop_and_resize">(x, roi, scales)',
+            y="float[1,16,16,16] y", scales=[1.0, 1.0, 2.0, 2.0], roi=[0.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0],
+        ),
+    ),
+    "scattered sums": (
+        "Q26", "E",
+        model('y = ScatterND<reduction="add">(x, i, u)', i=np.array([[0, 1, 2, 3]]), u=np.ones(1, np.float32)),
+    ),
     "half scales in operator set 17": (
         "Q23",
         "E",
@@ -149,6 +166,87 @@ for _, _, proto in BROKEN.values():  # computed names are no initializers
     used = {i for node in proto.graph.node for i in node.input}
     del proto.graph.initializer[:]
     proto.graph.initializer.extend(i for i in kept if i.name in used)
+
+
+OPERATORS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "mean": ("y = ReduceMean<keepdims=0>(x, axes)", "float[2,16] y", {"axes": np.array([2, 3])}),
+    "max over all": ("y = ReduceMax<keepdims=0>(x)", "float y", {}),
+    "sum": ("y = ReduceSum(x, axes)", "float[2,1,8,8] y", {"axes": np.array([1])}),
+    "sum of squares": ("y = ReduceSumSquare(x, axes)", "float[2,16,8,1] y", {"axes": np.array([-1])}),
+    "norm": ("y = ReduceL2(x, axes)", "float[2,16,8,1] y", {"axes": np.array([-1])}),
+    "uneven split": ("y, z, w = Split<axis=1, num_outputs=3>(x)", "float[2,6,8,8] y", {}),
+    "split of sizes": ("z, y = Split<axis=1>(x, sizes)", "float[2,13,8,8] y", {"sizes": np.array([3, 13])}),
+    "squeeze": (
+        "a = Slice(x, start, end, axis) b = Squeeze(a, axis) y = Unsqueeze(b, axis)", "float[2,1,8,8] y",
+        {"start": np.array([3]), "end": np.array([4]), "axis": np.array([1])},
+    ),
+    "pad two axes": (
+        "y = Pad(x, pads, zero, axes)", "float[2,16,8,11] y",
+        {"pads": np.array([0, 1, 0, 2]), "zero": 0.0, "axes": np.array([1, -1])},
+    ),
+    "pad all": ("y = Pad<mode=\"edge\">(x, pads)", "float[2,16,9,8] y", {"pads": np.array([0, 0, 1, 0, 0, 0, 0, 0])}),
+    "resize": (
+        "y = Resize<mode=\"nearest\", antialias=0>(x, , scales)", "float[2,16,16,16] y",
+        {"scales": [1.0, 1.0, 2.0, 2.0]},
+    ),
+    "bilinear": (
+        "y = Resize<mode=\"linear\", coordinate_transformation_mode=\"align_corners\">(x, , , sizes)",
+        "float[2,16,12,5] y", {"sizes": np.array([2, 16, 12, 5])},
+    ),
+    "pool": (
+        "y = AveragePool<kernel_shape=[2,2], strides=[2,2], dilations=[1,1]>(x)", "float[2,16,4,4] y", {}
+    ),
+    "batch normalisation": (
+        "y = BatchNormalization<training_mode=0>(x, s, b, m, v)", "float[2,16,8,8] y",
+        {n: np.linspace(0.5, 1.5, 16, dtype=np.float32) for n in "sbmv"},
+    ),
+    "gelu": ("y = Gelu(x)", "float[2,16,8,8] y", {}),
+    "tanh gelu": ("y = Gelu<approximate=\"tanh\">(x)", "float[2,16,8,8] y", {}),
+    "gelu inside": ("g = Gelu(x) y = Add(g, x)", "float[2,16,8,8] y", {}),
+    "hard swish": ("y = HardSwish(x)", "float[2,16,8,8] y", {}),
+    "mish": ("y = Mish(x)", "float[2,16,8,8] y", {}),
+    "reciprocal root": ("a = Abs(x) b = Add(a, one) r = Sqrt(b) y = Reciprocal(r)", "float[2,16,8,8] y", {"one": 1.0}),
+    "normalised columns": (
+        "y = LayerNormalization(x, scale, bias)", "float[2,16,8,8] y",
+        {"scale": np.linspace(0.5, 2, 8, dtype=np.float32), "bias": np.linspace(-1, 1, 8, dtype=np.float32)},
+    ),
+    "normalised images": (
+        "y = LayerNormalization<axis=1, epsilon=0.1>(x, scale)", "float[2,16,8,8] y",
+        {"scale": np.ones((16, 8, 8), np.float32)},
+    ),
+    "cast": ("h = Cast<to=10, saturate=1>(x) y = Cast<to=1>(h)", "float[2,16,8,8] y", {}),
+    "reshape": ("s = Shape(x) y = Reshape(x, s)", "float[2,16,8,8] y", {}),
+    "reshape, no zeros": (
+        "y = Reshape<allowzero=1>(x, s)", "float[4,512] y", {"s": np.array([4, 512])}
+    ),
+    "part of a shape": (
+        "s = Shape<start=1, end=-1>(x) c = Cast<to=1>(s) y = Mul(c, k)", "float[2] y", {"k": 2.0}
+    ),
+    "rest of a shape": ("s = Shape<start=-3>(x) c = Cast<to=1>(s) y = Mul(c, k)", "float[3] y", {"k": 2.0}),
+    "scatter": (
+        "y = ScatterND<reduction=\"none\">(x, i, u)", "float[2,16,8,8] y",
+        {"i": np.array([[0, 1, 2, 3]]), "u": np.array([9.0], np.float32)},
+    ),
+    "where": ("c = GreaterOrEqual(x, k) p = PRelu(x, k) y = Where(c, x, p)", "float[2,16,8,8] y", {"k": 0.25}),
+    "powers": (
+        "a = Mul(x, x) b = Pow(a, k) c = Sub(b, x) d = Div(c, k) y = LeakyRelu(d)", "float[2,16,8,8] y", {"k": 2.0}
+    ),
+}  # fmt: skip
+"""What changed between operator sets 13 and 20: the body over ``x`` [2, 16, 8, 8], the output, the constants."""
+SINCE_16: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "grid sample": (
+        'y = GridSample<mode="linear">(x, g)',
+        "float[2,16,3,2] y",
+        {"g": np.random.default_rng(3).uniform(-1, 1, (2, 3, 2, 2)).astype(np.float32)},
+    ),
+    "scattered sums": (
+        'y = ScatterElements<reduction="add", axis=1>(x, i, u)',
+        "float[2,16,8,8] y",
+        {"i": np.zeros((2, 1, 8, 8), np.int64), "u": np.ones((2, 1, 8, 8), np.float32)},
+    ),
+    "lower triangle": ("y = Trilu<upper=0>(x)", "float[2,16,8,8] y", {}),
+}
+"""What operator set 13 cannot say."""
 
 
 def small_net(operator: str = "Conv") -> onnx.ModelProto:

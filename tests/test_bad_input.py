@@ -54,6 +54,11 @@ class Undecided(Net):
         return -x
 
 
+class Inverse(Net):
+    def forward(self, x):
+        return torch.erfinv(x)
+
+
 class Failing(Net):
     def forward(self, x):
         raise ValueError("no such thing")
@@ -89,6 +94,10 @@ def undecided():
 
 def failing():
     return Failing()
+
+
+def inverse():
+    return Inverse()
 
 
 def metric(outputs, labels):
@@ -245,7 +254,7 @@ GOOD = "--target x86 --calib calib.npy"
 EXPORT: dict[str, tuple[str, ...]] = {
     # targets
     "net.onnx --calib calib.npy": ("Missing option '--target'", "export --help"),
-    "net.onnx --calib calib.npy --target jetsn": ("no target 'jetsn'", "Did you mean 'jetson'?", "Known: gpu-t4, "),
+    "net.onnx --calib calib.npy --target jetsn": ("no target 'jetsn'", "Did you mean 'jetson'?", "gpu-t4, "),
     "net.onnx --calib calib.npy --target my.toml": ("no file my.toml",),
     "net.onnx --calib calib.npy --target typo.toml": ("target typo.toml, extends", "Did you mean 'x86'?"),
     "net.onnx --calib calib.npy --target exporter.toml": ("no exporter 'onxx'", "Did you mean 'onnx'?"),
@@ -275,7 +284,12 @@ EXPORT: dict[str, tuple[str, ...]] = {
     f"net.onnx {GOOD} --taget x86": ("No such option: --taget", "--target"),
     f"net.onnx {GOOD} --thresholds kl": ("no threshold method 'kl'", "Known: entropy, minmax"),
     f"net.onnx {GOOD} --precision int4": ("no precision 'int4'", "Did you mean 'int8'?"),
-    f"net.onnx {GOOD} --precision int8-fp16": ("onnx exporter writes fp32, fp16 and int8", "int8-fp16"),
+    f"net.onnx {GOOD} --precision int8-fp16": (
+        "target 'x86' does not take int8-fp16; it takes fp32, int8", "The nearest is --precision int8",
+    ),
+    "net.onnx --calib calib.npy --target jetson-nano --precision int8": (
+        "target 'jetson-nano' does not take int8", "INT8 needs compute capability 6.1", "nearest is --precision fp16",
+    ),
     f"net.onnx {GOOD} --keep-float stem": ("no layer 'stem'", "Known: a, b"),
     f"net.onnx {GOOD} --threads 0": ("Invalid value for '--threads'",),
     f"net.onnx {GOOD} --seed -1": ("Invalid value for '--seed'",),
@@ -285,6 +299,7 @@ EXPORT: dict[str, tuple[str, ...]] = {
     f"ned.onnx {GOOD}": ("no file ned.onnx", "Did you mean 'net.onnx'?"),
     f"resnet {GOOD}": ("no file or folder 'resnet'", "file.py:factory"),
     f"nets.py {GOOD}": ("name the function that makes the model too", "nets.py:build"),
+    f"nets.py {GOOD} --weights wrong.safetensors": ("name the function that makes the model too", "nets.py:build"),
     f"wrong.safetensors {GOOD}": ("holds weights, not a model", "--weights wrong.safetensors"),
     f"half.onnx {GOOD}": ("half.onnx is not a valid ONNX model",),
     f"void.onnx {GOOD}": ("void.onnx is not a valid ONNX model",),
@@ -303,6 +318,8 @@ EXPORT: dict[str, tuple[str, ...]] = {
     f"nets.py:nested {GOOD}": ("returns dict", "a flat tuple or dict of tensors, is needed"),
     f"nets.py:failing {GOOD}": ("forward fails on the sample inputs (x (2, 3, 8, 8)", "ValueError: no such thing"),
     f"nets.py:undecided {GOOD}": ("torch cannot export this model", "data-dependent", "if x.sum() > 0:"),
+    f"nets.py:inverse {GOOD}": ("erf_inv", "it has no ONNX form (nets.py, line ", ": return torch.erfinv(x))\n"),
+    "nets.py:build --target x86 --calib last.npy": ("'x' looks like channels-last", "transpose them to [n, c, h, w]"),
     # weights
     f"nets.py:build {GOOD} --weights w.safetensors": ("no file w.safetensors",),
     f"nets.py:build {GOOD} --weights wrong.safetensors": (
@@ -368,8 +385,7 @@ EXPORT: dict[str, tuple[str, ...]] = {
         "cannot be written as .tflite", "b (Sin)", "c (Erf)", "d (Mish)", "y (CenterCropPad)", "Change these operators",
     ),
     "odd.onnx --target jetson --calib calib.npy": (
-        "ONNX operator set 17", "Mish (layer 'd') is defined since 18", "CenterCropPad (layer 'y')",
-        "Change these operators",
+        "ONNX operator set 17", "CenterCropPad (layer 'y') is defined since 18", "Change these operators",
     ),
     "odd.onnx --target x86 --target mobile-arm --calib calib.npy": ("cannot be written as .tflite",),
 }  # fmt: skip
@@ -404,7 +420,10 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "verify nowhere": ("no folder nowhere", "`deploykit export`"),
     "verify net.onnx": ("no folder net.onnx",),
     "verify tidy": ("tidy has no manifest.json", "not an artifact"),
-    "report .": (". has no manifest.json", "There are artifacts below it: artifact"),
+    "report tidy": ("tidy has no manifest.json", "not an artifact"),
+    "report artifact nowhere": ("no folder nowhere",),
+    "report net.onnx": ("no folder net.onnx",),
+    "report artifact -o net.onnx": ("net.onnx exists and is not a report",),
     "report nowhere": ("no folder nowhere",),
     "benchmark nowhere": ("no folder nowhere",),
     "benchmark artifact --against nowhere": ("no folder nowhere",),

@@ -64,6 +64,7 @@ def test_a_file_whose_operators_are_those_of_the_hub_passes_and_another_does_not
         """An exporter whose files add a step to every output."""
 
         export = staticmethod(to_onnx.export)
+        runtime = staticmethod(to_onnx.runtime)
 
         @staticmethod
         def load(path, threads=1):

@@ -20,7 +20,10 @@ from deploykit import bench, load, pipeline, targets
 from deploykit.bench import timing
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ("export", "calibrate", "compress", "benchmark", "plan", "targets", "verify", "report", "doctor", "demo")
+COMMANDS = (
+    "export", "calibrate", "compress", "benchmark", "plan", "targets", "verify", "diff", "reproduce", "report", "doctor",
+    "demo",
+)  # fmt: skip
 NETS = """
 import torch
 from torch import nn
@@ -156,9 +159,9 @@ def test_an_export_prints_its_table_on_stdout_and_nothing_else(brief: None) -> N
     assert "this machine" in said.out
     manifest = json.loads(Path("timed/manifest.json").read_text())
     assert all(m["p50_ms"] > 0 and m["runs"] == 5 for m in manifest["measurements"])
-    assert {"README.md", "infer.py", "model.fp32.onnx", "model.int8.onnx", "ranges.json"} == set(
-        artifact(Path("timed"))
-    )
+    assert set(artifact(Path("timed"))) == {
+        "README.md", "golden.npz", "infer.py", "model.fp32.onnx", "model.int8.onnx", "ranges.json",
+    }  # fmt: skip
 
 
 def test_an_export_as_json_is_json_and_nothing_else() -> None:
@@ -255,7 +258,7 @@ def test_overwrite_replaces_the_old_artifact() -> None:
     assert enter(command).code == 0
     Path("again/of-the-old").touch()
     assert enter(f"{command} --precision int8 --overwrite").code == 0
-    assert {"model.int8.onnx", "README.md", "infer.py", "ranges.json"} == set(artifact(Path("again")))
+    assert {"model.int8.onnx", "README.md", "golden.npz", "infer.py", "ranges.json"} == set(artifact(Path("again")))
 
 
 # ------------------------------------------------------------------ the other commands
@@ -294,7 +297,7 @@ def test_verify_says_what_was_checked(x86: Path) -> None:
     said = enter("verify x86")
     assert said.code == 0
     assert all(line.startswith("ok ") for line in said.out.splitlines())
-    assert re.search(r"^ok +int8 +agrees with the original model \(%\): \d", said.out, re.MULTILINE)
+    assert re.search(r"^ok +export +int8 +agrees with the original model \(%\): \d", said.out, re.MULTILINE)
     assert json.loads(enter("verify x86 --json").out)["problems"] == []
 
 
@@ -335,7 +338,9 @@ def test_plan_of_a_recipe_lists_its_steps_in_order() -> None:
 def test_targets_are_listed_and_each_has_a_card() -> None:
     said = enter("targets")
     assert said.code == 0
-    assert [line.split()[0] for line in said.out.splitlines()] == targets.names()
+    families = {line for line in said.out.splitlines() if not line.startswith(" ")}
+    assert families == {targets.load(name).exporter for name in targets.names()}
+    assert sorted(line.split()[0] for line in said.out.splitlines() if line.startswith(" ")) == targets.names()
     card = enter("targets jetson").out
     assert card.startswith("jetson: NVIDIA Jetson")
     assert "exporter tensorrt" in card and "s8 symmetric" in card
@@ -343,6 +348,15 @@ def test_targets_are_listed_and_each_has_a_card() -> None:
     assert "not verified" in card
     (found,) = json.loads(enter("targets jetson --json").out)
     assert found["quant"]["placement"] == "linear_inputs"
+
+
+def test_a_card_says_which_facts_are_another_targets() -> None:
+    card = {line.split()[0]: line for line in enter("targets jetson-orin-nx").out.splitlines()}
+    assert "as jetson-orin-nano" in card["compute_capability"]
+    assert "as " not in card["memory_bandwidth"]
+    nano = enter("targets jetson-nano").out
+    assert re.search(r"int8 +no  \(.*needs compute capability 6\.1", nano)
+    assert "activations" not in nano and "weights" not in nano
 
 
 def test_a_target_of_the_users_own_is_a_file() -> None:
@@ -357,7 +371,8 @@ def test_doctor_names_what_is_installed() -> None:
     said = enter("doctor")
     assert said.code == 0
     assert re.search(r"^onnxruntime +\d", said.out, re.MULTILINE)
-    assert json.loads(enter("doctor --json").out)["numpy"] == np.__version__
+    found = {f["name"]: f["found"] for f in json.loads(enter("doctor --json").out)["packages"]}
+    assert found["numpy"] == np.__version__
 
 
 def test_a_reader_that_stops_early_gets_no_traceback() -> None:

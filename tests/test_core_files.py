@@ -154,3 +154,15 @@ def test_a_missing_file_is_answered_with_the_nearest_of_its_kind(tmp_path: Path)
     assert str(no_such_file(tmp_path / "resnett.py")).endswith("resnett.py. Did you mean 'resnet.py'?")
     assert str(no_such_file(tmp_path / "zzz.py")).endswith("zzz.py.")
     assert "there is no folder" in str(no_such_file(tmp_path / "no" / "resnet.py"))
+
+
+def test_a_missing_folder_is_answered_with_the_nearest_folder(tmp_path: Path) -> None:
+    (tmp_path / "samples").mkdir()
+    assert str(no_such_file(tmp_path / "sample")) == f"no file or folder {tmp_path}/sample. Did you mean 'samples'?"
+
+
+@pytest.mark.parametrize("name", ["nope.toml", "nosuch.safetensors"])
+def test_names_that_only_share_their_kind_are_not_suggested(tmp_path: Path, name: str) -> None:
+    for other in ("p1.toml", "net.safetensors"):
+        (tmp_path / other).write_text("")
+    assert "Did you mean" not in str(no_such_file(tmp_path / name))

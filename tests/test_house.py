@@ -26,7 +26,7 @@ else:
 ROOT = Path(__file__).parents[1]
 CODE = ("deploykit", "exporters", "calibration", "targets", "benchmarks")
 LINKED = ("exporters", "calibration", "targets")
-HEAVY = ("torch", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "ai_edge_litert", "accelerate", "sklearn")
+HEAVY = ("torch", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "ai_edge_litert", "openvino", "accelerate", "sklearn")
 LONGEST = 500
 
 
@@ -103,7 +103,7 @@ def test_files_that_are_no_python_are_packed_too() -> None:
         p for folder in ("deploykit", "exporters", "calibration", "targets") for p in (ROOT / folder).rglob("*")
         if p.is_file() and p.suffix not in (".py", ".pyc") and "__pycache__" not in p.parts
     }  # fmt: skip
-    assert {p.suffix or p.name for p in others} == {".toml", ".sh", ".md", ".j2", ".typed"}
+    assert {p.suffix or p.name for p in others} == {".toml", ".sh", ".md", ".j2", ".typed", ".c", ".h", ".txt", "Makefile"}
 
 
 @pytest.mark.parametrize("name", LINKED)
@@ -172,7 +172,7 @@ def test_every_target_has_an_exporter_and_a_source_for_every_figure(name: str) -
     target = targets.load(name)
     assert target.name == name and target.title
     assert target.exporter in exporters.names()
-    assert target.precisions[0] == "fp32" and set(target.precisions) <= set(PRECISIONS)
+    assert target.precisions[0] in ("fp32", "int8") and set(target.precisions) <= set(PRECISIONS)  # the baseline first
     assert target.facts
     assert all(len(fact.source) > 3 for fact in target.facts.values())
     assert any(set(passes.load(p).pays_if) & set(target.profits) for p in passes.names())

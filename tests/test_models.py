@@ -321,6 +321,7 @@ def test_a_missing_file_is_named(tmp_path: Path, name: str) -> None:
 
 
 def test_weights_beside_a_file_that_has_its_own_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "m.onnx").touch()
     assert "brings its own weights" in refused(tmp_path / "m.onnx", tmp_path / "w.safetensors")
 
 

@@ -17,7 +17,7 @@ from graphs import graph, normal
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from deploykit import export, open_artifact
+from deploykit import export, open_artifact, passes, pipeline
 from deploykit.check import Gate, sqnr_db
 from deploykit.core.artifact import Artifact
 from deploykit.core.errors import DeploykitError, GateFailed
@@ -142,6 +142,29 @@ def test_python_gives_an_artifact_that_takes_numpy_and_torch(tmp_path: Path, tin
     assert artifact.file().precision == "int8"
     with pytest.raises(DeploykitError, match="no precision 'int4'"):
         artifact(x, precision="int4")
+    assert repr(artifact) == (
+        f"<Artifact {tmp_path}/x86 for x86: fp32, int8; x [batch, 3, 16, 16] -> output [batch, 10]>"
+    )
+
+
+def test_an_artifact_refuses_shapes_it_does_not_take_and_says_which_it_does(tmp_path: Path, tiny_cnn: TinyCNN) -> None:
+    artifact = out(tmp_path, tiny_cnn, "x86", torch.from_numpy(normal(0, 20, 3, 16, 16)))
+    x = normal(1, 5, 3, 16, 16)
+    for wrong, hint in (
+        (x[0], "Add the batch dimension: x[None]."),
+        (x.transpose(0, 2, 3, 1), "These are channels-last: x.transpose(0, 3, 1, 2)."),
+        (x[0].transpose(1, 2, 0), "This is one channels-last image: x.transpose(2, 0, 1)[None]."),
+        (x[:, :, :8], ""),
+    ):
+        with pytest.raises(DeploykitError) as refused:
+            artifact(wrong)
+        said = f"input 'x' has the shape {list(wrong.shape)}; this artifact takes [batch, 3, 16, 16]. {hint}"
+        assert str(refused.value) == said.rstrip()
+
+
+def test_a_misspelt_setting_is_answered_with_the_nearest(tmp_path: Path, tiny_cnn: TinyCNN) -> None:
+    with pytest.raises(DeploykitError, match="no setting 'keep_flaot'. Did you mean 'keep_float'?"):
+        export(tiny_cnn, "x86", normal(0, 20, 3, 16, 16), keep_flaot=("conv",), out=tmp_path / "out")
 
 
 @pytest.mark.parametrize("free_batch", [True, False])
@@ -229,6 +252,31 @@ def test_prune_equalize_and_train_at_four_bits_in_one_recipe(tmp_path: Path, tin
         assert sum((a == 0).sum() for a in arrays) >= sum(a.size for a in arrays) // 2  # zeros stay zero
     loss = {name: divergence(artifact, tiny_cnn, normal(1, 64, 3, 16, 16)) for name, artifact in found.items()}
     assert loss["trained"] < 0.7 * loss["untrained"]
+
+
+@pytest.mark.parametrize(
+    ("target", "said"),
+    [
+        ("mobile-arm", r"cannot be written as \.tflite:\n  sin \(Sin\)"),
+        ("jetson-nano", r"operator set 13: GridSample \(layer '.*'\) is defined since 16"),
+    ],
+)
+def test_what_an_exporter_cannot_write_is_refused_before_anything_is_trained_or_calibrated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str, said: str
+) -> None:
+    class Warped(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            grid = torch.stack([torch.sin(x[:, 0]), x[:, 1]], -1)
+            return nn.functional.grid_sample(x, grid, align_corners=False)
+
+    def long_work(*_: Any) -> None:
+        raise AssertionError("the long work began")
+
+    monkeypatch.setattr(pipeline, "calibrate", long_work)
+    monkeypatch.setattr(passes.load("prune"), "__call__", long_work)
+    steps = Recipe((Step("prune", {"sparsity": 0.5}),))
+    with pytest.raises(DeploykitError, match=said):
+        out(tmp_path, Warped(), target, {"x": normal(0, 8, 2, 4, 4)}, recipe=steps, force=True)
 
 
 def test_a_step_that_cannot_pay_runs_only_by_force_and_is_noted(tmp_path: Path, tiny_mlp: TinyMLP) -> None:

@@ -22,15 +22,20 @@ from rich.console import Console
 from small_artifact import small_artifact
 
 from deploykit import exporters
-from deploykit.core.artifact import Check, Island, Measurement
+from deploykit.core.artifact import Check, Island, Measurement, TensorSpec
 from deploykit.core.data import Preprocess
+from deploykit.core.device import Facts
 from deploykit.core.errors import DeploykitError, MissingExtra
 from deploykit.core.figures import file_size, milliseconds, number, quotient
-from deploykit.core.manifest import Manifest, OperatorError, Score, Stored, load_manifest
-from deploykit.report import result_table, summary_json, verify_artifact, write_report, write_usage
-from deploykit.report.charts import charts
+from deploykit.core.manifest import Layer, Manifest, OperatorError, Score, Source, Stored, load_manifest
+from deploykit.core.ranges import Ranges, Stats
+from deploykit.core.request import Request
+from deploykit.report import comparison, result_table, summary_json, write_report, write_usage
+from deploykit.report.cards import cards
 from deploykit.report.infer import script
-from deploykit.report.page import grouped, render, summary, verdict
+from deploykit.report.layers import grouped
+from deploykit.report.made import Made
+from deploykit.report.page import facts, render, summary, verdict
 from deploykit.report.rows import rows
 from deploykit.report.words import preprocessing, shape, title
 from deploykit.sources import preprocess_image
@@ -52,6 +57,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def manifest(folder: Path) -> Manifest:
     return load_manifest(folder)
+
+
+def page(manifest: Manifest) -> str:
+    return render(Made(Path("x86"), "x86", manifest, None))
 
 
 def printed(manifest: Manifest) -> str:
@@ -121,6 +130,9 @@ def test_json_has_what_the_table_has(manifest: Manifest) -> None:
 # ------------------------------------------------------------------ the page
 
 
+VOID = ("meta", "rect", "path", "circle")
+
+
 class Page(HTMLParser):
     """Notes what a browser would load, and whether tags are closed."""
 
@@ -132,12 +144,12 @@ class Page(HTMLParser):
         self.feed(source)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        if tag not in ("meta", "rect", "path"):
+        if tag not in VOID:
             self.open.append(tag)
         self.loads += [str(v) for k, v in attrs if k in ("src", "href", "srcset", "onload")] + [tag] * (tag == "script")
 
     def handle_endtag(self, tag: str) -> None:
-        if tag not in ("meta", "rect", "path"):
+        if tag not in VOID:
             assert self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
@@ -145,9 +157,9 @@ class Page(HTMLParser):
 
 
 def words(manifest: Manifest) -> str:
-    page = Page(render(manifest))
-    assert page.open == [] and page.loads == []
-    return " ".join(" ".join(page.text).split())
+    found = Page(page(manifest))
+    assert found.open == [] and found.loads == []
+    return " ".join(" ".join(found.text).split())
 
 
 def test_the_page_is_self_contained_and_the_same_twice(folder: Path) -> None:
@@ -175,7 +187,8 @@ def test_the_page_tells_the_whole_story(manifest: Manifest) -> None:
         "BiasCorrect()",
         "no board here",
         "no kernel",
-        "stem.conv Conv 21.2 0.75 1.500",
+        "1 stem.conv Conv 8.7 % 21.2 dB",
+        "stem.conv Conv 8.7 % 21.2 dB 0.75 LSB 1.500 %",
         "cut the centre, 8 × 8 (height × width)",
         "deploykit 0.1.0",
         "int8 is slower than fp16 here",
@@ -183,11 +196,29 @@ def test_the_page_tells_the_whole_story(manifest: Manifest) -> None:
     ):
         assert expected in shown, expected
     assert shown.index("stem.conv Conv") < shown.index("head Gemm"), "the operator that loses most comes first"
+    assert "None" not in shown
 
 
 def test_names_in_the_page_are_escaped(manifest: Manifest) -> None:
-    source = render(replace(manifest, model="nets.py:<script>alert(1)</script>", recipe="# </pre><b>"))
-    assert Page(source).loads == [] and "<b>" not in source
+    bad = "<script>alert(1)</script>\"'&"
+    layer = OperatorError(bad, bad, 0.0, 0.0, 20.0)
+    files = tuple(replace(f, path=bad, islands=(Island(bad, bad, bad),), notes=(bad,)) for f in manifest.files)
+    spec = TensorSpec(bad, (bad, 3), bad)
+    ill = replace(
+        manifest, target=bad, model=bad, steps=(bad,), graph=bad, notes=(bad,), advice=(bad,), classes=(bad,),
+        request=Request(bad, bad, objects=(bad,)), operators=(layer,), layers=(Layer(bad, bad),), files=files,
+        inputs=(spec,), outputs=(spec,), data={bad: Source(bad, 1, bad), "calibration": Source(bad, 1, bad)},
+        checks=(Check(bad, bad, None, None, None, bad), Check(bad, bad, 1.0, 2.0, False, bad)),
+        scores=(Score(bad, 1, bad, 1.0, 1.0, None, {bad: 1.0}),), versions={bad: bad}, seconds={bad: 1.0},
+        stored=(Stored(bad, 1, bad),), device=Facts(bad, bad, bad, board=bad, temperatures={bad: 40.0}),
+        measurements=tuple(replace(timed(p, 1.0), where=bad) for p in ("fp32", "int8")),
+    )  # fmt: skip
+    ranges = Ranges(bad, bad, 1, {bad: Stats(-1.0, 1.0, -1.0, 1.0)})
+    made = Made(Path("x86"), bad, ill, ranges)
+    for source in (render(made), comparison.render([made, made])):
+        found = Page(source)
+        assert found.loads == [] and found.open == [] and "<script" not in source
+        assert bad in " ".join(found.text)
 
 
 def test_a_page_without_any_figure_still_says_what_it_is(manifest: Manifest) -> None:
@@ -210,7 +241,8 @@ def test_checks_that_could_not_run_are_not_passed(manifest: Manifest) -> None:
 def test_what_failed_stands_at_the_top(manifest: Manifest) -> None:
     failed = Check("lost accuracy (points)", "int8", 3.5, 2.0, False, "80.00 -> 76.50")
     shown = words(replace(manifest, checks=(failed,)))
-    assert shown.index("int8: lost accuracy (points) 3.5, bound 2. 80.00 -> 76.50") < shown.index("Results")
+    assert shown.index("int8: lost accuracy (points) 3.5, bound 2 (80.00 -> 76.50)") < shown.index("Results")
+    assert "Do: Try --thresholds mse" in shown
 
 
 def test_times_from_elsewhere_are_not_in_the_summary(manifest: Manifest) -> None:
@@ -222,18 +254,53 @@ def test_times_from_elsewhere_are_not_in_the_summary(manifest: Manifest) -> None
 
 def test_bars_start_at_zero_and_missing_figures_have_none(manifest: Manifest) -> None:
     stored = (Stored("model.fp32.onnx", 4000, ""), Stored("model.int8.onnx", 1000, ""))
-    size, time, lost = charts(rows(replace(manifest, stored=stored, measurements=(timed("fp32", 2.0),))))
+    size, lost, time = cards(replace(manifest, stored=stored, measurements=(timed("fp32", 2.0),)))
     assert [(b.value, b.text) for b in size.bars] == [(1.0, "4.00 kB"), (0.25, "1.00 kB")]
+    assert (size.figure, size.unit) == ("1.00", "kB")
     assert [(b.label, b.value) for b in time.bars] == [("fp32", 2.0 / 2.4), ("int8", None)]
     assert time.bars[1].text == "not measured"
-    assert (lost.title, [b.text for b in lost.bars]) == ("Accuracy lost", ["not measured", "0.50"])
+    assert (time.figure, time.beside) == ("", "it was not timed (--no-benchmark)")
+    assert (lost.figure, [b.text for b in lost.bars]) == ("79.50", ["not measured", "0.50"])
     assert lost.bars[1].value == 0.25, "two points fill the panel"
 
 
-def test_without_labels_the_chart_shows_other_answers(manifest: Manifest) -> None:
+def test_without_labels_the_card_shows_the_same_answers(manifest: Manifest) -> None:
     scores = tuple(Score(p, 16, "held out", None, a, None, {}) for p, a in (("original", 100.0), ("int8", 96.0)))
-    lost = charts(rows(replace(manifest, scores=scores)))[-1]
-    assert (lost.title, lost.bars[1].text, lost.bars[1].value) == ("Other answers", "4.00", 1.0)
+    lost = cards(replace(manifest, scores=scores))[1]
+    assert (lost.title, lost.figure, lost.bars[1].text, lost.bars[1].value) == ("Same answers", "96.00", "4.00", 1.0)
+
+
+def test_outputs_that_are_no_classes_are_judged_by_signal_to_noise(manifest: Manifest) -> None:
+    scores = tuple(Score(p, 16, "eval", None, None, None, {"a": 40.0, "b": 31.25}) for p in ("original", "int8"))
+    card = cards(replace(manifest, scores=scores))[1]
+    assert (card.title, card.figure, card.unit) == ("Signal to noise", "31.2", "dB")
+    assert card.beside.startswith("output b")
+
+
+def test_a_card_says_why_there_is_no_figure(manifest: Manifest) -> None:
+    why = "the files were not evaluated: give --eval"
+    nowhere = replace(timed("int8", 1.0), p50_ms=None, p90_ms=None, runs=0, where="not run here: needs a board")
+    bare = replace(
+        manifest, scores=(), measurements=(nowhere,), checks=(Check("accuracy", "all", None, None, None, why),)
+    )
+    _, accuracy, time = cards(bare)
+    assert (accuracy.figure, accuracy.beside, accuracy.bars) == ("", why, ())
+    assert (time.figure, time.beside, time.bars) == ("", "not run here: needs a board", ())
+    assert words(bare).count("not measured") >= 2
+
+
+def test_what_a_device_said_about_itself_is_told(manifest: Manifest) -> None:
+    device = Facts(
+        "ssh://pi@10.0.0.7", "pi@10.0.0.7", "aarch64", cpu="Cortex-A76", cores=4, clock_max_mhz=2400.0,
+        temperatures={"cpu": 61.5},
+    )  # fmt: skip
+    assert dict(facts(device)) == {
+        "device": "pi@10.0.0.7 (ssh://pi@10.0.0.7)",
+        "processor": "4 × Cortex-A76",
+        "clock": "at most 2400 MHz",
+        "temperatures": "cpu 62 °C",
+    }
+    assert "cpu 62 °C" in words(replace(manifest, device=device))
 
 
 def test_float_operators_are_grouped_by_reason() -> None:
@@ -256,13 +323,6 @@ def test_without_jinja_the_missing_extra_is_named(folder: Path, monkeypatch: pyt
         write_report(folder)
 
 
-def test_verify_opens_what_is_whole_and_names_what_is_not(tmp_path: Path) -> None:
-    small_artifact(tmp_path / "a")
-    assert verify_artifact(tmp_path / "a")[1] == []
-    (tmp_path / "a" / "model.int8.onnx").unlink()
-    assert verify_artifact(tmp_path / "a")[1] == ["model.int8.onnx is missing"]
-
-
 # ------------------------------------------------------------------ how to run it
 
 
@@ -271,6 +331,7 @@ def infer(folder: Path, *arguments: str, code: int = 0) -> str:
     command = [sys.executable, "-I", str(folder / "infer.py"), *arguments]
     done = subprocess.run(command, cwd=folder.parent, capture_output=True, text=True, check=False)
     assert done.returncode == code, done.stderr
+    assert code or not done.stderr
     return done.stdout if code == 0 else done.stderr
 
 
@@ -307,12 +368,45 @@ def test_infer_takes_arrays_where_inputs_are_no_images(folder: Path, tmp_path: P
     np.testing.assert_allclose(np.load(tmp_path / "out.npz")["y"], expected, rtol=1e-6, atol=1e-6)
 
 
+def test_infer_takes_the_very_npz_that_the_evaluation_took(tmp_path: Path) -> None:
+    folder = tmp_path / "artifact"
+    small_artifact(folder, preprocess=LOOK)
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 17, 13, 3), np.uint8)
+    np.savez(tmp_path / "test.npz", images=pixels, y=np.arange(3))
+    infer(folder, str(tmp_path / "test.npz"), "--save", str(tmp_path / "out.npz"))
+    x = np.stack([preprocess_image(Image.fromarray(p), LOOK) for p in pixels])
+    expected = exporters.open_artifact(folder)(x)["y"]
+    np.testing.assert_allclose(np.load(tmp_path / "out.npz")["y"], expected, rtol=1e-6, atol=1e-6)
+    np.savez(tmp_path / "grey.npz", images=pixels[..., :1])
+    assert "expected as [n, height, width, 3]" in infer(folder, str(tmp_path / "grey.npz"), code=1)
+
+
+def test_infer_says_which_file_it_cannot_read(tmp_path: Path) -> None:
+    small_artifact(tmp_path / "a", preprocess=LOOK)
+    (tmp_path / "text.png").write_text("no image")
+    (tmp_path / "text.npz").write_text("no arrays")
+    image = picture(tmp_path / "a.png", 20, 20)
+    half = picture(tmp_path / "half.png", 20, 20)
+    half.write_bytes(half.read_bytes()[:500])
+    for path, message in (
+        (tmp_path, f"{tmp_path} is a folder; give the files in it: {tmp_path}/*"),
+        (tmp_path / "text.png", "text.png is damaged, or no image"),
+        (half, "half.png is damaged, or no image"),
+        (tmp_path / "text.npz", "text.npz is damaged, or no .npz"),
+    ):
+        error = infer(tmp_path / "a", str(path), code=1)
+        assert message in error and len(error.splitlines()) == 1
+    (tmp_path / "a" / "model.int8.onnx").write_bytes(b"cut off")
+    error = infer(tmp_path / "a", str(image), code=1)
+    assert "cannot open" in error and "model.int8.onnx" in error and len(error.splitlines()) == 1
+
+
 def test_infer_says_what_is_wrong_with_its_input(folder: Path, tmp_path: Path) -> None:
     np.savez(tmp_path / "other.npz", z=np.zeros(3))
     np.savez(tmp_path / "large.npz", x=np.zeros((1, 3, 9, 8)))
     image = picture(tmp_path / "a.png", 8, 8)
     for path, message in (
-        (tmp_path / "other.npz", "the network takes x; given: z"),
+        (tmp_path / "other.npz", "input x has the shape [3]; the network takes ['batch', 3, 8, 8]"),
         (tmp_path / "large.npz", "input x has the shape [1, 3, 9, 8]; the network takes ['batch', 3, 8, 8]"),
         (image, "does not take image files: give an .npz with x"),
         (tmp_path / "missing.npz", "no file"),
@@ -359,7 +453,7 @@ def test_infer_preprocesses_as_calibration_did(
 
 
 def test_infer_depends_on_nothing_of_ours(folder: Path) -> None:
-    tree = ast.parse((folder / "infer.py").read_text(), feature_version=(3, 9))
+    tree = ast.parse((folder / "infer.py").read_text(), feature_version=(3, 7))
     found = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
     found |= {n.module or "" for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
     known = {"argparse", "sys", "pathlib", "typing", "collections.abc", "__future__", "numpy", "onnxruntime", "PIL"}

@@ -28,6 +28,29 @@ def test_each_rule_is_found_alone(wrong: str) -> None:
     assert {(f.rule, f.severity) for f in lint(proto)} == {(rule, severity)}
 
 
+def test_a_release_that_lacks_an_operator_is_named_and_one_that_has_it_is_not() -> None:
+    proto = model("c = Cast<to=1>(x) y = GridSample(c, g)", "uint8[1,16,8,8] x", g=np.zeros((1, 8, 8, 2), np.float32))
+
+    def said(oldest: tuple[int, int], newest: tuple[int, int]) -> list[tuple[str, str, str]]:
+        return [(f.severity, f.node, f.sentence) for f in lint(proto, (oldest, newest))]
+
+    assert said((8, 5), (8, 5)) == said((10, 0), (11, 4)) == []
+    assert said((8, 2), (8, 2)) == [
+        ("E", "x", "TensorRT 8.2 has no uint8 inputs"), ("E", "y", "TensorRT 8.2 has no GridSample"),
+    ]  # fmt: skip
+    later = "since 8.5; older ones will not build this file"
+    assert said((8, 2), (10, 0)) == [
+        ("I", "x", f"TensorRT has uint8 inputs {later}"), ("I", "y", f"TensorRT has GridSample {later}"),
+    ]  # fmt: skip
+
+
+def test_sums_of_what_is_scattered_are_read_since_10() -> None:
+    body = 'y = ScatterElements<reduction="add", axis=1>(x, i, u)'
+    proto = model(body, i=np.zeros((1, 1, 8, 8), np.int64), u=np.ones((1, 1, 8, 8), np.float32))
+    assert [f.severity for f in lint(proto, ((8, 5), (8, 5)))] == ["E"]
+    assert [f.severity for f in lint(proto, ((8, 5), (10, 0)))] == ["I"]
+
+
 def test_a_finding_names_the_layer_and_says_what_is_wrong() -> None:
     (finding,) = lint(conv(s=0.05, b=np.zeros(16, np.float16)))
     assert str(finding) == "Q8 at 'y': its inputs mix float and float16"

@@ -15,11 +15,15 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
-from tensorrt_graphs import BROKEN, hub, residual, samples, small_net
+from families import example
+from tensorrt_graphs import BROKEN, OPERATORS, SINCE_16, hub, model, residual, samples, small_net
 
 from deploykit import targets
 from deploykit.exporters import to_tensorrt
+from deploykit.exporters.tensorrt.opset import lower_opset
+from deploykit.exporters.tensorrt.parsers import unread
 
 pytestmark = pytest.mark.oracle
 
@@ -61,6 +65,45 @@ def test_every_variant_of_a_bundle_is_taken_and_int8_runs_in_int8(target: str, t
     for verdict in (int8, both):
         assert_int8(verdict)
         assert verdict["quantize_operations"] == 3  # the inputs of two convolutions and a product; the skip shares one
+
+
+@pytest.mark.parametrize("target", ["jetson-nano", "jetson-xavier-nx"])
+def test_files_for_boards_without_strong_typing_are_taken(target: str, tmp_path: Path) -> None:
+    fp32, fp16, *int8 = judge(*export(small_net(), target, tmp_path, samples()))
+    assert fp32["kernels"] == {"correlation Float": 2}
+    assert fp16["kernels"] == {"correlation Half": 2}
+    assert len(int8) == (target == "jetson-xavier-nx")
+    for verdict in int8:
+        assert_int8(verdict)
+
+
+@pytest.mark.parametrize(("opset", "release"), [(13, (8, 2)), (17, (8, 5))])
+def test_operators_of_older_sets_are_taken(opset: int, release: tuple[int, int], tmp_path: Path) -> None:
+    """This parser reads them all; that of 8.2 or 8.5 cannot be asked here."""
+    paths = []
+    later = {k: v for k, v in SINCE_16.items() if k != "scattered sums"}  # a plugin, which RTX does not have
+    for what, (body, y, arrays) in {**OPERATORS, **(later if opset >= 16 else {})}.items():
+        proto = model(body, "float[2,16,8,8] x", y, 20, **arrays)
+        lowered = ir.from_proto(onnx.shape_inference.infer_shapes(proto))
+        lower_opset(lowered, opset, unread(release))
+        paths.append(tmp_path / f"{what}.onnx")
+        paths[-1].write_bytes(ir.to_proto(lowered).SerializeToString())
+    refused = {Path(v["file"]).stem: v["error"] for v in judge(*paths) if not v["accepted"]}
+    assert refused == {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["squeeze_excite", "vit", "yolo", "bert", "lstm"])
+@pytest.mark.parametrize("target", ["jetson-nano", "jetson-xavier-nx", "jetson"])
+def test_families_of_networks_are_taken_in_older_operator_sets(family: str, target: str, tmp_path: Path) -> None:
+    from deploykit.hub.graph import Hub
+    from deploykit.hub.lower import lower
+
+    found, board = example(family), targets.load(target)
+    graph = lower(found.module, next(found.data.batches(2)).inputs)
+    files = to_tensorrt.export(Hub(graph, board.quant), board, tmp_path, ["fp32", "fp16"])
+    for verdict in judge(*(tmp_path / f.path for f in files)):
+        assert verdict["accepted"], verdict
 
 
 def test_the_lint_says_what_the_parser_and_builder_do(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from deploykit import targets
 from deploykit.core.errors import DeploykitError, MissingExtra
 from deploykit.core.target import QuantSpec
 from deploykit.exporters import to_tflite
+from deploykit.exporters.tflite.runner import ungreeted
 from deploykit.hub.graph import FloatGraph, Hub, constant
 from deploykit.hub.lower import lower
 
@@ -123,6 +124,15 @@ def test_images_are_channels_last_in_the_file_and_channels_first_for_the_caller(
     assert interpreter.get_input_details()[0]["shape"].tolist() == [1, 6, 5, 3]
     assert interpreter.get_output_details()[0]["name"] == "heat"
     assert run({"picture": normal(1, 2, 3, 6, 5)})["heat"].shape == (2, 4, 6, 5)
+
+
+def test_what_litert_announces_is_left_out_and_what_else_it_says_is_not(capfd: pytest.CaptureFixture[str]) -> None:
+    greeting = b"INFO: Created TensorFlow Lite XNNPACK delegate for CPU.\n"
+    ungreeted(lambda: os.write(2, greeting + b"ERROR: no such kernel\n"))
+    assert capfd.readouterr().err == "ERROR: no such kernel\n"
+    with pytest.raises(ZeroDivisionError):
+        ungreeted(lambda: os.write(2, greeting + b"WARNING: odd\n") // 0)
+    assert capfd.readouterr().err == "WARNING: odd\n"
 
 
 def test_a_batch_is_run_sample_by_sample(cnn_hub: Hub, tmp_path: Path) -> None:
@@ -279,7 +289,6 @@ def test_everything_that_cannot_be_written_is_listed_at_once(tmp_path: Path) -> 
         (("Pad", ["x", "p"], ["y"], {}), {"p": INDEX([0, 0, -1, 0, 0, 0, 0, 0])}, "negative padding"),
         (("Slice", ["x", "s", "e", "a", "t"], ["y"], {}),
          {"s": INDEX([-1]), "e": INDEX([-9]), "a": INDEX([2]), "t": INDEX([-1])}, "counts backwards"),
-        (("Expand", ["x", "s"], ["y"], {}), {"s": INDEX([1, 5, 4, 6, 6])}, "repeating"),
     ],
 )  # fmt: skip
 def test_what_litert_would_compute_differently_is_refused(
@@ -289,7 +298,8 @@ def test_what_litert_would_compute_differently_is_refused(
     assert reason in complaint(float_hub([node], {"x": (4, 6, 6)}, **arrays), tmp_path)
 
 
-def test_an_integer_input_is_refused(tmp_path: Path) -> None:
+def embedding(rows: int = 10) -> FloatGraph:
+    """ids [batch, 5] -> rows of a table [rows, 4]."""
     import onnx
     import onnx_ir as ir
 
@@ -298,14 +308,27 @@ def test_an_integer_input_is_refused(tmp_path: Path) -> None:
             [helper.make_node("Gather", ["table", "ids"], ["y"], name="embedding")], "test",
             [helper.make_tensor_value_info("ids", TensorProto.INT64, ["batch", 5])],
             [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
-            [numpy_helper.from_array(normal(0, 10, 4), "table")],
+            [numpy_helper.from_array(normal(0, rows, 4), "table")],
         ),
-        opset_imports=[helper.make_opsetid("", 20)],
+        opset_imports=[helper.make_opsetid("", 20)], ir_version=10,
     )  # fmt: skip
-    hub = Hub(FloatGraph(ir.from_proto(onnx.shape_inference.infer_shapes(proto))), QuantSpec())
-    message = complaint(hub, tmp_path)
-    assert "input 'ids': it holds INT64" in message
-    assert "embedding (Gather)" in message
+    return FloatGraph(ir.from_proto(onnx.shape_inference.infer_shapes(proto)))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+def test_tokens_read_rows_of_a_table(precision: str, tmp_path: Path) -> None:
+    made, ids = embedding(), np.random.default_rng(0).integers(0, 10, (8, 5))
+    _, run = written(quantized(made, {"ids": ids}), tmp_path, precision)
+    expected = normal(0, 10, 4)[ids]
+    error = {"fp32": 0.0, "fp16": 1e-3 * np.abs(expected).max(), "int8": np.abs(expected).max() / 254}[precision]
+    assert np.abs(run({"ids": ids})["y"] - expected).max() <= error * 1.001
+
+
+def test_a_table_is_stored_in_int8(tmp_path: Path) -> None:
+    hub = quantized(embedding(1000), {"ids": np.zeros((8, 5), np.int64)})
+    file, _ = written(hub, tmp_path, "int8")
+    assert file.quantized == {"Gather": 1}
+    assert (tmp_path / file.path).stat().st_size < 1000 * 4 + 2000
 
 
 def test_precisions_and_options_nobody_knows_are_refused(cnn_hub: Hub, tmp_path: Path) -> None:

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from rich.table import Table
 
+    from deploykit.bench.drift import Drift
+    from deploykit.core.device import Facts
+
 CLEAR = 0.75
 """A file is called faster than another if it was in this share of the rounds (of 50, by chance: below 1 in 1000)."""
 MATTERS = 1.05
@@ -59,10 +62,12 @@ class Ratio:
 def ratio(of: Timing, over: Timing) -> Ratio:
     """Two files of one run side by side."""
     time = faster = memory = None
-    if len(of.milliseconds) and len(over.milliseconds):
+    mine, theirs = of.measurement, over.measurement
+    if len(of.milliseconds) and len(of.milliseconds) == len(over.milliseconds):
         quotients = of.milliseconds / over.milliseconds
         time, faster = float(np.median(quotients)), float((quotients < 1).mean())
-    mine, theirs = of.measurement, over.measurement
+    elif mine.p50_ms is not None and theirs.p50_ms:  # not taken in turns: nothing is said about who is faster
+        time = mine.p50_ms / theirs.p50_ms
     if mine.peak_mb is not None and theirs.peak_mb:
         memory = mine.peak_mb / theirs.peak_mb
     return Ratio(of, over, time, faster, mine.bytes / theirs.bytes, memory)
@@ -73,6 +78,10 @@ class Benchmark:
     """One run: a timing per file."""
 
     timings: tuple[Timing, ...]
+    drifts: tuple[Drift, ...] = ()
+    """One per file of a sustained run."""
+    device: Facts | None = None
+    """None: this machine, in this process."""
 
     @cached_property
     def groups(self) -> tuple[tuple[Timing, ...], ...]:
@@ -104,9 +113,11 @@ class Benchmark:
                     f"({number(worst.time)} times): use {instead.file.path}"
                 )
         spread = max((s for t in self.timings if (s := t.measurement.spread) is not None), default=1.0)
+        sentences += [sentence for d in self.drifts if (sentence := d.advice(self.name(d.timing)))]
         if spread > BUSY:
+            machine = "this machine" if self.device is None else self.device.name
             sentences.append(
-                f"this machine was busy (p90 is up to {spread:.1f} times p50): trust the ratios, which compare calls "
+                f"{machine} was busy (p90 is up to {spread:.1f} times p50): trust the ratios, which compare calls "
                 "made side by side, more than the milliseconds"
             )
         return tuple(sentences)
@@ -142,6 +153,11 @@ class Benchmark:
             label = f"{self.name(found.of)} / {self.name(found.over)}"
             time = (quotient(found.time), f"({found.verdict})" if found.verdict else "")
             table.add_row(label, *time, "", "", "", quotient(found.memory), quotient(found.bytes))
+        for i, drift in enumerate(self.drifts):
+            if i == 0:
+                table.add_section()
+            label = f"{self.name(drift.timing)} after {drift.windows[-1].seconds / 60:.1f} minutes"
+            table.add_row(label, milliseconds(drift.sustained_ms), quotient(drift.factor))
         table.caption = "\n".join(f"{', '.join(names)}: {place}" for place, names in places.items())
         return table
 
@@ -165,6 +181,8 @@ class Benchmark:
                 for r in self.ratios
             ],
             "advice": list(self.advice),
+            "drift": [d.to_dict() for d in self.drifts],
+            "device": msgspec.to_builtins(self.device),
         }  # fmt: skip
 
 

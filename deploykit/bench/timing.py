@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -17,6 +16,7 @@ from deploykit.bench.compare import Benchmark, Timing
 from deploykit.bench.memory import peak_megabytes
 from deploykit.core.artifact import Artifact, File, Measurement, TensorSpec
 from deploykit.core.errors import DeploykitError
+from deploykit.core.machine import processor
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -68,7 +68,7 @@ def measure(
     calls: dict[int, Callable[[], object]] = {}
     peaks: dict[int, float | None] = {}
     for i, (artifact, file) in enumerate(files):
-        if exporters.load(artifact.exporter).runtime().untimed:
+        if file.untimed or exporters.load(artifact.exporter).runtime().untimed:
             continue
         arrays = feed(artifact.inputs, samples, batch, seed)
         calls[i] = partial(artifact.runner(file.precision, threads), arrays)
@@ -154,10 +154,10 @@ def in_turns(calls: Sequence[Callable[[], object]], runs: int, seconds: float) -
 def _timing(
     artifact: Artifact, file: File, times: NDArray[np.float64], peak: float | None, batch: int, threads: int
 ) -> Timing:
-    size = (artifact.folder / file.path).stat().st_size
+    size = file.size(artifact.folder)
     runtime = exporters.load(artifact.exporter).runtime()
     if not len(times):
-        where = f"not run here: {runtime.untimed}"
+        where = f"not run here: {file.untimed or runtime.untimed}"
         nothing = Measurement(file.precision, batch, threads, 0, None, None, None, None, None, size, where)
         return Timing(artifact, file, nothing, times)
     p50, p90, p99 = (float(v) for v in np.percentile(times, [50, 90, 99]))
@@ -167,13 +167,3 @@ def _timing(
     where = f"{machine}: {processor()}, {runtime.name}"
     found = Measurement(file.precision, batch, threads, len(times), p50, p90, p99, rate, peak, size, where)
     return Timing(artifact, file, found, times)
-
-
-def processor() -> str:
-    """The processor's name as the system gives it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()

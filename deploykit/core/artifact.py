@@ -31,6 +31,19 @@ class TensorSpec:
 
 
 @dataclass(frozen=True)
+class Port:
+    """An input or output as it is stored in a file; `TensorSpec` is what the model means by it."""
+
+    name: str
+    shape: tuple[int | str, ...]
+    """In the file's order of axes."""
+    dtype: str
+    scale: float | None = None
+    """Integers stand for ``scale * (integer - zero_point)``; None: values are stored as they are meant."""
+    zero_point: int | None = None
+
+
+@dataclass(frozen=True)
 class Island:
     """An operator that stayed in float in an integer file, and why."""
 
@@ -51,6 +64,21 @@ class File:
     islands: tuple[Island, ...] = ()
     notes: tuple[str, ...] = ()
     """What the user should know about this file, one sentence each."""
+    parts: tuple[str, ...] = ()
+    """Files that belong to it and lie beside it, e.g. the weights of an OpenVINO model."""
+    untimed: str = ""
+    """Why times taken on this machine say nothing about the device the file is for; empty where they do."""
+    bytes: int | None = None
+    """What it takes on the device, where that is not its size on disk (source that is compiled there)."""
+    inputs: tuple[Port, ...] = ()
+    """In the file's order; empty where it takes what the model takes."""
+    outputs: tuple[Port, ...] = ()
+
+    def size(self, folder: Path) -> int:
+        """Bytes on the device; on disk, its parts included, where nothing else is known."""
+        if self.bytes is not None:
+            return self.bytes
+        return sum((folder / name).stat().st_size for name in (self.path, *self.parts))
 
 
 @dataclass(frozen=True)
@@ -82,6 +110,8 @@ class Measurement:
     bytes: int
     where: str
     """Machine and runtime, e.g. ``"this machine: AMD EPYC 7B13, onnxruntime 1.31.1"``."""
+    cpu_ms: float | None = None
+    """Processor time per call over all threads, the median; measured on devices."""
 
     @property
     def spread(self) -> float | None:
@@ -98,9 +128,12 @@ class Runtime:
     untimed: str = ""
     """Why times taken in it say nothing about the device, e.g. ``"needs TensorRT on the device (run build.sh
     there)"``; empty where they may be taken."""
+    max_mismatch: float = 0.0
+    """Percent of a product's outputs that may be one step off the hub because its kernels round twice by design; the
+    gate's bound where that is higher."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Artifact:
     """What an export wrote. Call it with arrays (or torch tensors) to run a file through its real runtime."""
 
@@ -114,6 +147,12 @@ class Artifact:
     """The exporter's ``load(path, threads)``."""
     _open: dict[str | None, Runner] = field(default_factory=dict, init=False, repr=False, compare=False)
     """Runners of files that were called already."""
+
+    def __repr__(self) -> str:
+        """One line."""
+        precisions = ", ".join(f.precision for f in self.files)
+        sides = (", ".join(f"{s.name} {_listed(s.shape)}" for s in side) for side in (self.inputs, self.outputs))
+        return f"<Artifact {self.folder} for {self.target}: {precisions}; {' -> '.join(sides)}>"
 
     def file(self, precision: str | None = None) -> File:
         """The file of that precision; without one, the last, which is the most compressed.
@@ -146,6 +185,33 @@ class Artifact:
             n: np.asarray(v.detach().cpu() if hasattr(v, "detach") else v, dtype=expected[n].dtype)
             for n, v in inputs.items()
         }
+        for name, array in arrays.items():
+            _refuse_shape(expected[name], array.shape)
         if precision not in self._open:
             self._open[precision] = self.runner(precision)
         return self._open[precision](arrays)
+
+
+def _refuse_shape(spec: TensorSpec, given: tuple[int, ...]) -> None:
+    """Raises unless an array fits an input; any number of samples does."""
+    rest = spec.shape[1:]
+    if _fits(given[1:], rest) and len(given) == len(spec.shape):
+        return
+    hint = ""
+    if _fits(given, rest):
+        hint = f" Add the batch dimension: {spec.name}[None]."
+    elif len(given) == 4 and _fits((given[3], given[1], given[2]), rest):
+        hint = f" These are channels-last: {spec.name}.transpose(0, 3, 1, 2)."
+    elif len(given) == 3 and _fits((given[2], given[0], given[1]), rest):
+        hint = f" This is one channels-last image: {spec.name}.transpose(2, 0, 1)[None]."
+    raise DeploykitError(
+        f"input '{spec.name}' has the shape {_listed(given)}; this artifact takes {_listed(spec.shape)}.{hint}"
+    )
+
+
+def _fits(given: tuple[int, ...], wanted: tuple[int | str, ...]) -> bool:
+    return len(given) == len(wanted) and all(isinstance(w, str) or g == w for g, w in zip(given, wanted, strict=True))
+
+
+def _listed(shape: tuple[int | str, ...]) -> str:
+    return f"[{', '.join(map(str, shape))}]"

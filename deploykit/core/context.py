@@ -41,6 +41,7 @@ class Context:
     """Handed to every pass of a recipe."""
 
     target: Target
+    """Of several targets in one run the first. A hub step reads ``hub.spec`` instead: it serves all targets with it."""
     data: Mapping[Role, DataSet] = field(default_factory=dict)
     example: Mapping[str, np.ndarray[Any, Any]] = field(default_factory=dict)
     """Two or more samples, stacked."""

@@ -79,6 +79,9 @@ class DataSet:
         labels: one per entry of ``index``, or None.
         origin: where it came from, for messages and the manifest.
         preprocess: what was declared about images; None for data used as it came.
+        classes: the names behind the labels, where they are known.
+        pixels: the same samples before scale, mean, std and layout: images are uint8 ``[h, w, c]``, resized and
+            cropped, their channels in the declared order; None for data used as it came.
     """
 
     sample: Callable[[int], Sample]
@@ -87,6 +90,7 @@ class DataSet:
     origin: str = "memory"
     preprocess: Preprocess | None = None
     classes: tuple[str, ...] = field(default=())
+    pixels: Callable[[int], Sample] | None = None
 
     @staticmethod
     def of(inputs: Mapping[str, NDArray[Any]], labels: NDArray[Any] | None = None, origin: str = "memory") -> DataSet:
@@ -133,6 +137,20 @@ class DataSet:
         """The samples at the given positions."""
         labels = None if self.labels is None else self.labels[chosen]
         return replace(self, index=tuple(self.index[i] for i in chosen), labels=labels)
+
+    def as_pixels(self) -> DataSet:
+        """The same samples as raw pixels, for files that scale and normalise themselves.
+
+        Raises:
+            DeploykitError: it is not known what the pixels were.
+        """
+        if self.pixels is None or self.preprocess is None:
+            raise DeploykitError(
+                f"{self.origin}: files that take uint8 pixels need image data: a folder of images, or uint8 arrays "
+                "[n, h, w, c] with a declared preprocessing (--mean, --std or --preprocess)"
+            )
+        left = replace(self.preprocess, scale=1.0, mean=(), std=(), layout="NHWC")
+        return replace(self, sample=self.pixels, preprocess=left, pixels=None)
 
     @cached_property
     def hash(self) -> str:

@@ -16,12 +16,13 @@ from deploykit.core.errors import DeploykitError
 
 
 def no_such_file(path: Path) -> DeploykitError:
-    """The error for a missing file, with the nearest name of its kind in that folder."""
+    """The error for a missing file, or folder if the name has no suffix, with the nearest name of its kind there."""
+    what = "file" if path.suffix else "file or folder"
     if not path.parent.is_dir():
-        return DeploykitError(f"no file {path}: there is no folder {path.parent}")
-    kind = path.suffix or path.name
-    near = get_close_matches(path.name, sorted(p.name for p in path.parent.iterdir() if p.name.endswith(kind)), n=1)
-    return DeploykitError(f"no file {path}." + (f" Did you mean '{near[0]}'?" if near else ""))
+        return DeploykitError(f"no {what} {path}: there is no folder {path.parent}")
+    alike = {p.stem: p.name for p in sorted(path.parent.iterdir()) if p.suffix == path.suffix}
+    near = get_close_matches(path.stem, alike, n=1, cutoff=0.65)  # of the stem: every pair of .safetensors is alike
+    return DeploykitError(f"no {what} {path}." + (f" Did you mean '{alike[near[0]]}'?" if near else ""))
 
 
 def refuse_existing(destination: Path, overwrite: bool) -> None:
@@ -32,6 +33,9 @@ def refuse_existing(destination: Path, overwrite: bool) -> None:
         raise _disk_error(destination, error) from None
     if destination.exists() and not overwrite:
         raise DeploykitError(f"{destination} already exists. Give another -o, or --overwrite to replace it.")
+    above = next(p for p in destination.resolve().parents if p.exists())
+    if not os.access(above, os.W_OK | os.X_OK) or not above.is_dir():
+        raise DeploykitError(f"cannot write {destination}: {above} is no folder that you may write to")
     if destination.is_file():
         raise DeploykitError(f"{destination} is a file; the output is a folder.")
 

@@ -7,15 +7,20 @@ import importlib.metadata
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib import resources
 from pathlib import Path
 
 import msgspec
 
 from deploykit.core.artifact import Check, File, Measurement, TensorSpec
 from deploykit.core.data import Preprocess
+from deploykit.core.device import Facts
 from deploykit.core.errors import DeploykitError
+from deploykit.core.machine import Machine
+from deploykit.core.recipe import dump_recipe
+from deploykit.core.request import Request
 
-FORMAT = "deploykit-artifact-1"
+FORMAT = "deploykit-artifact-2"
 NAME = "manifest.json"
 
 
@@ -63,6 +68,14 @@ class OperatorError:
 
 
 @dataclass(frozen=True)
+class Layer:
+    """One operator of the network."""
+
+    name: str
+    operator: str
+
+
+@dataclass(frozen=True)
 class Stored:
     """A file on disk."""
 
@@ -78,14 +91,12 @@ class Manifest:
     target: str
     exporter: str
     model: str
-    recipe: str
-    """TOML."""
+    request: Request
+    """What was asked for, enough to ask again."""
     steps: tuple[str, ...]
     """What was run, as ``Pass(options)``."""
-    seed: int
     graph: str
     """Hash of the float graph."""
-    thresholds: str
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     files: tuple[File, ...]
@@ -97,10 +108,18 @@ class Manifest:
     checks: tuple[Check, ...] = ()
     operators: tuple[OperatorError, ...] = ()
     """The integer operators one by one, the worst first."""
+    layers: tuple[Layer, ...] = ()
+    """All operators that quantizing decided about, integer or not, in the network's order."""
     scores: tuple[Score, ...] = ()
     measurements: tuple[Measurement, ...] = ()
+    advice: tuple[str, ...] = ()
+    """What the measurements suggest, one sentence each."""
     notes: tuple[str, ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
+    machine: Machine | None = None
+    """Where it was made."""
+    device: Facts | None = None
+    """Where it was tried with ``--device``: what that device said about itself."""
     seconds: Mapping[str, float] = field(default_factory=dict)
     """CPU seconds by phase."""
     format: str = FORMAT
@@ -110,21 +129,60 @@ class Manifest:
         """Whether no check failed. Checks that could not run here (``passed`` None) do not count as passed."""
         return all(check.passed is not False for check in self.checks)
 
+    @property
+    def recipe(self) -> str:
+        """TOML."""
+        return dump_recipe(self.request.settings.recipe)
+
+    @property
+    def seed(self) -> int:
+        """Of everything random."""
+        return self.request.settings.seed
+
+    @property
+    def thresholds(self) -> str:
+        """How ranges were chosen."""
+        return self.request.settings.thresholds
+
+    def to_json(self) -> str:
+        """What ``manifest.json`` holds."""
+        return msgspec.json.format(msgspec.json.encode(self), indent=1).decode() + "\n"
+
     def save(self, folder: Path) -> None:
         """Writes ``manifest.json``."""
-        (folder / NAME).write_bytes(msgspec.json.format(msgspec.json.encode(self), indent=1) + b"\n")
+        (folder / NAME).write_bytes(self.to_json().encode())
+
+
+SOURCE = "deploykit source"
+"""In ``versions``: a hash of deploykit's own files, which under development change more often than its version."""
 
 
 def versions() -> dict[str, str]:
     """Versions of what the result depends on."""
-    names = ("deploykit", "torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "ai-edge-litert", "numpy")
+    names = (
+        "deploykit", "torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "ai-edge-litert", "openvino",
+        "accelerate", "numpy", "pillow",
+    )  # fmt: skip
     found = {"python": platform.python_version()}
     for name in names:
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return found | {SOURCE: _source_hash()}
+
+
+def _source_hash() -> str:
+    files = {}
+    for package in ("deploykit", "deploykit.exporters", "deploykit.calibration", "deploykit.targets"):
+        root = Path(str(resources.files(package)))  # the last three may be links, which rglob does not follow
+        for path in root.rglob("*"):
+            if path.is_file() and "__pycache__" not in path.parts:
+                files[f"{package.replace('.', '/')}/{path.relative_to(root).as_posix()}"] = path
+    digest = hashlib.sha256()
+    for name, path in sorted(files.items()):
+        digest.update(name.encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def load_manifest(folder: Path) -> Manifest:
@@ -140,13 +198,37 @@ def load_manifest(folder: Path) -> Manifest:
         below = sorted(p.parent.name for p in folder.glob(f"*/{NAME}"))
         hint = f" There are artifacts below it: {', '.join(below)}." if below else ""
         raise DeploykitError(f"{folder} has no {NAME}: it is not an artifact of `deploykit export`.{hint}")
+    return _read(path)
+
+
+def open_manifest(source: Path) -> Manifest:
+    """Reads a manifest, given an artifact's folder or the ``manifest.json`` alone.
+
+    Raises:
+        DeploykitError: not a manifest, or one of another format.
+    """
+    return _read(source) if source.is_file() else load_manifest(source)
+
+
+def _read(path: Path) -> Manifest:
+    """Reads a ``manifest.json``, wherever it lies.
+
+    Raises:
+        DeploykitError: not a manifest, or one of another format.
+    """
     try:
-        manifest = msgspec.json.decode(path.read_bytes(), type=Manifest)
-    except (msgspec.DecodeError, msgspec.ValidationError) as error:
+        text = path.read_bytes()
+        written = msgspec.json.decode(text, type=_Format).format
+        if written != FORMAT:
+            raise DeploykitError(f"{path} has format '{written}'; this deploykit reads '{FORMAT}': export it again")
+        return msgspec.json.decode(text, type=Manifest)
+    except (OSError, msgspec.DecodeError, msgspec.ValidationError) as error:
         raise DeploykitError(f"{path} is not a manifest that deploykit wrote: {error}") from None
-    if manifest.format != FORMAT:
-        raise DeploykitError(f"{path} has format '{manifest.format}'; this deploykit reads '{FORMAT}'")
-    return manifest
+
+
+@dataclass(frozen=True)
+class _Format:
+    format: str
 
 
 def stored_files(folder: Path) -> tuple[Stored, ...]:

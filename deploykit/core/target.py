@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-Need = Literal["data", "labels", "train"]
+Need = Literal["data", "labels", "train", "teacher"]
 Profit = Literal[
     "structured", "2:4", "unstructured", "codebook", "low_rank", "fp16", "int8", "int4", "small_file"
 ]  # fmt: skip
@@ -92,6 +92,9 @@ class Target:
     opset: int
     """Highest ONNX operator set the device's runtime reads (the graph is never above it)."""
     quant: QuantSpec = field(default_factory=QuantSpec)
+    pixels: Literal["folded", "float"] = "float"
+    """How uint8 images enter where that is asked for. folded: scaling and normalising become part of the first
+    convolutions, all integer; float: exact, in a float front, for runtimes whose kernels do not take pixels as such."""
     measured_here: str = ""
     """Why latencies taken on this machine stand for the device; empty when they do not."""
     options: Mapping[str, Any] = field(default_factory=dict)

@@ -5,14 +5,17 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+import sysconfig
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
 
 from deploykit.core.errors import DeploykitError, unknown
 from deploykit.core.files import no_such_file
+
+STANDARD_LIBRARY = Path(sysconfig.get_path("stdlib")).resolve()
 
 
 def load_function(spec: str, what: str) -> Callable[..., Any]:
@@ -53,6 +56,46 @@ def call(spec: str, function: Callable[..., Any], *arguments: Any) -> Any:
     except (Exception, SystemExit) as error:
         code = getattr(function, "__code__", None)
         raise _failure(f"{spec} raised", error, code.co_filename if code else None) from error
+
+
+def source_files(spec: str) -> dict[str, Path]:
+    """The Python files behind a function of the user's: the one it is in, and those beside and below it that it uses.
+
+    What is installed is left out, since its version tells.
+
+    Args:
+        spec: as for `load_function`.
+
+    Returns:
+        Files by the path they would be typed with where ``spec`` was (a module's by its place in its package), sorted.
+    """
+    place = spec.rpartition(":")[0]
+    is_file = place.endswith(".py")
+    first = _import_file(Path(place)) if is_file else _import_module(place)
+    if first.__name__.partition(".")[0] == "deploykit" or _file(first) is None:
+        return {}
+    depth = 0 if is_file else first.__name__.count(".") + (Path(str(first.__file__)).name == "__init__.py")
+    root = Path(str(first.__file__)).resolve().parents[depth]
+    typed = Path(place).parent if is_file else Path()
+    found: set[Path] = set()
+    waiting = [first]
+    while waiting:
+        module = waiting.pop()
+        file = _file(module)
+        if file is None or file in found or root not in file.parents:
+            continue
+        found.add(file)
+        values = [v for v in list(vars(module).values()) if isinstance(v, (ModuleType, type, FunctionType))]
+        used = [v if isinstance(v, ModuleType) else sys.modules.get(v.__module__) for v in values]
+        waiting += [m for m in used if m is not None]
+    return {(typed / file.relative_to(root)).as_posix(): file for file in sorted(found)}
+
+
+def _file(module: ModuleType) -> Path | None:
+    """Where a module was read from, unless it is installed."""
+    file = Path(str(getattr(module, "__file__", None) or "built-in")).resolve()
+    installed = {"site-packages", "dist-packages"} & set(file.parts) or STANDARD_LIBRARY in file.parents
+    return file if file.suffix == ".py" and file.is_file() and not installed else None
 
 
 def _import_file(path: Path) -> ModuleType:

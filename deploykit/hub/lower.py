@@ -7,8 +7,9 @@ import inspect
 import io
 import logging
 import re
+import traceback
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,11 +18,10 @@ import onnx_ir as ir
 
 from deploykit.core.errors import DeploykitError
 from deploykit.core.progress import say
+from deploykit.hub.canonical import canonical, dims
 from deploykit.hub.graph import (
     NAMES,
     FloatGraph,
-    add_initializer,
-    attribute,
     constant,
     drop_unused,
     fresh_name,
@@ -70,6 +70,7 @@ def lower(module: torch.nn.Module, example: Mapping[str, NDArray[Any]]) -> Float
         shapes = ", ".join(f"{n} {tuple(a.shape)} {a.dtype}" for n, a in zip(names, arguments, strict=True))
         raise DeploykitError(
             f"the model's forward fails on the sample inputs ({shapes}): {type(error).__name__}: {_first_line(error)}"
+            + "".join(_turned(n, a.shape) for n, a in zip(names, arguments, strict=True))
         ) from error
     output_names = _output_names(outputs)
     _refuse_outputs(outputs, output_names, names)
@@ -200,12 +201,14 @@ def simplify(model: ir.Model) -> ir.Model:
     model.graph.meta.pop(NAMES, None)
     _lift_constants(model.graph)
     _name_nodes(model.graph)
-    _multiply_instead_of_dividing(model.graph)
-    _plain_products(model.graph)
+    _refuse_branches(model.graph)
+    _refuse_passing_through(model.graph)
+    canonical(model.graph)
+    drop_unused(model.graph)
+    _complete_shapes(model)
     for value in model.graph.initializers.values():
         if value.const_value is not None:
             value.const_value = ir.tensor(np.asarray(value.const_value.numpy(), order="C"), name=value.name)
-    drop_unused(model.graph)
     model.graph.sort()
     model.metadata_props.clear()
     model.producer_name, model.producer_version, model.doc_string = "deploykit", "", ""
@@ -240,19 +243,46 @@ def _fold(model: ir.Model) -> ir.Model:
     return model
 
 
-def _plain_products(graph: ir.Graph) -> None:
-    """A Gemm's factors alpha and beta go into its constants, so that nobody else has to know them."""
-    for node in graph:
-        if node.op_type != "Gemm":
-            continue
-        for position, name in ((1, "alpha"), (2, "beta")):
-            factor = attribute(node, name, 1.0)
-            value = node.inputs[position] if len(node.inputs) > position else None
-            array = constant(value)
-            if factor != 1.0 and value is not None and array is not None:
-                scaled = add_initializer(graph, f"{value.name}_times_{name}", np.float32(factor) * array)
-                node.replace_input_with(position, scaled)
-                node.attributes[name] = ir.AttrFloat32(name, 1.0)
+def _refuse_branches(graph: ir.Graph) -> None:
+    """Raises for operators that hold graphs of their own: which one runs is decided by the data.
+
+    Raises:
+        DeploykitError: names them all.
+    """
+    held = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
+    found = [f"{n.op_type} '{n.name}'" for n in graph if any(a.type in held for a in n.attributes.values())]
+    if found:
+        raise DeploykitError(
+            f"the model branches or loops on its data ({', '.join(found)}); every operator has to run on every input. "
+            "Write it with torch.where, or export the branch that runs."
+        )
+
+
+def _refuse_passing_through(graph: ir.Graph) -> None:
+    """Raises for inputs that are outputs under the same name: there would be two values of that name, one quantized."""
+    found = [f"'{v.name}'" for v in graph.outputs if v.is_graph_input()]
+    if found:
+        raise DeploykitError(f"output {', '.join(found)} of the model is its own input; leave it out")
+
+
+def _complete_shapes(model: ir.Model) -> None:
+    """Sizes that the exporter left open and that follow from the others."""
+    import onnx
+
+    open_ = {v.name: v for n in model.graph for v in n.outputs if v.shape is None or any(d is None for d in dims(v))}
+    if not open_:
+        return
+    proto = _without_weights(ir.to_proto(model))
+    known = [info for info in proto.graph.value_info if info.name not in open_]
+    del proto.graph.value_info[:]
+    proto.graph.value_info.extend(known)
+    inferred = onnx.shape_inference.infer_shapes(proto)
+    for info in inferred.graph.value_info:
+        if info.name in open_ and info.type.tensor_type.HasField("shape"):
+            sizes = info.type.tensor_type.shape.dim
+            open_[info.name].shape = ir.Shape(
+                [d.dim_value if d.HasField("dim_value") else d.dim_param or None for d in sizes]
+            )
 
 
 def _name_nodes(graph: ir.Graph) -> None:
@@ -262,16 +292,6 @@ def _name_nodes(graph: ir.Graph) -> None:
         if node.name in seen:
             node.name = fresh_name(graph, node.outputs[0].name or node.op_type.lower())
         seen.add(node.name)
-
-
-def _multiply_instead_of_dividing(graph: ir.Graph) -> None:
-    """x / c becomes x * (1/c): integer kernels multiply, few divide."""
-    for node in graph:
-        divisor = constant(node.inputs[1]) if node.op_type == "Div" else None
-        if divisor is None or divisor.dtype != np.float32 or not divisor.all():
-            continue
-        node.op_type = "Mul"
-        node.replace_input_with(1, add_initializer(graph, f"{node.name}.inverse", np.float32(1) / divisor))
 
 
 def _lift_constants(graph: ir.Graph) -> None:
@@ -336,6 +356,13 @@ def _argument_names(module: torch.nn.Module, example: Mapping[str, Any]) -> list
     return [n for n in known if n in example]
 
 
+def _turned(name: str, shape: Sequence[int]) -> str:
+    """A hint where an input looks like images with their channels last."""
+    if len(shape) != 4 or shape[3] not in (1, 3, 4) or shape[1] in (1, 3, 4):
+        return ""
+    return f". '{name}' looks like channels-last images [n, h, w, c]: transpose them to [n, c, h, w]"
+
+
 def _refuse_outputs(outputs: Any, names: list[str], inputs: list[str]) -> None:
     listed = (
         [outputs] if hasattr(outputs, "ndim") else list(outputs.values() if hasattr(outputs, "values") else outputs)
@@ -367,20 +394,17 @@ def _name_by_module(graph: ir.Graph) -> None:
     """Names nodes, and the values they write, after the module that made them: ``layer1.0.conv1``."""
     taken = {v.name for v in [*graph.inputs, *graph.outputs]} | set(graph.initializers)
     outputs = {id(v) for v in graph.outputs}
+    free = {dims(v)[0] for v in graph.inputs if v.shape} - {None}
     for value in graph.inputs:  # torch numbers free dimensions per process
         if value.shape is not None:
-            value.shape = ir.Shape(
-                ["batch" if i == 0 and not isinstance(d, int) else d for i, d in enumerate(value.shape)]
-            )
+            value.shape = ir.Shape(["batch" if d in free and not isinstance(d, int) else d for d in dims(value)])
     for node in graph:
         node.name = take_name(_module_path(node), taken)
         for number, value in enumerate(node.outputs):
             if id(value) not in outputs:
                 value.name = node.name if number == 0 else take_name(f"{node.name}.{number}", taken)
             if value.shape is not None:
-                value.shape = ir.Shape(
-                    ["batch" if not isinstance(d, int) and i == 0 else d for i, d in enumerate(value.shape)]
-                )
+                value.shape = ir.Shape(["batch" if d in free and not isinstance(d, int) else d for d in dims(value)])
             value.metadata_props.clear()
         node.metadata_props.clear()
         node.doc_string = None
@@ -454,9 +478,27 @@ def _quiet() -> Iterator[None]:
 def _cause(error: BaseException) -> str:
     """What torch's export error wraps, and the line of the forward it names."""
     cause = error.__cause__ or error
-    found = re.search(r'File "([^"]+)", line (\d+), in \w+\n\s*(.+)', str(cause))
-    place = f" ({Path(found[1]).name}, line {found[2]}: {found[3].strip()})" if found else ""
-    return f"{type(cause).__name__}: {_first_line(cause)}{place}"
+    node = _untranslated(cause)
+    said, trace = f"{type(cause).__name__}: {_first_line(cause)}", str(cause)
+    if node is not None:
+        inner = cause.__cause__
+        missing = inner is None or type(inner).__name__ == "DispatchError"
+        why = "it has no ONNX form" if missing else f"{type(inner).__name__}: {_first_line(inner)}"
+        said, trace = f"operator {node.target}: {why}", node.meta.get("stack_trace") or ""
+    lines = re.findall(r'File "([^"]+)", line (\d+), in \w+\n\s*(.+)', trace)
+    if not lines:
+        return said
+    file, line, text = lines[0] if node is None else lines[-1]
+    return f"{said} ({Path(file).name}, line {line}: {text.strip()})"
+
+
+def _untranslated(error: BaseException) -> torch.fx.Node | None:
+    """The operator at which torch's translation to ONNX stopped; its error holds it only in the frames it passed."""
+    import torch
+
+    held = [frame.f_locals.get("node") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    nodes = [n for n in held if isinstance(n, torch.fx.Node)]
+    return nodes[-1] if nodes and type(error).__name__ == "ConversionError" else None
 
 
 def _first_line(error: BaseException) -> str:

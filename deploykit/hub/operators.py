@@ -12,9 +12,11 @@ import onnx_ir as ir
 
 from deploykit.hub.graph import attribute, constant
 
-Role = Literal["linear", "arithmetic", "moves", "activation", "float"]
+Role = Literal["linear", "lookup", "recurrent", "arithmetic", "moves", "activation", "float"]
 """
 linear      a product with constant weights: weights and bias are quantized too, sums are int32
+lookup      reads rows of a constant table: the table is stored in int8, what is read becomes float
+recurrent   computed in float; its weights are stored in int8
 arithmetic  computes new values: inputs and outputs have scales of their own
 moves       only selects or rearranges values: input and output have one scale
 activation  Relu or Clip: fused into the operator before it where possible, arithmetic where not
@@ -26,6 +28,9 @@ ROLES: dict[str, Role] = {
     "ConvTranspose": "linear",
     "Gemm": "linear",
     "MatMul": "linear",
+    "Gather": "lookup",
+    "LSTM": "recurrent",
+    "GRU": "recurrent",
     "Add": "arithmetic",
     "Sub": "arithmetic",
     "Mul": "arithmetic",
@@ -33,10 +38,14 @@ ROLES: dict[str, Role] = {
     "GlobalAveragePool": "arithmetic",
     "ReduceMean": "arithmetic",
     "Concat": "arithmetic",
+    "Elu": "arithmetic",
     "HardSwish": "arithmetic",
     "HardSigmoid": "arithmetic",
+    "LeakyRelu": "arithmetic",
+    "PRelu": "arithmetic",
     "Sigmoid": "arithmetic",
     "Softmax": "arithmetic",
+    "Tanh": "arithmetic",
     "Resize": "arithmetic",
     "MaxPool": "moves",
     "Pad": "moves",
@@ -54,17 +63,33 @@ ROLES: dict[str, Role] = {
     "Clip": "activation",
 }
 
-FIXED_OUTPUT = {"Softmax": (0.0, 1.0), "Sigmoid": (0.0, 1.0), "HardSigmoid": (0.0, 1.0)}
-"""Operators whose output range is known without data. Integer kernels want it at exactly 2^-bits per step."""
+FIXED_OUTPUT = {"Softmax": (0.0, 1.0), "Sigmoid": (0.0, 1.0), "HardSigmoid": (0.0, 1.0), "Tanh": (-1.0, 1.0)}
+"""Operators whose output range is known without data. Integer kernels want it in exactly 2^bits steps, the largest of
+which falls one step short of 1."""
 
 FUSES_ACTIVATION = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul", "Add", "Sub", "Mul"})
 """Operators that integer kernels run together with a Relu or Clip that follows."""
+
+WHY_FLOAT = {
+    "BatchNormalization": "its columns have units of their own, for which there is no common scale",
+    "Gelu": "a normalisation or product in float stands beside it; integers on both sides cost accuracy and time",
+    "LayerNormalization": "its mean and variance need more than 8 bits",
+}
+"""Reasons that are worth more than "there is no rule"."""
+
+CANNOT_BE_STORED = "tables and recurrent layers stay in float where only inputs of products are quantized"
 
 
 def role(node: ir.Node) -> Role:
     """The node's role; ``float`` for operators that are not in the table and for linear ones without weights."""
     found = ROLES.get(node.op_type, "float") if node.domain in ("", "ai.onnx") else "float"
     if found == "linear" and constant(node.inputs[1]) is None:
+        return "float"
+    if found == "lookup" and not _reads_rows(node):
+        return "float"
+    if found == "recurrent" and any(constant(v) is None for v in node.inputs[1:3]):
+        return "float"
+    if node.op_type == "PRelu" and constant(node.inputs[1]) is None:
         return "float"
     if node.op_type == "Pad" and not _pads_with_zero(node):
         return "float"
@@ -77,12 +102,14 @@ def why_float(node: ir.Node) -> str:
         return "a product of two activations stays in float"
     if node.op_type == "Pad":
         return "pads with something other than zero"
-    return f"{node.op_type} has no quantization rule"
+    if ROLES.get(node.op_type) in ("lookup", "recurrent", "arithmetic"):
+        return "its weights are computed while the model runs"
+    return WHY_FLOAT.get(node.op_type, f"{node.op_type} has no quantization rule")
 
 
 def data_inputs(node: ir.Node) -> list[int]:
     """Positions of the inputs that carry values (not shapes, axes, limits or weights)."""
-    if node.op_type in ("Add", "Sub", "Mul", "Concat"):
+    if node.op_type in ("Add", "Sub", "Mul", "Concat", "PRelu"):
         return list(range(len(node.inputs)))
     return [0]
 
@@ -110,14 +137,53 @@ def is_float(value: ir.Value | None) -> bool:
     return value is not None and value.dtype in (None, ir.DataType.FLOAT)
 
 
-def fused_activation(node: ir.Node) -> ir.Node | None:
-    """The Relu or Clip that runs together with ``node``: the only reader of its only output."""
-    if node.op_type not in FUSES_ACTIVATION:
-        return None
+def fused(node: ir.Node) -> list[ir.Node]:
+    """What integer kernels run together with ``node``, in order: a MatMul's bias, then a Relu or Clip.
+
+    Each is the only reader of the only output before it, and none of those is an output of the graph.
+    """
+    chain: list[ir.Node] = []
+    if node.op_type == "MatMul" and role(node) == "linear":
+        bias = _only_reader(node)
+        if bias is not None and _adds_bias(bias, node):
+            chain.append(bias)
+    last = chain[-1] if chain else node
+    activation = _only_reader(last) if last.op_type in FUSES_ACTIVATION else None
+    if activation is not None and activation.op_type in ("Relu", "Clip") and has_constant_limits(activation):
+        chain.append(activation)
+    return chain
+
+
+def bias_of(node: ir.Node) -> tuple[ir.Node, int]:
+    """Where a linear operator's bias is read: its own third input, or the Add fused with a MatMul."""
+    if node.op_type != "MatMul":
+        return node, 2
+    add = next((n for n in fused(node) if n.op_type == "Add"), None)
+    if add is None:
+        return node, 2
+    return add, 1 if add.inputs[0] is node.outputs[0] else 0
+
+
+def _only_reader(node: ir.Node) -> ir.Node | None:
     readers = [user for user, _ in node.outputs[0].uses()]
-    if len(readers) != 1 or node.outputs[0].is_graph_output() or readers[0].op_type not in ("Relu", "Clip"):
-        return None
-    return readers[0] if has_constant_limits(readers[0]) else None
+    return readers[0] if len(readers) == 1 and not node.outputs[0].is_graph_output() else None
+
+
+def _adds_bias(add: ir.Node, product: ir.Node) -> bool:
+    """Whether ``add`` adds one constant per column to a product of matrices."""
+    if add.op_type != "Add":
+        return False
+    summand = next((v for v in add.inputs if v is not product.outputs[0]), None)
+    held, weight = constant(summand), constant(product.inputs[1])
+    if held is None or weight is None or held.ndim == 0:
+        return False
+    return bool(held.size == held.shape[-1] == weight.shape[-1])
+
+
+def _reads_rows(node: ir.Node) -> bool:
+    """Gather of rows of a constant float table (an embedding)."""
+    table = constant(node.inputs[0])
+    return table is not None and table.dtype == np.float32 and table.ndim == 2 and attribute(node, "axis", 0) == 0
 
 
 def has_constant_limits(node: ir.Node) -> bool:

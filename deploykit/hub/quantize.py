@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,10 +15,12 @@ from deploykit.core.ranges import Ranges, Stats
 from deploykit.core.target import QuantSpec
 from deploykit.hub.graph import Decision, FloatGraph, Hub, add_initializer, attribute, constant, drop_unused, fresh_name
 from deploykit.hub.operators import (
+    CANNOT_BE_STORED,
     FIXED_OUTPUT,
+    bias_of,
     channel_axis,
     data_inputs,
-    fused_activation,
+    fused,
     has_constant_limits,
     is_float,
     role,
@@ -43,18 +45,28 @@ def observed(graph: FloatGraph) -> tuple[list[str], dict[str, int]]:
     names: dict[str, None] = {}
     channels: dict[str, int] = {}
     for node in graph.model.graph:
-        if role(node) == "float" or not is_float(node.outputs[0]):
+        if role(node) in ("float", "lookup", "recurrent") or not is_float(node.outputs[0]):
             continue
         output = node.outputs[0]
         read = [node.inputs[i] for i in data_inputs(node)]
         for value in [*read, *node.outputs]:
-            fused = value is not None and (producer := value.producer()) is not None and fused_activation(producer)
-            if value is not None and is_float(value) and constant(value) is None and not fused:
+            if value is not None and is_float(value) and constant(value) is None and not _is_fused(value):
                 names[_name(value)] = None
         if role(node) == "linear":
             rank = len(output.shape) if output.shape is not None else 2
             channels[_name(output)] = channel_axis(node.op_type, rank)
     return list(names), channels
+
+
+def _is_fused(value: ir.Value) -> bool:
+    """Whether what reads the value runs together with what wrote it, so that it never comes to be."""
+    producer = value.producer()
+    if producer is None:
+        return False
+    if fused(producer):
+        return True
+    first = next((v.producer() for v in producer.inputs if v is not None and v.producer() is not None), None)
+    return first is not None and producer in fused(first)[:-1]
 
 
 @dataclass(frozen=True)
@@ -70,7 +82,9 @@ class Plan:
     """What will be integer: computed from the graph and the spec alone."""
 
     integer: dict[str, ir.Node | None] = field(default_factory=dict)
-    """Node name -> the activation fused with it."""
+    """Node name -> the last of the nodes fused with it."""
+    stored: list[ir.Node] = field(default_factory=list)
+    """Nodes that compute in float with weights stored as integers."""
     inputs: list[tuple[ir.Node, int]] = field(default_factory=list)
     """Edges (node, input position) that read an integer tensor."""
     written: dict[str, ir.Value] = field(default_factory=dict)
@@ -98,15 +112,16 @@ def plan(graph: ir.Graph, spec: QuantSpec, keep_float: Iterable[str] = ()) -> Pl
     layers = {_name(node) for node in graph}
     for name in excluded - layers:
         raise unknown("layer", name, layers)
-    fused: set[str] = set()
+    stays = excluded | {_name(node) for node in graph if node.op_type in spec.float_operators}
+    wanted = _wanted(graph, stays)
+    done: set[str] = set()
     for node in graph:
         name = _name(node)
         kind = role(node)
-        if name in fused or not is_float(node.outputs[0]):
+        if name in done or not is_float(node.outputs[0]):
             continue
-        if kind == "float" or name in excluded or node.op_type in spec.float_operators:
-            tail = fused_activation(node)  # stays with what it would have been fused with
-            fused.update([_name(tail)] if tail is not None else [])
+        if kind == "float" or name in stays:
+            done.update(_name(n) for n in fused(node))  # they stay with what they would have been fused with
             if _computes(node):
                 why = "kept in float on request" if name in excluded else why_float(node)
                 if node.op_type in spec.float_operators:
@@ -115,21 +130,64 @@ def plan(graph: ir.Graph, spec: QuantSpec, keep_float: Iterable[str] = ()) -> Pl
             continue
         if spec.placement == "linear_inputs":
             _plan_linear_inputs(node, kind, made)
+        elif kind in ("lookup", "recurrent"):
+            _plan_storage(node, kind, made)
         else:
-            tail = _plan_everywhere(node, kind, spec, made)
-            if tail is not None:
-                fused.add(_name(tail))
+            done.update(_name(n) for n in _plan_everywhere(node, kind, spec, wanted, made))
     return made
 
 
-def _plan_everywhere(node: ir.Node, kind: str, spec: QuantSpec, made: Plan) -> ir.Node | None:
-    """Integer in, integer out. Returns the activation that was fused."""
+def _wanted(graph: ir.Graph, stays: set[str]) -> set[str]:
+    """The values that some integer operator reads, directly or after they were moved around, and the outputs.
+
+    An operator that computes becomes integer only for those: what only floats read is better computed in float, as the
+    residual stream of a transformer, which its LayerNormalizations read. Products are worth it in any case.
+    """
+    found: set[str] = set()
+    for node in reversed(list(graph)):
+        for value in node.outputs:
+            readers = [(user, i) for user, i in value.uses() if _name(user) not in stays]
+            if value.is_graph_output() or any(_wants(user, i, found) for user, i in readers):
+                found.add(_name(value))
+    return found
+
+
+def _wants(reader: ir.Node, position: int, wanted: set[str]) -> bool:
+    kind = role(reader)
+    if kind == "linear":
+        return position == 0
+    return kind in ("arithmetic", "activation", "moves") and any(_name(v) in wanted for v in reader.outputs)
+
+
+def _why_not(node: ir.Node, kind: str, wanted: set[str], made: Plan) -> str:
+    """Why an operator that could be integer is better off in float here; empty where it is not."""
     if kind == "activation" and not has_constant_limits(node):
-        made.decisions.append(Decision(node.op_type, _name(node), False, "its limits are not constants"))
-        return None
+        return "its limits are not constants"
+    if kind in ("arithmetic", "activation"):
+        if not any(_is_integer(node.inputs[i], made) for i in data_inputs(node)):
+            return "what it reads was computed in float"
+        if not any(_name(v) in wanted for v in node.outputs):
+            return "what reads it computes in float"
+    return ""
+
+
+def _plan_storage(node: ir.Node, kind: str, made: Plan) -> None:
+    """Weights in int8, sums in float."""
+    made.stored.append(node)
+    why = "" if kind == "lookup" else "it computes in float, with weights stored in int8"
+    made.decisions.append(Decision(node.op_type, _name(node), kind == "lookup", why))
+
+
+def _plan_everywhere(node: ir.Node, kind: str, spec: QuantSpec, wanted: set[str], made: Plan) -> list[ir.Node]:
+    """Integer in, integer out. Returns what was fused."""
+    why = _why_not(node, kind, wanted, made)
+    if why:
+        made.decisions.append(Decision(node.op_type, _name(node), False, why))
+        return []
     if kind == "moves" and not _is_integer(node.inputs[0], made):
-        return None  # moves floats around: nothing to gain
-    tail = fused_activation(node)
+        return []  # moves floats around: nothing to gain
+    chain = fused(node)
+    tail = chain[-1] if chain else None
     outputs = [v for v in (tail or node).outputs if is_float(v)]
     sources = [_name(node.inputs[i]) for i in data_inputs(node) if constant(node.inputs[i]) is None]
     made.integer[_name(node)] = tail
@@ -144,7 +202,7 @@ def _plan_everywhere(node: ir.Node, kind: str, spec: QuantSpec, made: Plan) -> i
                 _unite(made, _name(outputs[0]), source)
     elif node.op_type in FIXED_OUTPUT and not spec.activation_symmetric:
         made.fixed[_name(outputs[0])] = FIXED_OUTPUT[node.op_type]
-    return tail
+    return chain
 
 
 def _plan_linear_inputs(node: ir.Node, kind: str, made: Plan) -> None:
@@ -153,6 +211,8 @@ def _plan_linear_inputs(node: ir.Node, kind: str, made: Plan) -> None:
         made.integer[_name(node)] = None
         made.inputs.append((node, 0))
         made.decisions.append(Decision(node.op_type, _name(node), True))
+    elif kind in ("lookup", "recurrent"):
+        made.decisions.append(Decision(node.op_type, _name(node), False, CANNOT_BE_STORED))
     elif node.op_type == "Add" and all(constant(v) is None for v in node.inputs):
         products = [i for i in (0, 1) if _is_lone_product(node.inputs[i])]
         if products:
@@ -251,24 +311,34 @@ def quantize(
     for node, position in made.inputs:
         current = node.inputs[position]
         assert current is not None
-        if constant(current) is not None:
-            node.replace_input_with(position, _constant_operand(g, node, current, spec))
+        shared_root = _shared_root(made, node, spec, names)
+        array = constant(current)
+        if array is not None:
+            own = params[shared_root] if shared_root else _range_params(array, spec)
+            node.replace_input_with(position, _constant_operand(g, node, current, own, spec))
             continue
         source = _behind_pair(current)
-        root = _root(made, names[id(source or current)])
-        if node.op_type in spec.shared_scale and spec.placement == "everywhere":
-            root = _root(made, names[id((made.integer[_name(node)] or node).outputs[0])])
+        root = shared_root or _root(made, names[id(source or current)])
         if source is None:
             node.replace_input_with(position, dequantized(current, root))
         elif root != _root(made, names[id(source)]):
             node.replace_input_with(position, dequantized(source, root, after=current))
-    # 3. weights and biases
+    # 3. weights, tables and biases
     shared: dict[tuple[str, int, bytes], ir.Value] = {}
     for node in [n for n in g if _name(n) in made.integer and role(n) == "linear"]:
         _quantize_weights(g, node, graph.masks, spec, shared)
+    for node in made.stored:
+        _store_weights(g, node, spec, shared)
     drop_unused(g)
     weights = {_name(dq.producer().inputs[0]): name for (name, _, _), dq in shared.items()}  # type: ignore[union-attr]
     return Hub(graph, spec, model, ranges, tuple(made.decisions), weights)
+
+
+def _shared_root(made: Plan, node: ir.Node, spec: QuantSpec, names: Mapping[int, str]) -> str:
+    """The root of the scale that all inputs of an operator share with its output; empty where they do not."""
+    if node.op_type not in spec.shared_scale or spec.placement != "everywhere":
+        return ""
+    return _root(made, names[id((made.integer[_name(node)] or node).outputs[0])])
 
 
 def _behind_pair(value: ir.Value) -> ir.Value | None:
@@ -324,8 +394,15 @@ def _activation_params(graph: ir.Graph, made: Plan, ranges: Ranges, spec: QuantS
         low, high = threshold(stats, how, steps, spec.activation_symmetric)
         lows[root] = min(lows.get(root, 0.0), low)
         highs[root] = max(highs.get(root, 0.0), high)
+    before_renaming = {id(v): _name(v) for node in graph for v in node.outputs}
+    for node, position in made.inputs:  # a constant branch is one more tensor of the same scale
+        array, root = constant(node.inputs[position]), _shared_root(made, node, spec, before_renaming)
+        if array is not None and root in lows and root not in made.fixed:
+            lows[root], highs[root] = min(lows[root], float(array.min())), max(highs[root], float(array.max()))
     return {
-        root: _fixed_params(spec) if root in made.fixed else activation_params(lows[root], highs[root], spec)
+        root: _fixed_params(made.fixed[root], spec)
+        if root in made.fixed
+        else activation_params(lows[root], highs[root], spec)
         for root in lows
     }
 
@@ -364,11 +441,13 @@ def activation_params(low: float, high: float, spec: QuantSpec) -> QParams:
     return QParams(np.asarray(scale, np.float32), np.asarray(zero, dtype))
 
 
-def _fixed_params(spec: QuantSpec) -> QParams:
-    """[0, 1) in 2^bits steps: what integer softmax and sigmoid kernels write."""
+def _fixed_params(limits: tuple[float, float], spec: QuantSpec) -> QParams:
+    """[0, 1) or [-1, 1) in 2^bits steps: what integer softmax, sigmoid and tanh kernels write."""
     bottom, _ = spec.activation_range
     dtype = np.int8 if spec.activation_signed else np.uint8
-    return QParams(np.asarray(2.0**-spec.activation_bits, np.float32), np.asarray(bottom, dtype))
+    half = 2 ** (spec.activation_bits - 1)
+    scale, zero = (1 / (2 * half), bottom) if limits[0] == 0 else (1 / half, bottom + half)
+    return QParams(np.asarray(scale, np.float32), np.asarray(zero, dtype))
 
 
 def weight_scale(
@@ -426,41 +505,93 @@ def _quantize_weights(
     assert weight_value is not None and weight is not None
     name = _name(weight_value)
     axis = weight_axis(node)
-    bias_value = node.inputs[2] if len(node.inputs) > 2 else None
-    channels = weight.shape[axis] * (attribute(node, "group", 1) if node.op_type == "ConvTranspose" else 1)
-    bias = constant(bias_value)
-    if bias is None and bias_value is None:
-        bias = np.zeros(channels, np.float32)
+    holder, position = bias_of(node)
+    bias_value = holder.inputs[position] if len(holder.inputs) > position else None
+    group = attribute(node, "group", 1) if node.op_type == "ConvTranspose" else 1
+    channels = weight.shape[axis] * group
+    bias = np.zeros(channels, np.float32) if bias_value is None else constant(bias_value)
+    bias = bias.reshape(-1) if bias is not None and bias.size == channels else None
     x = node.inputs[0]
     input_scale = float(constant(x.producer().inputs[1]))  # type: ignore[union-attr, arg-type]
-    fits = bias is not None and bias.shape == (weight.shape[axis],)
-    scale = weight_scale(weight, axis, spec, bias if fits else None, input_scale)
+    # the groups of a transposed convolution share the scales of their channels
+    largest = None if bias is None else np.abs(bias).reshape(group, -1).max(axis=0)
+    scale = weight_scale(weight, axis, spec, largest, input_scale)
     key = (name, axis, scale.tobytes())
     if key not in shared:
         stored = round_weight(weight, scale, axis, spec)
         if name in masks:
             assert not stored[~masks[name]].any(), f"quantizing filled zeros of {name}"
-        shared[key] = _dequantize_constant(graph, node, f"{name}_q", stored, scale, axis)
+        shared[key] = dequantize_constant(graph, node, f"{name}_q", stored, scale, axis)
     node.replace_input_with(1, shared[key])
-    if node.op_type == "MatMul" or not fits or bias is None:
+    if bias is None or (node.op_type == "MatMul" and (bias_value is None or spec.bias == "float")):
         return
     if spec.bias == "int32":
-        bias_scale = np.float32(input_scale) * scale
-        value = _dequantize_constant(graph, node, f"{node.name}.bias_q", round_bias(bias, bias_scale), bias_scale, 0)
+        scales = np.tile(np.float32(input_scale) * scale, group)
+        value = dequantize_constant(graph, holder, f"{node.name}.bias_q", round_bias(bias, scales), scales, 0)
     elif bias_value is None or len(list(bias_value.uses())) > 1:  # each operator's bias is corrected on its own
         value = add_initializer(graph, f"{node.name}.bias", bias)
     else:
         value = bias_value
-    if len(node.inputs) < 3:
-        node.resize_inputs(3)
-    node.replace_input_with(2, value)
+    if len(holder.inputs) <= position:
+        holder.resize_inputs(position + 1)
+    holder.replace_input_with(position, value)
 
 
-def _constant_operand(graph: ir.Graph, node: ir.Node, value: ir.Value, spec: QuantSpec) -> ir.Value:
-    """A constant factor or summand becomes an integer tensor with a scale of its own."""
+def _store_weights(
+    graph: ir.Graph, node: ir.Node, spec: QuantSpec, shared: dict[tuple[str, int, bytes], ir.Value]
+) -> None:
+    """Integers in place of the weights of an operator that computes in float.
+
+    A table has one scale, so that rows are read as integers and only those become float. A recurrent layer has one per
+    gate and unit, which its directions share.
+    """
+    if node.op_type == "Gather":
+        _store_table(graph, node, spec, shared)
+        return
+    for position in (1, 2):  # W and R: [directions, gates * units, inputs]
+        value, weight = node.inputs[position], constant(node.inputs[position])
+        assert weight is not None
+        scale = weight_scale(weight, 1, spec, None, 1.0)
+        key = (_name(value), 1, scale.tobytes())
+        if key not in shared:
+            stored = round_weight(weight, scale, 1, spec)
+            shared[key] = dequantize_constant(graph, node, f"{_name(value)}_q", stored, scale, 1)
+        node.replace_input_with(position, shared[key])
+
+
+def _store_table(
+    graph: ir.Graph, node: ir.Node, spec: QuantSpec, shared: dict[tuple[str, int, bytes], ir.Value]
+) -> None:
+    """Gather reads rows of int8 [rows, width]; a DequantizeLinear with one scale follows."""
+    table, result = node.inputs[0], node.outputs[0]
+    weight = constant(table)
+    assert table is not None and weight is not None
+    scale = weight_scale(weight, 0, replace(spec, weight_granularity="tensor"), None, 1.0)[:1]
+    stored = round_weight(weight, np.repeat(scale, len(weight)), 0, spec)
+    readers, outputs = list(result.uses()), [i for i, v in enumerate(graph.outputs) if v is result]
+    node.replace_input_with(0, add_initializer(graph, f"{table.name}_q", stored))
+    name = _name(result)
+    held = add_initializer(graph, f"{table.name}_scale", scale.reshape(()))
+    zero = add_initializer(graph, f"{table.name}_zero", np.zeros((), np.int8))
+    real = ir.Value(name=fresh_name(graph, f"{name}_dq"), type=ir.TensorType(ir.DataType.FLOAT), shape=result.shape)
+    dq = ir.Node("", "DequantizeLinear", [result, held, zero], outputs=[real], name=real.name)
+    graph.insert_after(node, [dq])
+    result.type = ir.TensorType(ir.DataType.INT8)
+    for user, position in readers:
+        user.replace_input_with(position, real)
+    for index in outputs:
+        _become_output(graph, index, real)
+
+
+def _range_params(array: NDArray[Any], spec: QuantSpec) -> QParams:
+    """Parameters that cover a constant."""
+    return activation_params(float(array.min()), float(array.max()), spec)
+
+
+def _constant_operand(graph: ir.Graph, node: ir.Node, value: ir.Value, p: QParams, spec: QuantSpec) -> ir.Value:
+    """A constant operand of an operator that is not a product becomes an integer tensor."""
     array = constant(value)
     assert array is not None
-    p = activation_params(float(array.min()), float(array.max()), spec)
     bottom, top = spec.activation_range
     stored = np.clip(np.rint(array / p.scale) + p.zero_point, bottom, top).astype(p.zero_point.dtype)
     held = add_initializer(graph, f"{value.name}_q", stored)
@@ -471,9 +602,10 @@ def _constant_operand(graph: ir.Graph, node: ir.Node, value: ir.Value, spec: Qua
     return _dequantize(graph, node, held, scale, zero, None)
 
 
-def _dequantize_constant(
+def dequantize_constant(
     graph: ir.Graph, node: ir.Node, name: str, stored: NDArray[Any], scale: NDArray[np.float32], axis: int
 ) -> ir.Value:
+    """Integers behind a DequantizeLinear in front of ``node``, one scale per index of ``axis``; zero points are 0."""
     held = add_initializer(graph, name, stored)
     scales = add_initializer(graph, f"{name}_scale", scale)
     zeros = add_initializer(graph, f"{name}_zero", np.zeros(scale.shape, stored.dtype))

@@ -66,6 +66,14 @@ class Slicer:
         )
         return onnx.helper.make_model(graph, opset_imports=self.model.opset_import, ir_version=self.model.ir_version)
 
+    def leads_with_batch(self, name: str) -> bool:
+        """Whether a value's first axis counts samples, as far as its shape is known."""
+        info = self.info.get(name)
+        sizes = info.type.tensor_type.shape.dim if info is not None else []
+        if len(sizes) == 0 or sizes[0].dim_param:
+            return True
+        return bool(sizes[0].dim_value <= 1 and not any(size.dim_param for size in sizes))
+
     def _walk(self, outputs: Sequence[str], known: Collection[str]) -> tuple[list[onnx.NodeProto], list[str]]:
         stop = set(known)
         nodes: dict[int, onnx.NodeProto] = {}
@@ -110,6 +118,8 @@ def operator_slices(hub: Hub) -> Iterator[OperatorSlice]:
     """Every operator of the hub that reads and writes integers, cut out with its own quantization.
 
     Operators that only read integers (`linear_inputs` placement) have no integer output to compare and are left out.
+    So are those between tensors that do not have the batch in front (inside attention, sequences turned for a recurrent
+    layer): files are run with the batch in front.
     """
     slicer = Slicer(onnx.load_model_from_string(hub.bytes))
     integer = {d.layer: d for d in hub.decisions if d.quantized}
@@ -121,28 +131,41 @@ def operator_slices(hub: Hub) -> Iterator[OperatorSlice]:
     for node in slicer.model.graph.node:
         if node.name not in integer:
             continue
-        quantizer = _quantizer_after(node, reads)
+        quantizer = _quantizer_after(node, reads, slicer)
         if quantizer is None:
             continue
         (output,) = (r.output[0] for r in reads[quantizer.output[0]] if r.op_type == "DequantizeLinear")
         known = [slicer.producer[s].input[0] for s in _integer_sources(node, slicer)]
         model = slicer.cut([output], known)
         inputs = slicer.boundary([output], known)
+        if not all(slicer.leads_with_batch(name) for name in (quantizer.input[0], *inputs)):
+            continue
         yield OperatorSlice(
             node.name, node.op_type, model, tuple(inputs), output, floats.get(quantizer.input[0], quantizer.input[0]),
             float(slicer.array(quantizer.input[1])),
         )  # fmt: skip
 
 
-def _quantizer_after(node: onnx.NodeProto, reads: Mapping[str, list[onnx.NodeProto]]) -> onnx.NodeProto | None:
-    """The QuantizeLinear behind a node, directly or behind one activation."""
-    for reader in reads.get(node.output[0], []):
+def _quantizer_after(
+    node: onnx.NodeProto, reads: Mapping[str, list[onnx.NodeProto]], slicer: Slicer
+) -> onnx.NodeProto | None:
+    """The QuantizeLinear behind a node, directly or behind its bias and activation."""
+    readers = reads.get(node.output[0], [])
+    for reader in readers:
         if reader.op_type == "QuantizeLinear":
             return reader
-    readers = reads.get(node.output[0], [])
-    if len(readers) == 1 and readers[0].op_type in ("Relu", "Clip"):
-        return _quantizer_after(readers[0], reads)
+    if len(readers) == 1 and (readers[0].op_type in ("Relu", "Clip") or _adds_bias(readers[0], node, slicer)):
+        return _quantizer_after(readers[0], reads, slicer)
     return None
+
+
+def _adds_bias(add: onnx.NodeProto, product: onnx.NodeProto, slicer: Slicer) -> bool:
+    """Whether a node adds a constant, quantized or not, to a product of matrices."""
+    if (product.op_type, add.op_type) != ("MatMul", "Add"):
+        return False
+    (other,) = [name for name in add.input if name != product.output[0]] or [""]
+    dequantizer = slicer.producer.get(other)
+    return other in slicer.initializers or (dequantizer is not None and dequantizer.input[0] in slicer.initializers)
 
 
 def _integer_sources(node: onnx.NodeProto, slicer: Slicer) -> list[str]:

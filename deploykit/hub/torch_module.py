@@ -151,12 +151,17 @@ def _integer_weights(
     found: dict[str, _Weight] = {}
     dequantizers = {out[0]: (a, ins) for op, a, ins, out in nodes if op == "DequantizeLinear" and ins[0] in arrays}
     for op, _, inputs, _ in nodes:
-        if op not in ("Conv", "ConvTranspose", "Gemm", "MatMul"):
+        held = [name for name in inputs if name in dequantizers]
+        if op == "Add":  # the bias of a MatMul
+            held = [name for name in held if arrays[dequantizers[name][1][0]].dtype == np.int32]
+        elif op in ("Conv", "ConvTranspose", "Gemm", "MatMul"):
+            held = [name for name in held if name != inputs[0]]
+        else:
             continue
-        for position in (1, 2):
-            if position < len(inputs) and inputs[position] in dequantizers:
-                attributes, (stored, scale, *_) = dequantizers[inputs[position]]
-                found[inputs[position]] = _Weight(stored, scale, attributes.get("axis", 1), position == 2)
+        for name in held:
+            attributes, (stored, scale, *_) = dequantizers[name]
+            is_bias = bool(arrays[stored].dtype == np.int32)
+            found[name] = _Weight(stored, scale, attributes.get("axis", 1), is_bias)
     return found
 
 

@@ -204,6 +204,60 @@ def _hard_sigmoid(a: Attributes, x: Tensor) -> Tensor:
     return y.clamp(0, 1)
 
 
+def _batch_norm(a: Attributes, x: Tensor, g: Tensor, b: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+    return F.batch_norm(x, mean, variance, g, b, eps=a.get("epsilon", 1e-5))
+
+
+def _norm(a: Attributes, x: Tensor, axes: Tensor | None = None) -> Tensor:
+    where = ints(axes) if axes is not None else list(range(x.ndim))
+    return x.square().sum(where, keepdim=bool(a.get("keepdims", 1))).sqrt()
+
+
+Step = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""(Xt W^T + Wb, Ht-1 R^T + Rb, Ht-1, Ct-1) -> (Ht, Ct)."""
+
+
+def _lstm_step(x: Tensor, r: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    i, o, f, g = (x + r).chunk(4, -1)
+    c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+    return torch.sigmoid(o) * torch.tanh(c), c
+
+
+def _gru_step(x: Tensor, r: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    (xz, xr, xh), (rz, rr, rh) = x.chunk(3, -1), r.chunk(3, -1)
+    z = torch.sigmoid(xz + rz)
+    return (1 - z) * torch.tanh(xh + torch.sigmoid(xr + rr) * rh) + z * h, c
+
+
+def _recurrent(step: Step) -> Callable[..., tuple[Tensor, ...]]:
+    """A layer without initial states: Y [steps, directions, n, units], Y_h and Y_c [directions, n, units]."""
+
+    def layer(
+        a: Attributes, x: Tensor, w: Tensor, r: Tensor, b: Tensor | None = None, *rest: Any
+    ) -> tuple[Tensor, ...]:
+        if any(v is not None for v in rest) or (step is _gru_step and not a.get("linear_before_reset", 0)):
+            raise DeploykitError(
+                "a recurrent layer with initial states, lengths or another order of gates has no torch meaning here; "
+                "the hub cannot be trained"
+            )
+        every, last_h, last_c = [], [], []
+        for d in range(w.shape[0]):
+            backwards = a.get("direction", "forward") == "reverse" or d == 1
+            wb, rb = (torch.zeros(2, w.shape[1]) if b is None else b[d].reshape(2, -1)).unbind(0)
+            h = c = x.new_zeros(x.shape[1], r.shape[2])
+            steps = []
+            for sample in x.flip(0) if backwards else x:
+                h, c = step(sample @ w[d].T + wb, h @ r[d].T + rb, h, c)
+                steps.append(h)
+            y = torch.stack(steps)
+            every.append(y.flip(0) if backwards else y)
+            last_h.append(h)
+            last_c.append(c)
+        return torch.stack(every, 1), torch.stack(last_h), torch.stack(last_c)
+
+    return layer
+
+
 _CAST = {1: torch.float32, 6: torch.int32, 7: torch.int64, 9: torch.bool, 10: torch.float16, 11: torch.float64}
 
 MEANING: dict[str, Callable[..., Tensor | tuple[Tensor, ...]]] = {
@@ -219,7 +273,14 @@ MEANING: dict[str, Callable[..., Tensor | tuple[Tensor, ...]]] = {
     "GlobalAveragePool": lambda a, x: x.mean(list(range(2, x.ndim)), keepdim=True),
     "ReduceMean": _reduce_mean,
     "Concat": lambda a, *xs: torch.cat(xs, a["axis"]),
+    "Elu": lambda a, x: F.elu(x, a.get("alpha", 1.0)),
+    "Gather": _gather,
     "HardSwish": lambda a, x: F.hardswish(x),
+    "LeakyRelu": lambda a, x: F.leaky_relu(x, a.get("alpha", 0.01)),
+    "PRelu": lambda a, x, slope: torch.where(x < 0, x * slope, x),
+    "Tanh": lambda a, x: torch.tanh(x),
+    "LSTM": _recurrent(_lstm_step),
+    "GRU": _recurrent(_gru_step),
     "HardSigmoid": _hard_sigmoid,
     "Sigmoid": lambda a, x: torch.sigmoid(x),
     "Softmax": lambda a, x: x.softmax(a.get("axis", -1)),
@@ -243,13 +304,11 @@ MEANING: dict[str, Callable[..., Tensor | tuple[Tensor, ...]]] = {
     "Sqrt": lambda a, x: x.sqrt(),
     "Pow": lambda a, x, y: x**y,
     "Erf": lambda a, x: torch.erf(x),
-    "Tanh": lambda a, x: torch.tanh(x),
     "Exp": lambda a, x: x.exp(),
     "Gelu": lambda a, x: F.gelu(x, approximate=a.get("approximate", "none")),
-    "LeakyRelu": lambda a, x: F.leaky_relu(x, a.get("alpha", 0.01)),
-    "PRelu": lambda a, x, slope: torch.where(x < 0, x * slope, x),
     "LayerNormalization": _layer_norm,
-    "Gather": _gather,
+    "BatchNormalization": _batch_norm,
+    "ReduceL2": _norm,
     "Shape": _shape,
     "Cast": lambda a, x: x.to(_CAST[a["to"]]),
 }

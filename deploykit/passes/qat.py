@@ -29,7 +29,7 @@ class Qat:
     """Of the distillation; 1 compares plain probabilities."""
 
     stage: ClassVar[Stage] = "hub"
-    needs: ClassVar[tuple[Need, ...]] = ("train",)
+    needs: ClassVar[tuple[Need, ...]] = ("train", "teacher")
     pays_if: ClassVar[tuple[Profit, ...]] = ("int8", "int4")
 
     def __post_init__(self) -> None:

@@ -1,72 +1,53 @@
-"""`report.html`: one self-contained page that a colleague understands without the person who made the artifact."""
+"""One artifact's page: a colleague understands it without the person who made the artifact."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
-from pathlib import Path
 
-from deploykit.core.artifact import Island, Measurement
-from deploykit.core.errors import MissingExtra
-from deploykit.core.figures import MISSING, file_size, milliseconds, number, quotient
-from deploykit.core.files import write_in_place
-from deploykit.core.manifest import Manifest, Score, load_intact
-from deploykit.report.charts import charts
+from deploykit import targets
+from deploykit.core.artifact import Measurement
+from deploykit.core.device import Facts
+from deploykit.core.figures import file_size, milliseconds, number, quotient
+from deploykit.core.manifest import Manifest, Score
+from deploykit.report import spans
+from deploykit.report.advice import advice
+from deploykit.report.cards import cards
+from deploykit.report.html import fill
+from deploykit.report.layers import grouped, maps
+from deploykit.report.made import Made
 from deploykit.report.rows import ORIGINAL, Row, rows
 from deploykit.report.usage import usage
-from deploykit.report.words import preprocessing, shape, title
-
-NAME = "report.html"
-LAYERS = 8
-"""Layers named per reason."""
+from deploykit.report.words import preprocessing
 
 
-def write_report(folder: Path) -> Path:
-    """Writes ``report.html`` into an artifact's folder and returns its path. Equal manifests give equal bytes.
-
-    Raises:
-        DeploykitError: not an artifact, or one whose files were truncated or altered.
-        MissingExtra: jinja2 is not installed.
-    """
-    manifest = load_intact(folder)
-    path = folder / NAME
-    write_in_place(path, render(manifest))
-    return path
-
-
-def render(manifest: Manifest) -> str:
-    """The page."""
-    try:
-        import jinja2
-    except ImportError:
-        raise MissingExtra("writing report.html", "report") from None
-
-    source = (resources.files("deploykit.report") / "templates" / "report.html.j2").read_text(encoding="utf-8")
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    environment.globals |= {
-        "number": number,
-        "ms": milliseconds,
-        "size": file_size,
-        "quotient": quotient,
-        "shape": shape,
-        "missing": MISSING,
-        "title": title,
-    }
-    found = rows(manifest)
-    return environment.from_string(source).render(
-        m=manifest,
-        rows=found,
-        verdict=verdict(manifest),
+def render(made: Made) -> str:
+    """The page. Equal artifacts give equal bytes."""
+    m, ranges = made.manifest, made.ranges
+    found = rows(m)
+    shown = () if ranges is None else spans.spans(ranges, m)
+    return fill(
+        "artifact.html.j2",
+        m=m,
+        device=targets.load(m.target).title if m.target in targets.names() else "",
+        verdict=verdict(m),
         summary=summary(found),
-        charts=charts(found),
-        notes=tuple(dict.fromkeys([*manifest.notes, *(note for f in manifest.files for note in f.notes)])),
-        usage=usage(manifest),
-        preprocessing=preprocessing(manifest.preprocess) if manifest.preprocess else (),
-        islands={f.path: grouped(f.islands) for f in manifest.files if f.islands},
-        places=places(manifest.measurements),
+        cards=cards(m),
+        advice=advice(m, ranges),
+        rows=found,
+        places=places(m.measurements),
+        usage=usage(m),
+        road=road(m),
+        facts=facts,
+        counts={f.path: _counts(f.quantized) for f in m.files if f.quantized},
+        maps=maps(m),
+        unmeasured=next((c.detail for c in m.checks if c.name == "operators" and c.passed is None), ""),
+        islands={f.path: grouped(f.islands) for f in m.files if f.islands},
+        spans=shown,
+        tensors=0 if ranges is None else len(spans.computed(ranges, m)),
+        histograms=any(s.outline for s in shown),
+        checks=[("", c) for c in m.checks],
+        preprocessing=preprocessing(m.preprocess) if m.preprocess else (),
     )
 
 
@@ -134,31 +115,66 @@ def _accuracy(original: Score | None, score: Score | None) -> list[str]:
 
 def how(m: Measurement) -> str:
     """Where and how a time was taken."""
+    if not m.runs:
+        return m.where
     return f"{m.where}, batch {m.batch}, {m.threads} thread{'s' if m.threads != 1 else ''}, {m.runs} runs"
 
 
 def places(measurements: Sequence[Measurement]) -> tuple[str, ...]:
     """Every distinct place and way of measuring."""
-    return tuple(dict.fromkeys(how(m) if m.runs else m.where for m in measurements))
+    return tuple(dict.fromkeys(how(m) for m in measurements))
 
 
 @dataclass(frozen=True)
-class Group:
-    """Float operators with one reason."""
+class Done:
+    """One station of the road from the model to the files."""
 
-    operator: str
-    why: str
-    count: int
-    layers: str
+    what: str
+    said: str
+    code: tuple[str, ...] = ()
+    seconds: float | None = None
 
 
-def grouped(islands: Sequence[Island]) -> tuple[Group, ...]:
-    """Float operators by kind and reason, the most frequent first."""
-    layers: dict[tuple[str, str], list[str]] = {}
-    for island in islands:
-        layers.setdefault((island.operator, island.why), []).append(island.layer)
-    found = []
-    for (operator, why), names in sorted(layers.items(), key=lambda item: -len(item[1])):
-        more = f" and {len(names) - LAYERS} more" if len(names) > LAYERS else ""
-        found.append(Group(operator, why, len(names), ", ".join(names[:LAYERS]) + more))
-    return tuple(found)
+def road(m: Manifest) -> tuple[Done, ...]:
+    """What was done, in order."""
+    seconds = m.seconds
+    done = [Done("lowered", f"to a float graph, hash {m.graph}, from", (m.model,), seconds.get("lower"))]
+    if "calibration" in m.data:
+        data = m.data["calibration"]
+        said = f"ranges on {data.samples:,} samples of {data.origin}, thresholds by {m.thresholds}"
+        done.append(Done("calibrated", said, (), seconds.get("calibrate")))
+    if m.steps:
+        spent = sum(v for k, v in seconds.items() if k.split()[0] in {s.partition("(")[0] for s in m.steps})
+        done.append(Done("changed", "in this order:", m.steps, spent + seconds.get("compress", 0.0)))
+    names = tuple(f.path for f in m.files)
+    done.append(Done("written", f"by the {m.exporter} exporter:", names, seconds.get(f"write {m.target}")))
+    if m.checks:
+        done.append(Done("checked", f"{verdict(m).text}", (), seconds.get(f"check {m.target}")))
+    timed = [t for t in m.measurements if t.runs]
+    if timed:
+        done.append(Done("timed", "; ".join(places(timed)), (), seconds.get(f"benchmark {m.target}")))
+    return tuple(done)
+
+
+def facts(device: Facts) -> tuple[tuple[str, str], ...]:
+    """What a device said about itself, in words; what it did not say is left out."""
+    clock = f"{device.clock_mhz:.0f} MHz" if device.clock_mhz else ""
+    if device.clock_max_mhz:
+        clock = f"{clock} of at most {device.clock_max_mhz:.0f} MHz".removeprefix(" of ")
+    said = {
+        "device": f"{device.name} ({device.address})",
+        "board": device.board,
+        "processor": f"{f'{device.cores} × ' if device.cores else ''}{device.cpu or device.machine}",
+        "clock": clock,
+        "governor": device.governor,
+        "power mode": device.power_mode,
+        "temperatures": ", ".join(f"{zone} {degrees:.0f} °C" for zone, degrees in device.temperatures.items()),
+        "memory": f"{device.memory_mb:,.0f} MB" if device.memory_mb else "",
+        "system": device.system,
+        "packages": ", ".join(f"{name} {version}" for name, version in device.packages.items()),
+    }
+    return tuple((name, fact) for name, fact in said.items() if fact)
+
+
+def _counts(quantized: Mapping[str, int]) -> str:
+    return ", ".join(f"{n} {kind}" for kind, n in quantized.items())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from deploykit.core.artifact import File, Measurement
@@ -31,10 +32,10 @@ def rows(manifest: Manifest) -> tuple[Row, ...]:
     scores = {s.precision: s for s in reversed(manifest.scores)}
     measured = {m.precision: m for m in reversed(manifest.measurements)}
     sizes = {s.path: s.bytes for s in manifest.stored}
-    base = sizes.get(manifest.files[0].path) if manifest.files else None
+    base = _bytes(manifest.files[0], sizes) if manifest.files else None
     found = [Row(manifest.target, ORIGINAL, None, None, None, scores[ORIGINAL], None)] if ORIGINAL in scores else []
     for file in manifest.files:
-        size = sizes.get(file.path)
+        size = _bytes(file, sizes)
         found.append(
             Row(
                 manifest.target,
@@ -47,3 +48,22 @@ def rows(manifest: Manifest) -> tuple[Row, ...]:
             )
         )
     return tuple(found)
+
+
+def _bytes(file: File, sizes: Mapping[str, int]) -> int | None:
+    """Of the file and of what belongs to it."""
+    if file.bytes is not None:
+        return file.bytes
+    found = [sizes.get(path) for path in (file.path, *file.parts)]
+    return None if None in found else sum(size for size in found if size is not None)
+
+
+def untimed(row: Row) -> str:
+    """Why a file has no time."""
+    return row.measurement.where if row.measurement is not None else "it was not timed (--no-benchmark)"
+
+
+def unscored(manifest: Manifest) -> str:
+    """Why the files have no accuracy."""
+    said = next((c.detail for c in manifest.checks if c.passed is None and c.name == "accuracy"), "")
+    return said or "there was no data to score it on"

@@ -126,7 +126,7 @@ def _readme(folder: Path, manifest: Manifest) -> str:
     ]
     for file in manifest.files:
         counts = ", ".join(f"{n} {kind}" for kind, n in file.quantized.items()) or "none"
-        size = file_size((folder / file.path).stat().st_size)
+        size = file_size(file.size(folder))
         lines.append(f"| `{file.path}` | {file.precision} | {size} | {counts} |")
     lines += ["", "## Run it", "", *(f"    {command}" for command in how.commands), "", how.about, ""]
     lines += ["## What goes in", ""]

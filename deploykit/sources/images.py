@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,8 +42,8 @@ def load_preprocess(source: Path | Mapping[str, Any], flags: Mapping[str, Any] |
     return from_table(Preprocess, table, where)
 
 
-def preprocess_image(image: Image, p: Preprocess) -> NDArray[np.float32]:
-    """One image as the network wants it: float32 ``[c, h, w]`` (NCHW) or ``[h, w, c]`` (NHWC)."""
+def pixels_of(image: Image, p: Preprocess) -> NDArray[np.uint8]:
+    """One image resized and cropped, ``[h, w, c]`` uint8, channels in the declared order."""
     from PIL.Image import Resampling
 
     image = image.convert("L" if p.channels == "L" else "RGB")
@@ -53,9 +54,13 @@ def preprocess_image(image: Image, p: Preprocess) -> NDArray[np.float32]:
     if crop is not None:
         top, left = round((size[1] - crop[0]) / 2), round((size[0] - crop[1]) / 2)
         image = image.crop((left, top, left + crop[1], top + crop[0]))
-    x: Any = np.asarray(image, np.float32).reshape(image.height, image.width, p.depth)
-    x = x[..., ::-1] if p.channels == "BGR" else x
-    x = x * np.float32(p.scale)
+    x = np.asarray(image, np.uint8).reshape(image.height, image.width, p.depth)
+    return x[..., ::-1] if p.channels == "BGR" else x
+
+
+def preprocess_image(image: Image, p: Preprocess) -> NDArray[np.float32]:
+    """One image as the network wants it: float32 ``[c, h, w]`` (NCHW) or ``[h, w, c]`` (NHWC)."""
+    x: Any = pixels_of(image, p).astype(np.float32) * np.float32(p.scale)
     if p.mean:
         x = x - np.asarray(p.mean, np.float32)
     if p.std:
@@ -65,14 +70,14 @@ def preprocess_image(image: Image, p: Preprocess) -> NDArray[np.float32]:
 
 def image_folder(folder: Path, inputs: Sequence[TensorSpec], p: Preprocess, origin: str) -> DataSet:
     """The images of a folder, decoded when they are asked for; class subfolders are the labels."""
-    from PIL import Image
+    from PIL.Image import open as open_image
 
     name = only_input(inputs, origin, "a folder of images")
     files, labels, classes = _list_images(folder, origin)
     sizes: dict[tuple[int, int], Path] = {}
     for file in track(files, "looking at images"):
         try:
-            with Image.open(file) as image:
+            with open_image(file) as image:
                 size, mode = image.size, image.mode
         except OSError:
             raise DeploykitError(f"{origin}: {file} is not an image that Pillow can read") from None
@@ -86,14 +91,15 @@ def image_folder(folder: Path, inputs: Sequence[TensorSpec], p: Preprocess, orig
                 f"(width x height). Set resize and crop in [preprocess]."
             )
 
-    def sample(i: int) -> Sample:
+    def read(i: int, prepare: Callable[[Image, Preprocess], NDArray[Any]]) -> Sample:
         try:
-            with Image.open(files[i]) as image:
-                return {name: preprocess_image(image, p)}
+            with open_image(files[i]) as image:
+                return {name: prepare(image, p)}
         except (OSError, SyntaxError):  # Pillow raises SyntaxError for broken PNG chunks
             raise DeploykitError(f"{origin}: {files[i]} is damaged") from None
 
-    return DataSet(sample, tuple(range(len(files))), labels, origin, p, classes)
+    sample, pixels = partial(read, prepare=preprocess_image), partial(read, prepare=pixels_of)
+    return DataSet(sample, tuple(range(len(files))), labels, origin, p, classes, pixels)
 
 
 def _list_images(folder: Path, origin: str) -> tuple[list[Path], NDArray[np.int64] | None, tuple[str, ...]]:

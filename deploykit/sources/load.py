@@ -19,7 +19,7 @@ from deploykit.core.progress import say, track
 from deploykit.core.seeds import seeded
 from deploykit.core.user_code import call, load_function
 from deploykit.sources.checks import check_values, checked
-from deploykit.sources.images import fitting, image_folder, only_input, preprocess_image
+from deploykit.sources.images import fitting, image_folder, only_input, pixels_of, preprocess_image
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -174,14 +174,15 @@ def _array_data(
             raise DeploykitError(f"{origin}: '{name}' {_no_image(shape, p)}")
         fitting((shape[1], shape[0]), p, f"{origin}: '{name}'")
 
-    def sample(i: int) -> Sample:
+    def read(i: int, prepare: Callable[[Image.Image, Preprocess], NDArray[Any]]) -> Sample:
         found = dict(plain.sample(i))
         for name in images:
-            pixels = found[name].squeeze(-1) if found[name].shape[-1] == 1 and found[name].ndim == 3 else found[name]
-            found[name] = preprocess_image(Image.fromarray(np.ascontiguousarray(pixels)), p)
+            array = found[name].squeeze(-1) if found[name].shape[-1] == 1 and found[name].ndim == 3 else found[name]
+            found[name] = prepare(Image.fromarray(np.ascontiguousarray(array)), p)
         return found
 
-    return replace(plain, sample=sample, preprocess=p)
+    sample, pixels = partial(read, prepare=preprocess_image), partial(read, prepare=pixels_of)
+    return replace(plain, sample=sample, preprocess=p, pixels=pixels)
 
 
 def _no_image(shape: tuple[int, ...], p: Preprocess) -> str:

@@ -1,4 +1,4 @@
-"""What TensorRT makes of a Q/DQ graph, read from the ONNX alone: rules Q1 to Q14 and Q23.
+"""What TensorRT makes of a Q/DQ graph, read from the ONNX alone: rules Q1 to Q14, Q21, Q23 and Q26.
 
 Severity: ``E`` the parser or builder rejects the file or crashes; ``S`` it is taken, but runs in float or computes
 something else, the dangerous class; ``I`` for information. The verdicts were taken from NVIDIA's own parser and builder
@@ -15,6 +15,8 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
+from deploykit.exporters.tensorrt.device.build import Version, dotted
+from deploykit.exporters.tensorrt.parsers import FIRST_READ, SCATTER_REDUCTION, UINT8_INPUTS
 from deploykit.hub.graph import attribute, constant
 
 Severity = Literal["E", "S", "I"]
@@ -44,15 +46,41 @@ class Finding:
         return f"{self.rule} at '{self.node}': {self.sentence}"
 
 
-def lint(proto: onnx.ModelProto) -> tuple[Finding, ...]:
-    """Everything TensorRT would reject, run in float or compute differently, in graph order."""
+def lint(proto: onnx.ModelProto, trt: tuple[Version, Version] | None = None) -> tuple[Finding, ...]:
+    """Everything TensorRT would reject, run in float or compute differently, in graph order.
+
+    Args:
+        proto: the file.
+        trt: oldest and newest release that shall read it; None asks for no release in particular.
+    """
     model = read(proto)
-    return tuple(
-        Finding(rule, severity, name(node), sentence)
-        for node in model.graph
-        for rule, severity, broken in RULES
-        for sentence in broken(node)
-    )
+    found = list(_q21_inputs(model.graph, trt[0], trt[1])) if trt is not None else []
+    for node in model.graph:
+        found += [Finding(r, severity, name(node), said) for r, severity, broken in RULES for said in broken(node)]
+        if trt is not None:
+            found += _q21(node, *trt)
+    return tuple(found)
+
+
+def _q21(node: ir.Node, oldest: Version, newest: Version) -> Iterator[Finding]:
+    yield from _read_since(name(node), node.op_type, FIRST_READ.get(node.op_type, oldest), oldest, newest)
+    if node.op_type == "ScatterElements" and attribute(node, "reduction", "none") != "none":
+        yield from _read_since(name(node), "ScatterElements with a reduction", SCATTER_REDUCTION, oldest, newest)
+
+
+def _q21_inputs(graph: ir.Graph, oldest: Version, newest: Version) -> Iterator[Finding]:
+    for value in graph.inputs:
+        if value.dtype == Uint8:
+            yield from _read_since(value.name or "", "uint8 inputs", UINT8_INPUTS, oldest, newest)
+
+
+def _read_since(where: str, what: str, first: Version, oldest: Version, newest: Version) -> Iterator[Finding]:
+    if newest < first:
+        yield Finding("Q21", "E", where, f"TensorRT {dotted(newest)} has no {what}")
+    elif oldest < first:
+        yield Finding(
+            "Q21", "I", where, f"TensorRT has {what} since {dotted(first)}; older ones will not build this file"
+        )
 
 
 def read(proto: onnx.ModelProto) -> ir.Model:
@@ -273,6 +301,17 @@ def _q23(node: ir.Node) -> Iterator[str]:
         yield f"its scale is {str(scale.dtype).lower()}, which ONNX has since operator set 19 (this file: {opset})"
 
 
+def _q26(node: ir.Node) -> Iterator[str]:
+    if node.op_type in ("MaxPool", "AveragePool", "LpPool") and any(d != 1 for d in attribute(node, "dilations", [])):
+        yield "TensorRT's pools have no dilations"
+    if node.op_type == "MaxPool" and len(node.outputs) > 1:
+        yield "TensorRT's MaxPool gives no indices"
+    if attribute(node, "coordinate_transformation_mode") == "tf_crop_and_resize":
+        yield "TensorRT has no coordinate_transformation_mode 'tf_crop_and_resize'"
+    if node.op_type == "ScatterND" and attribute(node, "reduction", "none") != "none":
+        yield "TensorRT's ScatterND has no reductions"
+
+
 Rule = Callable[[ir.Node], Iterator[str]]
 RULES: tuple[tuple[str, Severity, Rule], ...] = (
     ("Q1", "E", _q1),
@@ -291,4 +330,5 @@ RULES: tuple[tuple[str, Severity, Rule], ...] = (
     ("Q13", "E", _q13),
     ("Q14", "S", _q14),
     ("Q23", "E", _q23),
+    ("Q26", "E", _q26),
 )

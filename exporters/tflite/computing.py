@@ -105,6 +105,25 @@ def unary(kind: str, quant: Quant | None = None) -> Callable[[Operation], View]:
     return write
 
 
+def prelu(op: Operation) -> View:
+    """PRELU: the slope has the axes of the image but the batch."""
+    shape, order = op.shape(0), op.natural(0)
+    slope = _expanded(op, 1, order)
+    return op.emit("PRELU", [op.read(0, order), as_shape(op.writer, slope, slope.shape[1:])], shape, order)
+
+
+def gelu(op: Operation) -> View:
+    """GELU."""
+    return op.elementwise("GELU", op.quant, approximate=op.attribute("approximate", "none") == "tanh")
+
+
+def elu(op: Operation) -> View:
+    """ELU, which has no factor in LiteRT."""
+    if op.attribute("alpha", 1.0) != 1.0:
+        raise Unsupported(f"LiteRT's ELU has the factor 1, this one {op.attribute('alpha')}")
+    return op.elementwise("ELU", op.quant)
+
+
 def leaky_relu(op: Operation) -> View:
     """LEAKY_RELU."""
     return op.elementwise("LEAKY_RELU", op.quant, alpha=op.attribute("alpha", 0.01))

@@ -9,7 +9,7 @@ import numpy as np
 from deploykit.exporters.tflite import layout
 from deploykit.exporters.tflite.layout import View, identity, permuted, stored
 from deploykit.exporters.tflite.operation import Operation, Unsupported, canonical, read, requantize
-from deploykit.exporters.tflite.writer import Tensor
+from deploykit.exporters.tflite.writer import DTYPES, Tensor
 
 LOWEST = np.finfo(np.float32).min
 
@@ -46,10 +46,24 @@ def depth_to_space(op: Operation) -> View:
 
 
 def unchanged(op: Operation) -> View:
-    """Identity, and Expand where it has nothing to repeat."""
-    if op.shape(0) != op.output_shape():
-        raise Unsupported(f"repeating {op.shape(0)} to {op.output_shape()} is not supported")
-    return op.view(0)
+    """Identity, and Expand: BROADCAST_TO where there is something to repeat."""
+    shape = op.output_shape()
+    if op.shape(0) == shape:
+        return op.view(0)
+    whole = layout.reshape(op.view(0), (1,) * (len(shape) - len(op.shape(0))) + op.shape(0))
+    assert whole is not None
+    x = read(op.writer, whole, identity(len(shape)))
+    indices = op.writer.indices(f"{op.name}_shape", shape)
+    made = op.writer.write("BROADCAST_TO", [x, indices], op.name, shape, x.quant, dtype=x.dtype)
+    return stored(made, shape, identity(len(shape)))
+
+
+def cast(op: Operation) -> View:
+    """Cast to float32: of pixels, or of what is float32 already."""
+    kind = op.view(0).tensor.dtype
+    if kind == "float32":
+        return op.view(0)
+    return op.elementwise("CAST", inDataType=DTYPES[kind], outDataType=DTYPES["float32"])
 
 
 def pad(op: Operation) -> View:
@@ -130,7 +144,7 @@ def cropped(op: Operation, view: View, begin: Sequence[int], end: Sequence[int],
         op.writer.indices(f"{op.name}_{what}", permuted(tuple(values), order))
         for what, values in (("begin", begin), ("end", end), ("step", step))
     ]
-    made = op.writer.write("STRIDED_SLICE", [x, *corners], op.name, permuted(shape, order), x.quant)
+    made = op.writer.write("STRIDED_SLICE", [x, *corners], op.name, permuted(shape, order), x.quant, dtype=x.dtype)
     return stored(made, shape, order)
 
 

@@ -82,6 +82,10 @@ class Operation:
             raise Unsupported(f"its input {index} is computed at run time; it has to be a constant")
         return found
 
+    def parameter_or_none(self, index: int) -> NDArray[Any] | None:
+        """The constant behind an input; None where it is computed."""
+        return constant(self.node.inputs[index])
+
     def axis(self, axis: int) -> int:
         """An axis of operand 0, counted from the front.
 
@@ -90,7 +94,7 @@ class Operation:
         """
         rank = len(self.shape(0))
         value = self.node.inputs[0]
-        if axis % rank == 0 and value is not None and value.shape is not None and not isinstance(value.shape[0], int):
+        if value is not None and value.shape is not None and not isinstance(value.shape[axis % rank], int):
             raise Unsupported("it works across the batch; .tflite files hold one sample")
         return axis % rank
 
@@ -133,11 +137,14 @@ class Operation:
         operand = self.operands[index]
         if not isinstance(operand, Constant):
             raise Unsupported(f"its input {index} is computed at run time; only constant weights can be written")
-        value = self.node.inputs[index]
+        value = self.node.inputs[index] if index < len(self.node.inputs) else None
         name = (value.name if value is not None else None) or f"{self.name}.{index}"
-        if self.quant is not None and operand.quant is not None:
-            return self.writer.constant(name, arrange(operand.values), replace(operand.quant, axis=axis))
-        return self.float_constant(name, arrange(operand.real))
+        if operand.quant is None or (operand.values.dtype != np.int8 and self.quant is None):
+            return self.float_constant(name, arrange(operand.real))
+        stored = self.writer.constant(name, arrange(operand.values), replace(operand.quant, axis=axis))
+        if self.quant is not None:
+            return stored
+        return self.writer.write("DEQUANTIZE", [stored], f"{name}_real", stored.shape)
 
     def float_constant(self, name: str, values: NDArray[np.float32]) -> Tensor:
         """Float weights, as the file stores them."""
@@ -191,14 +198,23 @@ def static_shape(value: ir.Value) -> tuple[int, ...]:
     """
     if value.shape is None:
         raise Unsupported(f"the shape of '{value.name}' is not known")
+    batch = _batch(value)
     for i, size in enumerate(value.shape):
-        if not isinstance(size, int) and i > 0:
+        if not isinstance(size, int) and i > 0 and str(size) != batch:
             raise Unsupported(
                 f"dimension {i} of '{value.name}' is free ({size}); .tflite shapes are fixed but for the batch"
             )
         if size == 0:
             raise Unsupported(f"'{value.name}' has no elements")
     return tuple(size if isinstance(size, int) else 1 for size in value.shape)
+
+
+def _batch(value: ir.Value) -> str:
+    """What the graph calls its free batch dimension; sequences have it on their second axis inside a network."""
+    producer = value.producer()
+    graph = producer.graph if producer is not None else value.graph
+    inputs = [] if graph is None else [v.shape for v in graph.inputs]
+    return next((str(s[0]) for s in inputs if s is not None and len(s) > 0 and not isinstance(s[0], int)), "")
 
 
 def read(writer: Writer, view: View, order: Order) -> Tensor:
@@ -213,7 +229,8 @@ def read(writer: Writer, view: View, order: Order) -> Tensor:
         tensor = as_shape(writer, tensor, taken)
         name = f"{view.tensor.name}_transposed"
         indices = writer.indices(f"{name}_axes", axes)
-        tensor = writer.write("TRANSPOSE", [tensor, indices], name, [taken[a] for a in axes], tensor.quant)
+        shape_now = [taken[a] for a in axes]
+        tensor = writer.write("TRANSPOSE", [tensor, indices], name, shape_now, tensor.quant, dtype=tensor.dtype)
     return as_shape(writer, tensor, shape)
 
 
@@ -230,7 +247,9 @@ def as_shape(writer: Writer, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
         return tensor
     name = f"{tensor.name}_reshaped"
     indices = writer.indices(f"{name}_shape", shape)
-    return writer.write("RESHAPE", [tensor, indices], name, shape, tensor.quant, newShape=list(shape))
+    return writer.write(
+        "RESHAPE", [tensor, indices], name, shape, tensor.quant, dtype=tensor.dtype, newShape=list(shape)
+    )
 
 
 def requantize(writer: Writer, tensor: Tensor, quant: Quant, name: str) -> Tensor:

@@ -6,22 +6,37 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from deploykit.exporters.tflite.composed import batch_normalization, layer_normalization, norm, power, product, rows
 from deploykit.exporters.tflite.computing import (
     PROBABILITY,
     SYMMETRIC_UNIT,
     activation,
     binary,
+    elu,
     fully_connected,
+    gelu,
     hard_sigmoid,
     leaky_relu,
     mean,
+    prelu,
     resize,
     softmax,
     unary,
 )
 from deploykit.exporters.tflite.layout import View
-from deploykit.exporters.tflite.moving import concat, depth_to_space, pad, reshape, split, take, transpose, unchanged
+from deploykit.exporters.tflite.moving import (
+    cast,
+    concat,
+    depth_to_space,
+    pad,
+    reshape,
+    split,
+    take,
+    transpose,
+    unchanged,
+)
 from deploykit.exporters.tflite.operation import Operation
+from deploykit.exporters.tflite.recurrent import gru, lstm
 from deploykit.exporters.tflite.sliding import average_pool, convolution, max_pool, transposed_convolution
 
 
@@ -67,7 +82,20 @@ TABLE: dict[str, Rule] = {
     "Tanh": Rule(unary("TANH", SYMMETRIC_UNIT)),
     "LeakyRelu": Rule(leaky_relu),
     "Softmax": Rule(softmax),
+    "PRelu": Rule(prelu, operands=2, joins="product"),
+    "Elu": Rule(elu),
+    "Gelu": Rule(gelu),
+    "Sqrt": Rule(unary("SQRT"), float_only="LiteRT has no int8 square root"),
+    "Exp": Rule(unary("EXP"), float_only="the hub leaves exponentials in float"),
+    "Pow": Rule(power, operands=2, float_only="LiteRT has no int8 power"),
+    # several operators of LiteRT's, in float
+    "LayerNormalization": Rule(layer_normalization, operands=3),
+    "BatchNormalization": Rule(batch_normalization, operands=5),
+    "ReduceL2": Rule(norm, float_only="LiteRT has no int8 norm"),
+    "LSTM": Rule(lstm, operands=4),
+    "GRU": Rule(gru, operands=4),
     # selecting and moving elements
+    "Gather": Rule(rows, operands=2, scale="input"),
     "MaxPool": Rule(max_pool, scale="input"),
     "Resize": Rule(resize, scale="input"),
     "Pad": Rule(pad, scale="input"),
@@ -82,5 +110,9 @@ TABLE: dict[str, Rule] = {
     "Transpose": Rule(transpose, scale="input"),
     "DepthToSpace": Rule(depth_to_space, scale="input"),
     "Identity": Rule(unchanged, scale="input"),
+    "Cast": Rule(cast, scale="input"),
     "Expand": Rule(unchanged, scale="input"),
 }
+
+PRODUCT_OF_ACTIVATIONS = Rule(product, operands=2, float_only="a product of two activations stays in float")
+"""MatMul without constant weights."""

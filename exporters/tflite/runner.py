@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import struct
+import sys
+import tempfile
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +24,7 @@ if TYPE_CHECKING:
 METADATA = "deploykit"
 """Name of the metadata entry that says how inputs and outputs are stored."""
 
+GREETING = b"Created TensorFlow Lite XNNPACK delegate"
 PACKAGES = ("ai_edge_litert", "tflite_runtime")
 """Python packages with a LiteRT interpreter, the preferred one first."""
 
@@ -43,7 +48,7 @@ def open_runner(path: Path, threads: int) -> Runner:
     described = _described(data, path)
     try:
         interpreter = _interpreter_class()(model_content=data, num_threads=threads)
-        interpreter.allocate_tensors()
+        ungreeted(interpreter.allocate_tensors)
     except (ValueError, RuntimeError) as error:
         raise DeploykitError(f"{path}: the LiteRT runtime refuses this file: {error}") from None
     inputs = list(zip(described["inputs"], interpreter.get_input_details(), strict=True))
@@ -57,7 +62,7 @@ def open_runner(path: Path, threads: int) -> Runner:
         collected: dict[str, list[NDArray[Any]]] = {d["name"]: [] for d, _ in outputs}
         for i in range(count):
             for description, tensor in inputs:
-                array = np.asarray(arrays[description["name"]], np.float32)
+                array = np.asarray(arrays[description["name"]])
                 sample = array[i : i + 1] if description["batched"] else array
                 sample = np.ascontiguousarray(sample.transpose(description["order"]))
                 interpreter.set_tensor(tensor["index"], _to_integer(sample, tensor))
@@ -70,12 +75,27 @@ def open_runner(path: Path, threads: int) -> Runner:
     return run
 
 
+def ungreeted(call: Callable[[], object]) -> None:
+    """LiteRT's C++ announces its delegate on file descriptor 2; all else that it writes there meanwhile comes through."""
+    sys.stderr.flush()
+    stderr = os.dup(2)
+    with tempfile.TemporaryFile() as said:
+        os.dup2(said.fileno(), 2)
+        try:
+            call()
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            said.seek(0)
+            os.write(2, b"".join(line for line in said if GREETING not in line))
+
+
 def _to_integer(array: NDArray[Any], tensor: dict[str, Any]) -> NDArray[Any]:
-    """ONNX's QuantizeLinear: halves to even, saturating."""
-    if tensor["dtype"] == np.float32:
-        return array
+    """ONNX's QuantizeLinear: halves to even, saturating. Floats and pixels are taken as they are."""
+    if tensor["dtype"] != np.int8:
+        return array.astype(tensor["dtype"], copy=False)
     scale, zero_point = tensor["quantization"]
-    steps: NDArray[Any] = np.clip(np.rint(array / np.float32(scale)) + zero_point, -128, 127)
+    steps: NDArray[Any] = np.clip(np.rint(array.astype(np.float32) / np.float32(scale)) + zero_point, -128, 127)
     return steps.astype(np.int8)
 
 

@@ -2,18 +2,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 
+from deploykit.exporters.tflite import layout
 from deploykit.exporters.tflite.layout import NHWC, View
 from deploykit.exporters.tflite.moving import cropped, padded
-from deploykit.exporters.tflite.operation import Operation, Unsupported
+from deploykit.exporters.tflite.operation import Constant, Operation, Unsupported
 from deploykit.exporters.tflite.windows import Pads, same_padding, used_padding
 from deploykit.exporters.tflite.writer import Quant, Tensor
+from deploykit.hub.graph import attribute
 
 
+def over_time(write: Callable[[Operation], View]) -> Callable[[Operation], View]:
+    """A rule for images that also takes series: they are images of height 1."""
+
+    def rule(op: Operation) -> View:
+        if len(op.shape(0)) != 3:
+            return write(op)
+        found = layout.reshape(write(_as_image(op)), op.output_shape())
+        assert found is not None
+        return found
+
+    return rule
+
+
+def _as_image(op: Operation) -> Operation:
+    """The same operator on [n, c, 1, t], with windows of height 1."""
+    operands: list[View | Constant | None] = []
+    for operand in op.operands:
+        if isinstance(operand, View):
+            operands.append(layout.reshape(operand, (*operand.shape[:2], 1, *operand.shape[2:])))
+        elif operand is not None and operand.values.ndim == 3:
+            operands.append(replace(operand, values=operand.values[:, :, None]))
+        else:
+            operands.append(operand)
+    node = op.node
+    filled = {"kernel_shape": [1], "strides": [1], "dilations": [1], "output_padding": [0]}
+    attributes = [a for a in node.attributes.values() if a.name not in (*filled, "pads")]
+    attributes += [
+        ir.AttrInt64s(name, [*first, *attribute(node, name)])
+        for name, first in filled.items()
+        if name in node.attributes
+    ]
+    if "pads" in node.attributes:
+        before, behind = attribute(node, "pads")
+        attributes.append(ir.AttrInt64s("pads", [0, before, 0, behind]))
+    inputs = [None if v is None else ir.Value(name=v.name, shape=v.shape) for v in node.inputs]
+    n, c, t = op.output_shape()
+    outputs = [ir.Value(name=node.outputs[0].name, shape=ir.Shape([n, c, 1, t]))]
+    image = ir.Node("", node.op_type, inputs, attributes, outputs=outputs, name=node.name)
+    return replace(op, node=image, operands=tuple(operands))
+
+
+@over_time
 def convolution(op: Operation) -> View:
     """CONV_2D, grouped or not, or DEPTHWISE_CONV_2D where every input channel has filters of its own."""
     weights = op.shape(1)  # [out, in / group, h, w]
@@ -36,6 +82,7 @@ def convolution(op: Operation) -> View:
     return op.emit(kind, [x, filters, bias(op, filters, weights[0])], op.output_shape(), NHWC, fuses=True, **options)
 
 
+@over_time
 def transposed_convolution(op: Operation) -> View:
     """TRANSPOSE_CONV. Where ONNX's padding is not SAME, the whole result is computed and its border cut off."""
     weights = op.shape(1)  # [in, out, h, w]
@@ -64,6 +111,7 @@ def transposed_convolution(op: Operation) -> View:
     return cropped(op, result, (0, 0, *begins), (1, weights[1], *(b + o for b, o in zip(begins, outs, strict=True))))
 
 
+@over_time
 def max_pool(op: Operation) -> View:
     """MAX_POOL_2D; padding never wins."""
     _require_image(op)
@@ -75,6 +123,7 @@ def max_pool(op: Operation) -> View:
     return _pool(op, "MAX_POOL_2D", x, padding)
 
 
+@over_time
 def average_pool(op: Operation) -> View:
     """AVERAGE_POOL_2D: its SAME leaves padding out of the mean; zeros written by PAD count."""
     _require_image(op)

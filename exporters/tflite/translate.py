@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import numpy as np
 import onnx_ir as ir
 
-from deploykit.core.artifact import Island
+from deploykit.core.artifact import Island, Port
 from deploykit.core.errors import DeploykitError
 from deploykit.exporters.tflite import layout
 from deploykit.exporters.tflite.layout import NHWC, View, identity, stored
@@ -24,10 +24,13 @@ from deploykit.exporters.tflite.operation import (
     requantize,
     static_shape,
 )
-from deploykit.exporters.tflite.operators import TABLE, Rule
+from deploykit.exporters.tflite.operators import PRODUCT_OF_ACTIVATIONS, TABLE, Rule
 from deploykit.exporters.tflite.runner import METADATA
 from deploykit.exporters.tflite.writer import Quant, Tensor, Writer
 from deploykit.hub.graph import attribute, constant
+
+WHOLE = (ir.DataType.INT64, ir.DataType.INT32)
+"""Whole numbers, as tokens and masks come."""
 
 LARGEST_RESCALING = 256.0
 """From here on XNNPACK refuses products with the whole file, and sums come out wrong. It takes an output range below
@@ -42,6 +45,8 @@ class Translated:
     quantized: Mapping[str, int]
     """How many ONNX operators of each kind are integer."""
     islands: tuple[Island, ...]
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
 
 
 def translate(model: ir.Model, half: bool = False, reasons: Mapping[str, str] | None = None) -> Translated:
@@ -60,7 +65,7 @@ def translate(model: ir.Model, half: bool = False, reasons: Mapping[str, str] | 
 
 
 @dataclass(frozen=True)
-class _Port:
+class _Entry:
     """An input or output of the file, and how its axes are stored."""
 
     value: ir.Value
@@ -74,8 +79,14 @@ class _Port:
         return shape is not None and len(shape) > 0 and (not isinstance(shape[0], int) or shape[0] == 1)
 
     def described(self) -> dict[str, object]:
-        """The port's line in the metadata."""
+        """Its line in the metadata."""
         return {"name": self.value.name, "order": list(self.order), "batched": self.batched}
+
+    def port(self) -> Port:
+        """What a caller has to know about it."""
+        quant = self.tensor.quant
+        scaled = (None, None) if quant is None else (quant.scales[0], quant.zero_point)
+        return Port(self.value.name or "", self.tensor.shape, self.tensor.dtype, *scaled)
 
 
 class _Translation:
@@ -95,7 +106,7 @@ class _Translation:
         for node in self.graph:
             if node not in self.fused:
                 self._node(node)
-        outputs: list[_Port] = []
+        outputs: list[_Entry] = []
         for value in self.graph.outputs:
             outputs.append(self._output(value, [*inputs, *outputs]))
         if self.complaints:
@@ -105,10 +116,15 @@ class _Translation:
             )
         metadata = {"inputs": [p.described() for p in inputs], "outputs": [p.described() for p in outputs]}
         data = self.writer.finish([p.tensor for p in inputs], [p.tensor for p in outputs], {METADATA: metadata})
-        return Translated(data, dict(sorted(self.quantized.items())), tuple(self.islands))
+        entries = (tuple(e.port() for e in side) for side in (inputs, outputs))
+        return Translated(data, dict(sorted(self.quantized.items())), tuple(self.islands), *entries)
 
-    def _input(self, value: ir.Value) -> _Port:
-        """Declares a graph input: int8 where it is only read through one quantization."""
+    def _input(self, value: ir.Value) -> _Entry:
+        """Declares a graph input: int8 where it is only read through one quantization, uint8 where it holds pixels."""
+        if value.dtype == ir.DataType.UINT8:
+            return self._pixels(value)
+        if value.dtype in WHOLE:
+            return self._whole(value)
         quant: Quant | None = None
         shape: tuple[int, ...] = (1,)
         try:
@@ -123,9 +139,32 @@ class _Translation:
         name, dtype = value.name or "input", "int8" if quant else "float32"
         tensor = self.writer.tensor(name, layout.permuted(shape, order), dtype, quant)
         self.values[value] = stored(tensor, shape, order)
-        return _Port(value, tensor, order)
+        return _Entry(value, tensor, order)
 
-    def _output(self, value: ir.Value, taken: Sequence[_Port]) -> _Port:
+    def _pixels(self, value: ir.Value) -> _Entry:
+        """A uint8 input, stored as it comes. Read as integers, it becomes int8: its zero point moves."""
+        shape = static_shape(value)
+        order, name = identity(len(shape)), value.name or "input"
+        quant = _behind_moves(value)
+        held = None if quant is None else replace(quant, zero_point=quant.zero_point + 128)
+        port = _Entry(value, self.writer.tensor(name, shape, "uint8", held), order)
+        signed = port.tensor if quant is None else requantize(self.writer, port.tensor, quant, f"{name}_signed")
+        self.values[value] = stored(signed, shape, order)
+        return port
+
+    def _whole(self, value: ir.Value) -> _Entry:
+        """An input of whole numbers (tokens, a mask): int32, which LiteRT's kernels and delegates know best."""
+        try:
+            shape = static_shape(value)
+        except Unsupported as error:
+            self.complaints.append(f"input '{value.name}': {error}")
+            shape = (1,)
+        order = identity(len(shape))
+        tensor = self.writer.tensor(value.name or "input", shape, "int32")
+        self.values[value] = stored(tensor, shape, order)
+        return _Entry(value, tensor, order)
+
+    def _output(self, value: ir.Value, taken: Sequence[_Entry]) -> _Entry:
         """A graph output, under its own name: images channels-last, everything else in ONNX's order."""
         try:
             view = self._operand(value)
@@ -142,7 +181,7 @@ class _Translation:
             indices = self.writer.indices(f"{value.name}_shape", tensor.shape)
             tensor = self.writer.write("RESHAPE", [tensor, indices], f"{value.name}_copy", tensor.shape, tensor.quant)
         self.writer.rename(tensor, value.name or "output")
-        port = _Port(value, tensor, order)
+        port = _Entry(value, tensor, order)
         if any(p.batched for p in taken) and not port.batched:
             self.complaints.append(f"output '{value.name}': it has no leading batch dimension")
         return port
@@ -153,19 +192,23 @@ class _Translation:
                 self.values[node.outputs[0]] = self._quantize(node)
             elif node.op_type == "DequantizeLinear":
                 self.values[node.outputs[0]] = self._dequantize(node)
-            elif node.outputs[0].dtype in (None, ir.DataType.FLOAT):
+            elif node.outputs[0].dtype in (None, ir.DataType.FLOAT, ir.DataType.UINT8) or self._is_whole(node):
                 self._operation(node)  # the others compute shapes, which are known here
         except Unsupported as error:
             self.complaints.append(f"{node.name or node.outputs[0].name} ({node.op_type}): {error}")
             for value in node.outputs:
                 self._stand_in(value)
 
+    def _is_whole(self, node: ir.Node) -> bool:
+        """Whether a node reads rows of an integer table, or computes with whole numbers that are an input."""
+        if node.op_type == "Shape":
+            return False
+        return node.outputs[0].dtype == ir.DataType.INT8 or any(v in self.values for v in node.inputs)
+
     def _stand_in(self, value: ir.Value) -> View:
         """Something in place of a result that could not be written, so that what follows is looked at too."""
-        try:
-            shape = static_shape(value)
-        except Unsupported:
-            shape = (1,)
+        sizes = [1] if value.shape is None else list(value.shape)
+        shape = tuple(size if isinstance(size, int) else 1 for size in sizes)
         order = _interface_order(len(shape))
         missing = self.writer.tensor("missing", layout.permuted(shape, order), "float32")
         self.values[value] = stored(missing, shape, order)
@@ -193,8 +236,18 @@ class _Translation:
             raise Unsupported("there is no rule for it")
         given = node.inputs if rule.operands is None else node.inputs[: rule.operands]
         operands = tuple(self._operand(v) for v in given)
-        tail, limits = _tail(node) if rule.fuses else (None, None)
-        last = tail or node
+        if node.op_type == "Gather" and node.outputs[0].dtype == ir.DataType.INT8:
+            operands = self._table(node, operands)
+        if node.outputs[0].dtype in WHOLE and rule.scale == "own":
+            raise Unsupported("it computes with whole numbers; only moving them around is supported")
+        add, bias = None, None
+        if node.op_type == "MatMul" and isinstance(operands[1], View):
+            rule = PRODUCT_OF_ACTIVATIONS
+        elif node.op_type == "MatMul":
+            add, bias = self._bias(node)
+            operands = (*operands, *([bias] if bias is not None else []))
+        tail, limits = _tail(add or node) if rule.fuses else (None, None)
+        last = tail or add or node
         quant, why = self._scale(node, rule, operands, last)
         if quant is None:
             operands = tuple(self._real(o) for o in operands)
@@ -204,12 +257,34 @@ class _Translation:
         views = [made] if isinstance(made, View) else list(made)
         for value, view in zip(last.outputs, views, strict=False):
             self.values[value] = view
-        if tail is not None:
-            self.fused.add(tail)
+        self.fused.update(n for n in (add, tail) if n is not None)
         if quant is not None:
             self.quantized[node.op_type] += 1
         elif self.has_integers and rule.scale == "own":
             self.islands.append(Island(node.op_type, node.name or "", why))
+
+    def _table(self, node: ir.Node, operands: tuple[View | Constant | None, ...]) -> tuple[View | Constant | None, ...]:
+        """The operands of a Gather from an integer table; its scale is that of the DequantizeLinear behind it."""
+        table = constant(node.inputs[0])
+        readers = {user for user, _ in node.outputs[0].uses()}
+        if table is None or len(readers) != 1:
+            raise Unsupported("integers that are not read from a constant table")
+        return (Constant(table, _quant_of(readers.pop())), *operands[1:])
+
+    def _bias(self, node: ir.Node) -> tuple[ir.Node | None, Constant | None]:
+        """The Add of a constant per column that alone reads a MatMul, and the constant, stored or quantized."""
+        result = node.outputs[0]
+        users = [user for user, _ in result.uses()]
+        if result.is_graph_output() or len(users) != 1 or users[0].op_type != "Add":
+            return None, None
+        other = next((v for v in users[0].inputs if v is not result), None)
+        producer = other.producer() if other is not None else None
+        quantized = producer is not None and producer.op_type == "DequantizeLinear"
+        held = constant(producer.inputs[0]) if producer is not None and quantized else constant(other)
+        columns = None if result.shape is None else result.shape[-1]
+        if held is None or held.ndim == 0 or not held.size == held.shape[-1] == columns:
+            return None, None
+        return users[0], Constant(held, _quant_of(producer) if producer is not None else None)
 
     def _scale(
         self, node: ir.Node, rule: Rule, operands: Sequence[View | Constant | None], last: ir.Node
@@ -268,6 +343,14 @@ def _rescaling(rule: Rule, quants: Sequence[Quant | None]) -> float:
 
 def _quant(operand: View | Constant) -> Quant | None:
     return operand.tensor.quant if isinstance(operand, View) else operand.quant
+
+
+def _behind_moves(value: ir.Value) -> Quant | None:
+    """The quantization under which uint8 values are read, directly or transposed; None where they become floats."""
+    (reader,) = {user for user, _ in value.uses()}
+    if reader.op_type == "Transpose":
+        return _behind_moves(reader.outputs[0])
+    return _quant_of(reader) if reader.op_type == "DequantizeLinear" else None
 
 
 def _quant_of(node: ir.Node) -> Quant:

@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 SECOND_FOR_INT8 = frozenset(
     {
-        "ADD", "AVERAGE_POOL_2D", "CONCATENATION", "LOGISTIC", "MAXIMUM", "MAX_POOL_2D", "MEAN", "MINIMUM",
-        "MIRROR_PAD", "MUL", "PAD", "PADV2", "RELU", "RELU6", "RESIZE_BILINEAR", "RESIZE_NEAREST_NEIGHBOR", "SOFTMAX",
-        "STRIDED_SLICE", "SUB", "TANH", "TRANSPOSE",
+        "ADD", "AVERAGE_POOL_2D", "CONCATENATION", "GATHER", "GELU", "LOGISTIC", "MAXIMUM", "MAX_POOL_2D", "MEAN",
+        "MINIMUM", "MIRROR_PAD", "MUL", "PAD", "PADV2", "RELU", "RELU6", "RESIZE_BILINEAR", "RESIZE_NEAREST_NEIGHBOR",
+        "SOFTMAX", "STRIDED_SLICE", "SUB", "TANH", "TRANSPOSE",
     }
 )  # fmt: skip
 """Operators whose int8 form came with version 2."""
@@ -48,7 +48,10 @@ def operator_version(kind: str, inputs: Sequence[Tensor], output: Tensor, option
     if kind == "TRANSPOSE_CONV":
         return 3 if len(inputs) == 4 else 2 if integer else 1
     if kind == "DEQUANTIZE":
-        return 3 if inputs[0].dtype == "float16" else 2
+        per_channel = inputs[0].quant is not None and len(inputs[0].quant.scales) > 1
+        return 5 if per_channel else 3 if inputs[0].dtype == "float16" else 2
+    if kind == "BROADCAST_TO":
+        return 3 if integer else 2
     if kind == "MUL" and integer and _product_rescale(inputs, output) >= 1:
         return 3
     if kind == "RESIZE_BILINEAR" and options["halfPixelCenters"]:

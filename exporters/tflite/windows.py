@@ -66,6 +66,12 @@ def litert_mode(
     return None
 
 
+def nearest_positions(size: int, out: int, scale: float, coordinate: str, rounding: str) -> tuple[int, ...]:
+    """For each output index the input index that ONNX's Resize reads in mode ``nearest``."""
+    places = np.clip(_ROUNDINGS[rounding](_coordinate(size, out, scale, coordinate)), 0, size - 1)
+    return tuple(places.astype(int).tolist())
+
+
 _ROUNDINGS: dict[str, Callable[[NDArray[np.float64]], NDArray[np.float64]]] = {
     "round_prefer_floor": lambda x: np.ceil(x - 0.5),
     "round_prefer_ceil": lambda x: np.floor(x + 0.5),

@@ -4,5 +4,5 @@
 that goes into the script, the ``PACKAGES`` it needs and ``settings`` where it needs constants; or, where no script on
 this machine can run them, with ``COMMANDS`` and a sentence ``ABOUT``.
 
-The script runs on devices: it keeps to Python 3.9.
+The script runs on devices: it keeps to Python 3.7.
 """

@@ -39,7 +39,7 @@ def open_model(path: Path, threads: int) -> Callable[[Arrays], Arrays]:
         from tflite_runtime.interpreter import Interpreter
 
     interpreter = Interpreter(str(path), num_threads=threads)
-    interpreter.allocate_tensors()
+    ungreeted(interpreter.allocate_tensors)
     inputs = list(zip(AXES[path.name]["inputs"], interpreter.get_input_details()))
     outputs = list(zip(AXES[path.name]["outputs"], interpreter.get_output_details()))
 
@@ -61,6 +61,23 @@ def open_model(path: Path, threads: int) -> Callable[[Arrays], Arrays]:
         return found
 
     return run
+
+
+def ungreeted(call: Callable[[], object]) -> None:
+    """LiteRT announces its delegate on file descriptor 2; all else that it writes there meanwhile comes through."""
+    import os
+    import tempfile
+
+    stderr = os.dup(2)
+    with tempfile.TemporaryFile() as said:
+        os.dup2(said.fileno(), 2)
+        try:
+            call()
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            said.seek(0)
+            os.write(2, b"".join(line for line in said if b"Created TensorFlow Lite XNNPACK delegate" not in line))
 
 
 # endregion

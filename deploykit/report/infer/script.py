@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
@@ -17,7 +17,10 @@ CLASSES: tuple[str, ...] = ()
 PREPROCESS: dict[str, Any] | None = None
 # endregion
 
-Arrays = dict[str, np.ndarray[Any, Any]]
+LABELS = ("y", "labels", "label")
+
+if TYPE_CHECKING:
+    Arrays = dict[str, np.ndarray[Any, Any]]
 
 
 # region runtime
@@ -33,8 +36,18 @@ def load_image(path: Path, steps: Mapping[str, Any]) -> np.ndarray[Any, Any]:
     """An image file as the network takes it, ``[3, height, width]`` or ``[height, width, 3]`` float32."""
     from PIL import Image
 
-    with Image.open(path) as opened:
-        image = opened.convert("L" if steps["channels"] == "L" else "RGB")
+    try:
+        with Image.open(path) as opened:
+            image = opened.convert("L" if steps["channels"] == "L" else "RGB")
+    except (OSError, SyntaxError):  # Pillow raises SyntaxError for broken PNG chunks
+        stop(f"{path} is damaged, or no image that Pillow can read")
+    return prepare(image, steps, str(path))
+
+
+def prepare(image: Any, steps: Mapping[str, Any], what: str) -> np.ndarray[Any, Any]:
+    """A PIL image as the network takes it."""
+    from PIL import Image
+
     if steps["resize"]:
         short, side = min(image.size), steps["resize"]
         width, height = (side * length // short for length in image.size)
@@ -42,7 +55,7 @@ def load_image(path: Path, steps: Mapping[str, Any]) -> np.ndarray[Any, Any]:
     if steps["crop"]:
         height, width = steps["crop"]
         if width > image.width or height > image.height:
-            stop(f"{path} is {image.width} x {image.height}; the network looks at {width} x {height} (width x height)")
+            stop(f"{what} is {image.width} x {image.height}; the network looks at {width} x {height} (width x height)")
         left, top = round((image.width - width) / 2), round((image.height - height) / 2)
         image = image.crop((left, top, left + width, top + height))
     x: np.ndarray[Any, Any] = np.asarray(image, np.float32)
@@ -60,13 +73,37 @@ def load_image(path: Path, steps: Mapping[str, Any]) -> np.ndarray[Any, Any]:
 def read_inputs(paths: list[Path]) -> Arrays:
     """Every input ``[n, ...]`` by name: from one .npz, or from images."""
     if paths[0].suffix == ".npz":
-        with np.load(paths[0]) as archive:
-            arrays: Arrays = {name: archive[name] for name in archive.files}
+        arrays = load_arrays(paths[0])
     elif PREPROCESS is None:
         stop(f"this network does not take image files: give an .npz with {', '.join(INPUTS)}; given: {paths[0]}")
     else:
         arrays = {next(iter(INPUTS)): np.stack([load_image(path, PREPROCESS) for path in paths])}
     return {name: fit(name, arrays) for name in INPUTS}
+
+
+def load_arrays(path: Path) -> Arrays:
+    """The arrays of an .npz by input name, without labels; uint8 images ``[n, height, width, 3]`` preprocessed."""
+    try:
+        with np.load(path) as archive:
+            arrays = {name: archive[name] for name in archive.files if name in INPUTS or name not in LABELS}
+    except Exception as error:  # zipfile, zlib, EOF, ValueError for pickles: all mean the same
+        stop(f"{path} is damaged, or no .npz ({error})")
+    if len(INPUTS) == len(arrays) == 1:  # then its name does not matter
+        arrays = {next(iter(INPUTS)): next(iter(arrays.values()))}
+    if PREPROCESS is None:
+        return arrays
+    return {n: load_pixels(a, PREPROCESS) if a.dtype == np.uint8 and a.ndim == 4 else a for n, a in arrays.items()}
+
+
+def load_pixels(array: np.ndarray[Any, Any], steps: Mapping[str, Any]) -> np.ndarray[Any, Any]:
+    """Images ``[n, height, width, 3]``, or 1 channel if the network looks at grey ones, as the network takes them."""
+    from PIL import Image
+
+    depth = 1 if steps["channels"] == "L" else 3
+    if array.shape[3] != depth:
+        stop(f"uint8 images are expected as [n, height, width, {depth}]; given: {list(array.shape)}")
+    images = [Image.fromarray(pixels[:, :, 0] if depth == 1 else pixels) for pixels in array]
+    return np.stack([prepare(image, steps, f"image {i}") for i, image in enumerate(images)])
 
 
 def fit(name: str, arrays: Arrays) -> np.ndarray[Any, Any]:
@@ -101,16 +138,26 @@ def stop(message: str) -> NoReturn:
 def main() -> None:
     """Reads the command line, runs every sample, prints what comes out."""
     parser = argparse.ArgumentParser(description="Runs the network on images, or on the arrays of an .npz file.")
-    parser.add_argument("inputs", nargs="+", type=Path, help="image files, or one .npz with an array per input")
+    parser.add_argument(
+        "inputs", nargs="+", type=Path,
+        help="image files, or one .npz: arrays by input name, or uint8 images [n, height, width, channels]",
+    )  # fmt: skip
     parser.add_argument("--precision", choices=list(FILES), default=list(FILES)[-1], help="which file to run")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--save", type=Path, help="write all outputs to this .npz")
     options = parser.parse_args()
-    missing = [str(path) for path in options.inputs if not path.is_file()]
-    if missing:
-        stop(f"no file {', '.join(missing)}")
+    for path in options.inputs:
+        if path.is_dir():
+            stop(f"{path} is a folder; give the files in it: {path}/*")
+        if not path.is_file():
+            stop(f"no file {path}")
     arrays = read_inputs(options.inputs)
-    model = open_model(Path(__file__).resolve().parent / FILES[options.precision], options.threads)
+    file = Path(__file__).resolve().parent / FILES[options.precision]
+    try:
+        model = open_model(file, options.threads)
+    except Exception as error:  # runtimes have no error in common
+        why = str(error).strip().splitlines() or [""]
+        stop(f"cannot open {file}: {type(error).__name__}: {why[0]}")
     count = len(next(iter(arrays.values())))
     results = [model({name: array[i : i + 1] for name, array in arrays.items()}) for i in range(count)]
     for i, result in enumerate(results):

@@ -1,0 +1,169 @@
+"""What was asked for, done: a `Request` becomes files. The command line, the demo and `reproduce` all go this way."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from deploykit import pipeline, targets, trial
+from deploykit.core.data import DataSet
+from deploykit.core.errors import DeploykitError, unknown
+from deploykit.core.files import refuse_existing
+from deploykit.core.manifest import Manifest, load_intact
+from deploykit.core.ranges import load_ranges
+from deploykit.core.request import Request
+from deploykit.core.user_code import load_function, source_files
+from deploykit.devices import Lost
+from deploykit.models import factory_of, input_specs, load_model
+from deploykit.pipeline import Prepared
+from deploykit.sources import load_data
+from deploykit.trial import Exam, Trial
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
+def prepare(request: Request, hold_out: bool = True) -> Prepared:
+    """Model and data, read from where the request says; see `deploykit.pipeline.prepare`.
+
+    Raises:
+        DeploykitError: one of them is missing, damaged or not what it should be.
+    """
+    model = load_model(request.model, None if request.weights is None else Path(request.weights))
+    inputs, seed = input_specs(model), request.settings.seed
+    data = {role: load_data(spec, inputs, request.preprocess, role, seed) for role, spec in request.data.items()}
+    example = dict(example_input(text) for text in request.inputs) or None
+    return pipeline.prepare(model, data, example, hold_out)
+
+
+def export(requests: Sequence[Request], folders: Sequence[Path], device: str | None = None) -> None:
+    """Writes one artifact per request; the requests are equal but for their targets.
+
+    Args:
+        requests: what was asked for.
+        folders: where to, one per request.
+        device: address of a device that the files are tried out on.
+
+    Raises:
+        DeploykitError: something about the requests that can be mended; nothing is left behind.
+        GateFailed: the files were written but failed a check.
+    """
+    request = requests[0]
+    chosen = [targets.load(asked.target) for asked in requests]
+    for folder in folders:
+        refuse_existing(folder, request.settings.overwrite)
+    prepared = prepare(request)
+    ranges = None if request.ranges is None else load_ranges(Path(request.ranges))
+    metric = None if request.metric is None else load_function(request.metric, "metric")
+    asked = [replace(r, read=files_read(r)) for r in requests]
+    pipeline.export(prepared, chosen, folders, request.settings, request.gate, metric, ranges, asked, device)
+
+
+def try_out(
+    folders: Sequence[Path],
+    device: str,
+    *,
+    evaluation: str | None = None,
+    metric: str | None = None,
+    record: bool = False,
+    runs: int,
+    threads: int = 1,
+    minutes: float = 0.0,
+) -> Trial:
+    """Times finished artifacts on a device; with evaluation data they answer it there.
+
+    Args:
+        folders: the artifacts.
+        device: address.
+        evaluation: DATA; with ``record``, that of the export if none is given.
+        metric: of the user's.
+        record: keep what was found in the manifests.
+        runs: rounds at least.
+        threads: of the runtimes there.
+        minutes: go on that long without a pause.
+
+    Raises:
+        DeploykitError: the device cannot be reached or lacks something; not an artifact; no such data.
+    """
+    manifests = [load_intact(folder) for folder in folders]
+    exams = []
+    if evaluation is not None or record:
+        trial.refuse(device, folders)
+        exams = [found for m in manifests if (found := _exam(m, evaluation, metric)) is not None]
+    if len(exams) != len(folders):  # nothing to answer for one of them: all are only timed
+        exams = []
+    try:
+        found = trial.try_out(device, folders, None, exams, runs=runs, threads=threads, minutes=minutes)
+    except Lost as error:
+        raise DeploykitError(f"{error}. Run the same command again: it goes on from there.") from None
+    for i, folder in enumerate(folders if record else ()):
+        trial.record(folder, found, i)
+    return found
+
+
+def _exam(manifest: Manifest, evaluation: str | None, metric: str | None) -> Exam | None:
+    """What an artifact's files shall answer: the data given, or that of its export."""
+    asked = manifest.request
+    if evaluation is not None:
+        data = load_data(evaluation, list(manifest.inputs), manifest.preprocess, "eval", asked.settings.seed)
+        return Exam(_as_taken(data, manifest), data.origin, None if metric is None else load_function(metric, "metric"))
+    if asked.objects or not asked.data:
+        return None
+    judge = None if asked.metric is None else load_function(asked.metric, "metric")
+    return pipeline.exam(prepare(asked), asked.settings, asked.gate, judge)
+
+
+def _as_taken(data: DataSet, manifest: Manifest) -> DataSet:
+    """The samples in the types that the files take: pixels are whole numbers."""
+    types = {spec.name: spec.dtype for spec in manifest.inputs}
+    sample = data.sample
+    return replace(data, sample=lambda i: {name: np.asarray(a, types[name]) for name, a in sample(i).items()})
+
+
+def files_read(request: Request) -> dict[str, str]:
+    """The files that a request names, and the user's Python that it leads to, with their hashes.
+
+    Sample data is not among them: what came out of it is hashed. Files that are not there are left out.
+    """
+    loss = request.settings.recipe.train.loss
+    folder = Path(request.model)
+    compressed = (folder / "structure.json").is_file()
+    model = factory_of(folder) if compressed else request.model
+    functions = [model, *request.data.values(), request.metric or "", loss]
+    named = [request.model, request.weights, request.ranges, request.target]
+    found = {path: Path(path) for path in named if path is not None}
+    if compressed:
+        found |= {f"{request.model}/{name}": folder / name for name in ("structure.json", "model.safetensors")}
+    for spec in functions:
+        if ":" in spec and not Path(spec).exists():
+            found |= source_files(spec)
+    return {name: file_hash(path) for name, path in sorted(found.items()) if path.is_file()}
+
+
+def file_hash(path: Path) -> str:
+    """The first 16 digits of a file's SHA-256."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
+def example_input(text: str) -> tuple[str, NDArray[Any]]:
+    """``x=1x3x224x224`` or ``ids=1x128:int64`` as a name and an example array.
+
+    Raises:
+        DeploykitError: written otherwise, or an unknown dtype.
+    """
+    found = re.fullmatch(r"(\w+)=([1-9]\d*(?:x[1-9]\d*)*)(?::(\w+))?", text)
+    if found is None:
+        raise DeploykitError(f"--input takes NAME=1x3x224x224 or NAME=1x128:int64, given '{text}'")
+    name, shape, dtype = found[1], [int(d) for d in found[2].split("x")], found[3] or "float32"
+    try:
+        kind = np.dtype(dtype)
+    except TypeError:
+        raise unknown("dtype", dtype, ("float32", "int64", "int32", "bool")) from None
+    random = np.random.default_rng(0)
+    return name, (random.standard_normal(shape) if kind.kind == "f" else random.integers(0, 2, shape)).astype(kind)

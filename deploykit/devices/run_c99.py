@@ -1,0 +1,156 @@
+"""Integer C: compiled on the device by its own compiler; the self-test first, then calls, timed or with samples.
+
+A device with a shell is no microcontroller: times are those of this device's processor, the numbers are the same.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from deploykit.core.device import Facts
+from deploykit.core.errors import DeploykitError
+from deploykit.core.manifest import Manifest
+from deploykit.devices.device import Device
+from deploykit.devices.work import Asked, Found, Work, put, timed
+from deploykit.devices.work import send as send_files
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from deploykit.devices.kinds import Arrays, Task
+
+HARNESS = "harness.c"
+ABOUT = "model.json"
+BURSTS = 10
+"""Artifacts take turns in bursts of calls: a process per call would time the cache of a program that just started."""
+BUILD = """
+set -e
+command -v cc > /dev/null 2>&1 && c=cc || c=gcc; command -v $c > /dev/null 2>&1 || c=clang
+$c --version | head -n 1
+[ -x harness ] && exit 0
+d=.build.$$.part; mkdir $d; trap 'rm -rf $d' EXIT
+for f in model dk_kernels; do $c -std=c99 -O3 -ffreestanding -c -o $d/$f.o $f.c; done
+for f in selftest harness; do $c -std=c99 -O2 -I. -o $d/$f $f.c $d/model.o $d/dk_kernels.o; done
+$d/selftest
+mv $d/harness harness
+"""
+
+
+def lacks(facts: Facts, exporter: str) -> str:
+    """A C compiler."""
+    if {"cc", "gcc", "clang"} & set(facts.tools):
+        return ""
+    return "no C compiler there: install gcc or clang (e.g. apt install gcc)"
+
+
+def mute(facts: Facts, exporter: str) -> str:
+    """What can be compiled can answer."""
+    return lacks(facts, exporter)
+
+
+def send(device: Device, facts: Facts, folder: Path, manifest: Manifest) -> Work:
+    """The sources, the golden vectors, our harness."""
+    harness = (resources.files("deploykit.devices.there") / HARNESS).read_bytes()
+    names = [s.path for s in manifest.stored if Path(s.path).suffix in (".c", ".h")]
+    work = send_files(device, facts, folder, manifest, names, {HARNESS: harness})
+    return work
+
+
+def measure(
+    device: Device, facts: Facts, works: Sequence[Work], asked: Asked, feeds: Sequence[Mapping[str, NDArray[Any]]]
+) -> Found:
+    """Bursts of calls in turns. Integer kernels take as long for any input."""
+    if asked.minutes:
+        raise DeploykitError("--sustained is not there for integer C: it runs no longer than the harness is called")
+    compilers = [_built(device, facts, work) for work in works]
+    calls = -(-asked.runs // BURSTS)
+    turns = [works[(i + burst) % len(works)] for burst in range(BURSTS) for i in range(len(works))]
+    lines: dict[str, list[list[float]]] = {work.remote: [] for work in works}
+    script = "\n".join(f"cd {shlex.quote(w.remote)} && echo = {w.remote} && ./harness time {calls}" for w in turns)
+    current = lines[works[0].remote]
+    for line in _checked(device, facts, script).splitlines():
+        if line.startswith("= "):
+            current = lines[line[2:]]
+        else:
+            current.append([float(part) / 1e6 for part in line.split()])
+    found = []
+    for work, compiler in zip(works, compilers, strict=True):
+        elapsed, worked = zip(*lines[work.remote], strict=True)
+        runtime = f"compiled there by {compiler}, -O3"
+        (file,) = work.manifest.files
+        found.append((timed(work, file, facts, runtime, asked, elapsed, worked),))
+    return Found(tuple(found))
+
+
+def answer(device: Device, facts: Facts, tasks: Sequence[Task], arrays: Arrays, key: str, threads: int) -> None:
+    """Copies the samples there as the network takes them, runs them, removes them."""
+    (task,) = tasks
+    work = task.work
+    _built(device, facts, work)
+    about = _about(work.local)
+    count = len(next(iter(arrays.values())))
+    stored = [_integers(port, arrays[port["name"]]) for port in about["inputs"]]
+    inputs = work.path(f"{key}.raw")
+    put(device, np.concatenate([s.reshape(count, -1) for s in stored], axis=1).tobytes(), inputs)
+    spots = [[f"{p['offset']}:{int(np.prod(p['shape']))}" for p in about[side]] for side in ("inputs", "outputs")]
+    words = " ".join([str(count), *spots[0], "--", *spots[1]])
+    _checked(
+        device,
+        facts,
+        f"cd {shlex.quote(work.remote)}; o={shlex.quote(task.outputs)}; i={shlex.quote(inputs)}; p=$o.$$.part; "
+        f'./harness answer {words} < "$i" > "$p" && mv "$p" "$o" && rm "$i" || {{ rm -f "$p" "$i"; exit 1; }}',
+    )
+
+
+def read(path: Path, work: Work) -> dict[str, NDArray[Any]]:
+    """Outputs as real numbers, by name."""
+    about = _about(work.local)
+    sizes = [int(np.prod(port["shape"])) for port in about["outputs"]]
+    stored = np.frombuffer(path.read_bytes(), np.int8).reshape(-1, sum(sizes))
+    parts = np.split(stored, np.cumsum(sizes)[:-1], axis=1)
+    return {port["name"]: _reals(port, part) for port, part in zip(about["outputs"], parts, strict=True)}
+
+
+@cache
+def _about(folder: Path) -> Any:
+    """``model.json``: where inputs and outputs lie and what their integers mean."""
+    return json.loads((folder / ABOUT).read_text(encoding="utf-8"))
+
+
+def _integers(port: Mapping[str, Any], samples: NDArray[Any]) -> NDArray[np.int8]:
+    """Real samples ``[n, ...]`` as stored: ``integer = round(real / scale) + zero point``, axes in the C's order."""
+    shape = port["shape"]
+    arranged = np.asarray(samples).reshape(len(samples), *shape).transpose(0, *(a + 1 for a in port["order"]))
+    if arranged.dtype.kind in "ui":
+        return np.ascontiguousarray(arranged.astype(port["dtype"])).view(np.int8)
+    steps = np.rint(arranged / np.float32(port["scale"])) + port["zero_point"]
+    return np.clip(steps, -128, 127).astype(np.int8)
+
+
+def _reals(port: Mapping[str, Any], stored: NDArray[np.int8]) -> NDArray[np.float32]:
+    shape, order = port["shape"], port["order"]
+    real = (stored.astype(np.int32) - port["zero_point"]).astype(np.float32) * np.float32(port["scale"])
+    arranged = real.reshape(len(real), *(shape[a] for a in order))
+    restored = arranged.transpose(0, *(int(a) + 1 for a in np.argsort(order)))
+    return restored.reshape(len(real), *(shape[1:] if port["batched"] else shape))
+
+
+def _built(device: Device, facts: Facts, work: Work) -> str:
+    """Compiles once, runs the self-test, returns what the compiler calls itself."""
+    return _checked(device, facts, f"cd {shlex.quote(work.remote)}\n{BUILD}").splitlines()[0]
+
+
+def _checked(device: Device, facts: Facts, script: str) -> str:
+    ran = device.run(script)
+    if ran.code:
+        said = [line for line in ran.err.splitlines() if "error" in line] or (ran.err or ran.out).strip().splitlines()
+        raise DeploykitError(f"{facts.address}: {said[-1] if said else f'ended with code {ran.code}'}")
+    return ran.out

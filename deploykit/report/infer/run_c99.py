@@ -1,0 +1,7 @@
+"""How the C of `deploykit.exporters.to_c99` is run: in firmware; here, its self-test."""
+
+COMMANDS = ("make test",)
+ABOUT = (
+    "That compiles the network on this machine and compares the golden vectors byte by byte. "
+    "`FIRMWARE.md` says how it goes into firmware, in ten lines."
+)

@@ -1,0 +1,1 @@
+"""What the OpenVINO exporter is made of; `deploykit.exporters.to_openvino` is the exporter itself."""

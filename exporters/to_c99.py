@@ -1,0 +1,89 @@
+"""The c99 exporter: an integer-only network as C for microcontrollers and high-level synthesis.
+
+The hub is lowered to an integer program (`c99.lower`), the program is run by numpy (`c99.execute`, the oracle) and
+spelled in C (`c99.spell`) beside kernels without heap, floating point or library calls. There is no float file: what
+has no integer form is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from deploykit.core.artifact import Check, File, Runner, Runtime
+from deploykit.core.errors import DeploykitError
+from deploykit.core.target import Precision, Target
+from deploykit.exporters.c99.budget import require_fit
+from deploykit.exporters.c99.compiled import PARTS, Compiled, compiler, compiler_version, open_runner
+from deploykit.exporters.c99.emit import SOURCE, emit, flash_note, ram_note, stored
+from deploykit.exporters.c99.golden import golden
+from deploykit.exporters.c99.lower import Lowered, lower
+from deploykit.exporters.c99.memory import plan
+from deploykit.exporters.c99.options import options
+from deploykit.hub.graph import Hub
+
+ROUNDS_TWICE = 10.0
+"""Percent of a product's outputs: TFLM's rescaling rounds its multiplication and its shift (up to 4.5 % seen on trained
+networks), which is why the files agree with it bit for bit and with kernels that rescale in float to one step."""
+
+
+def export(hub: Hub, target: Target, out_dir: Path, precisions: Sequence[Precision]) -> tuple[File, ...]:
+    """Writes ``model.c`` and everything around it; see `c99.emit`.
+
+    Raises:
+        DeploykitError: a precision other than int8, no calibration, wrong options, operators without an integer form
+            (all are named), or a budget of the target that is exceeded (the layer that needs most is named).
+    """
+    settings = options(target)
+    if tuple(precisions) != ("int8",):
+        raise DeploykitError(
+            f"target {target.name}: integer C is written in int8 only; asked for {', '.join(precisions)}"
+        )
+    lowered = _lowered(hub, target)
+    arena = plan(lowered.program)
+    size = require_fit(lowered.program, arena, settings.flash_bytes, settings.ram_bytes, target.name)
+    emit(lowered.program, arena, golden(lowered.program, hub.samples), size, out_dir)
+    notes = flash_note(size), ram_note(size, arena)
+    takes, gives = (tuple(map(stored, side)) for side in (lowered.program.inputs, lowered.program.outputs))
+    file = File(SOURCE, "int8", lowered.operators, (), notes, PARTS, bytes=size.flash, inputs=takes, outputs=gives)
+    return (file,)
+
+
+def load(path: Path, threads: int = 1) -> Runner:
+    """Compiles the folder of a ``model.c`` for this machine and runs it, sample by sample, on one thread.
+
+    Raises:
+        DeploykitError: the folder is not complete, there is no C compiler, or it refuses the code.
+    """
+    return open_runner(path)
+
+
+def runtime() -> Runtime:
+    """The C compiler of this machine.
+
+    Raises:
+        DeploykitError: there is none.
+    """
+    untimed = "compiled for this machine: times say nothing about the board"
+    return Runtime(compiler_version(compiler()), untimed, max_mismatch=ROUNDS_TWICE)
+
+
+def checks(hub: Hub, target: Target, folder: Path, file: File) -> tuple[Check, ...]:
+    """What only this exporter can compare: the compiled C against the numpy oracle, bit for bit."""
+    program = _lowered(hub, target).program
+    vectors = golden(program, hub.samples)
+    found = Compiled(folder / file.path).run(vectors.inputs)
+    wrong = sum(int(np.count_nonzero(found[name] != array)) for name, array in vectors.outputs.items())
+    count = sum(array.size for array in vectors.outputs.values())
+    samples = len(next(iter(vectors.inputs.values())))
+    detail = f"{count} values of {samples} golden samples"
+    return (Check("C equals the integer oracle (differing values)", "int8", float(wrong), 0.0, wrong == 0, detail),)
+
+
+def _lowered(hub: Hub, target: Target) -> Lowered:
+    if hub.quantized is None:
+        raise DeploykitError(f"target {target.name}: int8 needs calibration data; give --calib")
+    reasons: Mapping[str, str] = {d.layer: d.why for d in hub.decisions if d.why}
+    return lower(hub.quantized, options(target).rounding, reasons)
