@@ -41,6 +41,7 @@ def export(
     ranges: str | Path | None = None,
     out: str | Path = "out",
     gate: Gate | None = None,
+    device: str | None = None,
     **settings: Any,
 ) -> Artifact:
     """Writes checked files for a device and returns them, callable.
@@ -60,6 +61,8 @@ def export(
         ranges: a file that ``deploykit calibrate`` wrote.
         out: folder to write.
         gate: the bounds the files must meet.
+        device: address of a device on which the files are timed and answer the evaluation data, e.g.
+            ``"ssh://pi@10.0.0.7"``.
         settings: fields of `deploykit.core.request.Settings`, e.g. ``thresholds="mse"``, ``overwrite=True``.
 
     Raises:
@@ -91,8 +94,8 @@ def export(
         objects=tuple(f"{n} ({type(s).__name__})" for n, s in named if s is not None and not _is_spec(s)),
     )
     request = replace(request, read=files_read(request))
-    folder, device = Path(out), targets.load(target)
-    pipeline.export(prepared, [device], [folder], request.settings, request.gate, metric, known, [request])
+    folder, profile = Path(out), targets.load(target)
+    pipeline.export(prepared, [profile], [folder], request.settings, request.gate, metric, known, [request], device)
     return open_artifact(folder)
 
 

@@ -95,7 +95,7 @@ def try_out(
     exams = []
     if evaluation is not None or record:
         trial.refuse(device, folders)
-        exams = [found for m in manifests if (found := _exam(m, evaluation, metric)) is not None]
+        exams = [exam for m in manifests if (exam := _exam(m, evaluation, metric)) is not None]
     if len(exams) != len(folders):  # nothing to answer for one of them: all are only timed
         exams = []
     try:

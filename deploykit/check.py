@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 BATCH = 16
+PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 TIE = 1 / 32
 """Of a step: so near to a tie, kernels may round either way. Those that round twice (TFLM) are off by up to 2^-(s+1)
 behind a shift of s bits, 4 and more in products; those that round half up differ from half to even on ties themselves.
@@ -70,11 +71,12 @@ def check_operators(
         ]
     errors.sort(key=lambda e: e.sqnr_db)
     worst_lsb = max(errors, key=lambda e: e.lsb)
-    products = [e for e in errors if e.operator in ("Conv", "ConvTranspose", "Gemm", "MatMul")]
+    products = [e for e in errors if e.operator in PRODUCTS]
     checks = [
         Check(
             "operators: largest difference (LSB)", "int8", worst_lsb.lsb, gate.max_lsb,
-            worst_lsb.lsb <= gate.max_lsb + 0.01, f"{worst_lsb.operator} {worst_lsb.layer}; {len(errors)} operators",
+            worst_lsb.lsb <= gate.max_lsb + 0.01,
+            f"{worst_lsb.operator} {worst_lsb.layer}; {len(errors)} operators{_coverage(hub, len(products))}",
         )
     ]  # fmt: skip
     if products:
@@ -87,6 +89,15 @@ def check_operators(
             )
         )  # fmt: skip
     return tuple(checks), tuple(errors)
+
+
+def _coverage(hub: Hub, compared: int) -> str:
+    """How many of the integer products were compared one by one, and why the others could not be."""
+    integer = sum(d.quantized and d.operator in PRODUCTS for d in hub.decisions)
+    if not integer:
+        return ""
+    why = ": the others write floats, or tensors that do not begin with the batch" if compared < integer else ""
+    return f", {compared} of {integer} integer products among them{why}"
 
 
 def _reference_values(
@@ -348,9 +359,8 @@ def relaxed(percent: float, samples: int) -> float:
 def check_integer(hub: Hub, file: File) -> Check:
     """An integer file without a single integer product is a silent no-op; where the network has no products, one
     without a single integer operator."""
-    linear = ("Conv", "ConvTranspose", "Gemm", "MatMul")
-    products = [d for d in hub.decisions if d.operator in linear]
-    kinds = linear if products else {d.operator for d in hub.decisions}
+    products = [d for d in hub.decisions if d.operator in PRODUCTS]
+    kinds = PRODUCTS if products else {d.operator for d in hub.decisions}
     integer = sum(n for operator, n in file.quantized.items() if operator in kinds)
     total = len(products or hub.decisions)
     what = "convolutions and matrix products" if products else "operators"

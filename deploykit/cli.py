@@ -13,12 +13,37 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from deploykit.core.errors import DeploykitError, unknown
+from deploykit.core.errors import DeploykitError
 from deploykit.core.target import PRECISIONS
+from deploykit.options import (
+    Calib,
+    Crop,
+    Device,
+    Eval,
+    InputShape,
+    Json,
+    Mean,
+    Model,
+    Out,
+    Overwrite,
+    PreprocessFile,
+    RecipeFile,
+    Resize,
+    Scale,
+    Seed,
+    Std,
+    Thresholds,
+    Train,
+    Weights,
+    declared_preprocess,
+    given,
+    known_name,
+    read_recipe,
+    threshold_methods,
+    typed,
+)
 
 if TYPE_CHECKING:
-    from deploykit.core.context import Role
-    from deploykit.core.recipe import Recipe
     from deploykit.core.target import Target
 
 app = typer.Typer(
@@ -29,40 +54,6 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-Model = Annotated[
-    str,
-    typer.Argument(help="pkg.module:factory, file.py:factory, a .pt2, an .onnx, or a folder that `compress` wrote"),
-]
-Calib = Annotated[
-    str | None,
-    typer.Option("--calib", help="Sample data: a folder of images, .npy, .npz, or file.py:loader", metavar="DATA"),
-]
-Train = Annotated[str | None, typer.Option("--train", help="Training data, for steps that train", metavar="DATA")]
-Eval = Annotated[str | None, typer.Option("--eval", help="Data (with labels) to score the files on", metavar="DATA")]
-Weights = Annotated[Path | None, typer.Option(help="Weights for a factory: .safetensors, or .pt read weights-only")]
-RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="Steps and training settings, TOML")]
-PreprocessFile = Annotated[
-    Path | None, typer.Option("--preprocess", help="TOML with resize, crop, scale, mean, std, layout, channels")
-]
-Resize = Annotated[int | None, typer.Option(help="Shorter side of images after resizing, pixels")]
-Crop = Annotated[int | None, typer.Option(help="Side of the centre crop, pixels")]
-Mean = Annotated[str | None, typer.Option(help="Per channel, after scaling to 0..1: 0.485,0.456,0.406")]
-Std = Annotated[str | None, typer.Option(help="Per channel, after scaling to 0..1: 0.229,0.224,0.225")]
-Scale = Annotated[float | None, typer.Option(help="Factor on 0..255 pixel values, default 1/255")]
-InputShape = Annotated[
-    list[str] | None, typer.Option("--input", help="Input without sample data: x=1x3x224x224 or x=1x128:int64")
-]
-Thresholds = Annotated[
-    str, typer.Option(help="How ranges are chosen: minmax, moving_average, percentile, mse, entropy")
-]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output folder")]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON")]
-Device = Annotated[
-    str | None,
-    typer.Option(help="Run the files there: local, ssh://[user@]host[:port] or adb://serial", metavar="ADDRESS"),
-]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random")]
-Out = Annotated[Path, typer.Option("-o", "--out", help="Output folder")]
 INTERRUPTED = 130
 """What typer ends with after Ctrl-C: 128 and the number of the signal."""
 
@@ -132,9 +123,9 @@ def export(
     if twice is not None:
         raise DeploykitError(f"--target {twice} is given twice; every target gets one folder, named after it")
     settings = Settings(
-        recipe=_recipe(recipe),
-        thresholds=_known("threshold method", thresholds, _methods()),
-        precisions=tuple(_known("precision", p, PRECISIONS) for p in precision or ()),  # type: ignore[misc]
+        recipe=read_recipe(recipe),
+        thresholds=known_name("threshold method", thresholds, threshold_methods()),
+        precisions=tuple(known_name("precision", p, PRECISIONS) for p in precision or ()),  # type: ignore[misc]
         bias_correction=bias_correction,
         keep_float=tuple(keep_float or ()),
         seed=seed,
@@ -148,12 +139,12 @@ def export(
     request = Request(
         model=model,
         target="",
-        weights=_typed(weights),
-        data=_given(calibration=calib, train=train, eval=evaluation),
-        preprocess=_preprocess(preprocess, resize, crop, mean, std, scale),
+        weights=typed(weights),
+        data=given(calibration=calib, train=train, eval=evaluation),
+        preprocess=declared_preprocess(preprocess, resize, crop, mean, std, scale),
         inputs=tuple(input_shape or ()),
         metric=metric,
-        ranges=_typed(ranges),
+        ranges=typed(ranges),
         settings=settings,
         gate=Gate(max_drop=max_drop),
     )
@@ -187,8 +178,8 @@ def calibrate(
 
     if out.exists() and not overwrite:
         raise DeploykitError(f"{out} already exists. Give another -o, or --overwrite to replace it.")
-    look = _preprocess(preprocess, resize, crop, mean, std, scale)
-    prepared = asked.prepare(Request(model, "", _typed(weights), {"calibration": calib}, look), hold_out=False)
+    look = declared_preprocess(preprocess, resize, crop, mean, std, scale)
+    prepared = asked.prepare(Request(model, "", typed(weights), {"calibration": calib}, look), hold_out=False)
     graph = pipeline.float_graph(prepared.model, prepared.example)
     found = pipeline.calibrate(graph, prepared.data["calibration"], thresholds)
     found.save(out)
@@ -219,11 +210,11 @@ def compress(
     from deploykit.core.request import Request, Settings
 
     device = None if target is None else targets.load(target)
-    look = _preprocess(preprocess, None, None, None, None, None)
-    settings = Settings(recipe=_recipe(recipe), seed=seed, force=force, overwrite=overwrite)
-    data = _given(calibration=calib, train=train)
+    look = declared_preprocess(preprocess, None, None, None, None, None)
+    settings = Settings(recipe=read_recipe(recipe), seed=seed, force=force, overwrite=overwrite)
+    data = given(calibration=calib, train=train)
     shapes = tuple(input_shape or ())
-    prepared = asked.prepare(Request(model, target or "", _typed(weights), data, look, shapes, settings=settings))
+    prepared = asked.prepare(Request(model, target or "", typed(weights), data, look, shapes, settings=settings))
     steps = pipeline.compress(prepared, settings, device, out)
     print(json.dumps({"out": str(out), "steps": list(steps)}, indent=1) if as_json else f"{out}: {', '.join(steps)}")
 
@@ -297,7 +288,7 @@ def plan(
         kinds = [(name, passes.load(name)) for name in planning.in_order(passes.names())]
         rows = [(_pass_line(name), kind.needs, planning.refusal(kind, chosen, have, enters)) for name, kind in kinds]
     else:
-        planned = planning.plan(_recipe(recipe), chosen, have, enters=enters)
+        planned = planning.plan(read_recipe(recipe), chosen, have, enters=enters)
         rows = [(repr(p.step), p.step.needs, p.refusal) for p in planned]
     if as_json:
         found = [{"step": s, "applies": not why, "needs": list(needs), "why_not": why} for s, needs, why in rows]
@@ -339,25 +330,12 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Run an artifact's files again: are they whole, and do they answer here as they did?"""
-    from deploykit.core.errors import GateFailed
     from deploykit.verify import verify as found_in
 
     found = found_in(artifact, threads)
-    if as_json:
-        print(json.dumps(found.to_dict(), indent=1))
-    elif not found.problems:
-        print("\n".join(found.lines()))
-    if found.problems:
-        raise DeploykitError(
-            f"{artifact} is not as it was written:\n  " + "\n  ".join(found.problems)
-            + "\nExport it again, or copy it whole."
-        )  # fmt: skip
-    if found.differing:
-        raise GateFailed("\n  ".join([f"{artifact} answers otherwise here than at the export:", *found.differing]))
-    if not found.manifest.passed:
-        raise GateFailed(f"{artifact}: a check failed when it was exported")
-    if not found.ran:
-        raise DeploykitError(f"{artifact}: the files are whole, but none could be run here: {found.checks[0].detail}")
+    for line in [json.dumps(found.to_dict(), indent=1)] if as_json else found.lines():
+        print(line)
+    found.refuse_failed()
 
 
 @app.command()
@@ -371,7 +349,6 @@ def diff(
     as_json: Json = False,
 ) -> None:
     """Compare two artifacts of a model; exit code 3 where the new one is worse than allowed."""
-    from deploykit.core.errors import GateFailed
     from deploykit.core.manifest import open_manifest
     from deploykit.diff import Limits, compare
 
@@ -381,8 +358,7 @@ def diff(
     else:
         _print_table(found.table())
         print("\n".join(found.lines()))
-    if found.regressions:
-        raise GateFailed(f"{new} is a step back from {old}:\n  " + "\n  ".join(found.regressions))
+    found.refuse_failed(old, new)
 
 
 @app.command()
@@ -395,17 +371,11 @@ def reproduce(
     as_json: Json = False,
 ) -> None:
     """Export again what a manifest tells of, and compare every file's bytes."""
-    from deploykit.core.errors import GateFailed
     from deploykit.reproduce import reproduce as made_again
 
     found = made_again(source, out, overwrite)
-    if as_json:
-        print(json.dumps(found.to_dict(), indent=1))
-    else:
-        print("\n".join(found.lines()))
-    if not found.identical:
-        why = "" if found.changed else "; nothing that the manifest keeps track of was changed"
-        raise GateFailed(f"{source}: {len(found.differing)} differences{why}")
+    print(json.dumps(found.to_dict(), indent=1) if as_json else "\n".join(found.lines()))
+    found.refuse_failed(source)
 
 
 @app.command()
@@ -436,9 +406,7 @@ def doctor(as_json: Json = False) -> None:
 
 
 @app.command()
-def demo(
-    out: Out = Path("demo"), device: Device = None, overwrite: Overwrite = False, as_json: Json = False
-) -> None:
+def demo(out: Out = Path("demo"), device: Device = None, overwrite: Overwrite = False, as_json: Json = False) -> None:
     """Train a small network on scikit-learn's digits and export it for x86, mobile-arm and jetson."""
     from deploykit.demo import run
 
@@ -457,54 +425,6 @@ def main(arguments: list[str] | None = None) -> NoReturn:
             print("\ndeploykit: interrupted; nothing was left half-written", file=sys.stderr)
         raise
     sys.exit(0)
-
-
-def _recipe(path: Path | None) -> Recipe:
-    from deploykit.core.recipe import Recipe, load_recipe
-
-    return Recipe() if path is None else load_recipe(path)
-
-
-def _typed(path: Path | None) -> str | None:
-    return None if path is None else str(path)
-
-
-def _given(**sources: str | None) -> dict[Role, str]:
-    """Data by role, as far as it was given."""
-    return {role: spec for role, spec in sources.items() if spec is not None}  # type: ignore[misc]
-
-
-def _preprocess(
-    path: Path | None, resize: int | None, crop: int | None, mean: str | None, std: str | None, scale: float | None
-) -> Any:
-    """The declared preprocessing: a TOML file, flags over it, or nothing."""
-    from deploykit.sources import load_preprocess
-
-    flags: dict[str, Any] = {"resize": resize, "crop": crop, "scale": scale}
-    flags |= {name: None if text is None else _numbers(name, text) for name, text in (("mean", mean), ("std", std))}
-    flags = {k: v for k, v in flags.items() if v is not None}
-    if path is None and not flags:
-        return None
-    return load_preprocess(path if path is not None else {}, flags)
-
-
-def _numbers(name: str, text: str) -> list[float]:
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        raise DeploykitError(f"--{name} takes numbers separated by commas, given '{text}'") from None
-
-
-def _known(kind: str, name: str, known: Any) -> str:
-    if name not in known:
-        raise unknown(kind, name, known)
-    return name
-
-
-def _methods() -> list[str]:
-    from deploykit.calibration.thresholds import METHODS
-
-    return list(METHODS)
 
 
 def _pass_line(name: str) -> str:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from deploykit.core.artifact import File, Measurement
+from deploykit.core.errors import GateFailed
 from deploykit.core.figures import MISSING, file_size, milliseconds, number, quotient
 from deploykit.core.manifest import Manifest
 
@@ -88,6 +90,11 @@ class Difference:
             "not_compared": list(self.not_compared),
             "regressions": list(self.regressions),
         }
+
+    def refuse_failed(self, old: Path, new: Path) -> None:
+        """Raises GateFailed where the new one is worse than allowed."""
+        if self.regressions:
+            raise GateFailed("\n  ".join([f"{new} is a step back from {old}:", *self.regressions]))
 
     def table(self) -> Table:
         """One line per precision: before, now."""
@@ -186,7 +193,7 @@ def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
     elif isinstance(value, Sequence) and not isinstance(value, str):
         yield name, ", ".join(map(str, value)) or "none"
     else:
-        yield name, str(value)
+        yield name, MISSING if value is None else str(value)
 
 
 @dataclass(frozen=True)

@@ -213,12 +213,17 @@ def export(
     calibrated = "calibration" in prepared.data or ranges is not None
     for target in chosen:
         exporters.load(target.exporter).runtime()  # a missing extra is said before any long work
+        written, _ = precisions(target, settings.precisions, calibrated)
         for planned in plan(settings.recipe, target, have, settings.bias_correction, prepared.model.enters):
             if not planned.automatic:
                 _insist(planned.step, planned.refusal, settings.force)
+                if planned.step.stage == "hub" and not any("int8" in p for p in written):
+                    raise DeploykitError(
+                        f"step {planned.step!r} works on integers, and for '{target.name}' only {', '.join(written)} "
+                        "would be written. Give --calib, ask for int8, or leave the step out."
+                    )
             if "train" in planned.step.needs:
                 require_accelerate()
-        precisions(target, settings.precisions, calibrated)
     if device is not None:
         trial.preflight(device, chosen)
     if settings.uint8_input:
@@ -232,7 +237,7 @@ def export(
         works = [together.enter_context(folder_in_place(folder, settings.overwrite)) for folder in folders]
         manifests = [road.write(t, work, asked) for t, work, asked in zip(chosen, works, requests, strict=True)]
     if device is not None:
-        manifests = road.try_out(device, folders)
+        manifests = trial.finish(device, folders, road.fed.example, road.exam(), settings, gate)
     artifacts = []
     failed: list[str] = []
     for target, folder, manifest in zip(chosen, folders, manifests, strict=True):
@@ -288,7 +293,7 @@ class _Road:
     def lower(self, chosen: Sequence[Target], given: Ranges | None) -> None:
         """Model-stage steps, lowering, graph-stage steps, calibration (where somebody will need it)."""
         from deploykit.check import check_lowering
-        from deploykit.hub.quantize import plan as plan_integers
+        from deploykit.hub.plan import plan as plan_integers
 
         target = chosen[0]
         context = _context(self.prepared, self.settings, target)
@@ -570,23 +575,6 @@ class _Road:
         answers, score = self._original()
         return Exam(_judging(self.fed), score.data, self.metric, answers)
 
-    def try_out(self, device: str, folders: Sequence[Path]) -> list[Manifest]:
-        """Times and scores finished artifacts on a device, and records that in their manifests."""
-        exam, settings = self.exam(), self.settings
-        exams = [] if exam is None else [exam for _ in folders]
-        try:
-            found = trial.try_out(
-                device, folders, self.fed.example, exams, self.gate, time=settings.benchmark, threads=settings.threads
-            )
-        except DeploykitError as error:
-            first, *others = (str(folder) for folder in folders)
-            against = "".join(f" --against {other}" for other in others)
-            raise DeploykitError(
-                f"{error}.\nThe files are written and checked on this machine. To go on there: "
-                f"deploykit benchmark {first}{against} --device '{device}' --record"
-            ) from None
-        return [trial.record(folder, found, i) for i, folder in enumerate(folders)]
-
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
         started = time.process_time()
@@ -611,7 +599,7 @@ def calibrate(graph: FloatGraph, data: DataSet, thresholds: str = "minmax") -> R
     """Statistics of a float graph on calibration data, with histograms if the threshold method needs them."""
     from deploykit.calibration.observe import observe
     from deploykit.calibration.thresholds import METHODS, NEED_HISTOGRAM
-    from deploykit.hub.quantize import observed
+    from deploykit.hub.plan import observed
     from deploykit.hub.running import summarizing
 
     if thresholds not in METHODS:

@@ -43,6 +43,12 @@ class Reproduction:
         """Whether nothing differs."""
         return not self.differing
 
+    def refuse_failed(self, source: Path) -> None:
+        """Raises GateFailed where something differs."""
+        if not self.identical:
+            why = "" if self.changed else "; nothing that the manifest keeps track of was changed"
+            raise GateFailed(f"{source}: {len(self.differing)} differences{why}")
+
     def lines(self) -> Iterator[str]:
         """For people: file by file, then what went in and is not what it was."""
         yield from (f"identical  {name}" for name in self.same)

@@ -21,7 +21,7 @@ from deploykit.core.figures import number
 from deploykit.core.files import write_in_place
 from deploykit.core.manifest import NAME, Manifest, Score, load_manifest
 from deploykit.core.progress import say
-from deploykit.core.request import Gate
+from deploykit.core.request import Gate, Settings
 from deploykit.core.target import Target
 from deploykit.devices import Device, connect, parse, read_facts
 from deploykit.devices.answers import answers
@@ -209,6 +209,32 @@ def _same(there: Answers, here: Answers, precision: str, facts: Facts, gate: Gat
     (found,) = check.check_file_against_hub(there, here, precision, gate)[:1]
     name = SAME_HERE if "%" in found.name else SAME_HERE_DB
     return replace(found, name=name, detail=f"{len(next(iter(there.outputs.values())))} samples on {facts.name}")
+
+
+def finish(
+    address: str,
+    folders: Sequence[Path],
+    samples: Mapping[str, NDArray[Any]],
+    exam: Exam | None,
+    settings: Settings,
+    gate: Gate,
+) -> list[Manifest]:
+    """Tries finished artifacts of one export on a device, and records that in their manifests.
+
+    Raises:
+        DeploykitError: that went wrong; the message says that the artifacts are there, and how to go on.
+    """
+    exams = [] if exam is None else [exam for _ in folders]
+    try:
+        found = try_out(address, folders, samples, exams, gate, time=settings.benchmark, threads=settings.threads)
+    except DeploykitError as error:
+        first, *others = (str(folder) for folder in folders)
+        against = "".join(f" --against {other}" for other in others)
+        raise DeploykitError(
+            f"{error}.\nThe files are written and checked on this machine. To go on there: "
+            f"deploykit benchmark {first}{against} --device '{address}' --record"
+        ) from None
+    return [record(folder, found, i) for i, folder in enumerate(folders)]
 
 
 def record(folder: Path, trial: Trial, position: int = 0) -> Manifest:

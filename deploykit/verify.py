@@ -19,7 +19,7 @@ import numpy as np
 from deploykit import exporters
 from deploykit.check import class_scores, sqnr_db
 from deploykit.core.artifact import Check, File
-from deploykit.core.errors import DeploykitError
+from deploykit.core.errors import DeploykitError, GateFailed
 from deploykit.core.golden import HUB, NAME, ORIGINAL, Golden, load_golden, some_values
 from deploykit.core.manifest import Manifest, changed_files, load_manifest
 
@@ -60,8 +60,31 @@ class Verification:
             if c.passed is False
         )
 
+    def refuse_failed(self) -> None:
+        """Raises if anything is wrong, or if nothing could be tried.
+
+        Raises:
+            DeploykitError: files that are missing or altered, or not one that could be run here.
+            GateFailed: answers that are not those of the export, or a check that failed there.
+        """
+        if self.problems:
+            found = "\n  ".join([f"{self.folder} is not as it was written:", *self.problems])
+            raise DeploykitError(f"{found}\nExport it again, or copy it whole.")
+        if self.differing:
+            raise GateFailed(
+                "\n  ".join([f"{self.folder} answers otherwise here than at the export:", *self.differing])
+            )
+        if not self.manifest.passed:
+            raise GateFailed(f"{self.folder}: a check failed when it was exported")
+        if not self.ran:
+            raise DeploykitError(
+                f"{self.folder}: the files are whole, but none could be run here: {self.checks[0].detail}"
+            )
+
     def lines(self) -> Iterator[str]:
-        """For people: every check, those made here first."""
+        """For people: every check, those made here first; of damaged files there are none to speak of."""
+        if self.problems:
+            return
         for where, checks in (("here", self.checks), ("export", self.manifest.checks)):
             for check in checks:
                 state = {True: "ok", False: "FAILED", None: "not run here"}[check.passed]

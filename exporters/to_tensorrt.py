@@ -73,7 +73,7 @@ def export(hub: Hub, target: Target, out_dir: Path, precisions: Sequence[Precisi
     for precision in precisions:
         proto, notes = reference if precision == "fp32" else _variant(hub, precision, settings)
         found = lint(proto, (settings.readers(precision)[1], settings.newest))
-        _refuse_errors(found, precision)
+        _refuse_errors(found, precision, target)
         path = out_dir / f"model.{precision}.onnx"
         path.write_bytes(proto.SerializeToString(deterministic=True))
         counts, islands = _integer_operators(proto, found, hub) if precision.startswith("int8") else ({}, ())
@@ -215,10 +215,10 @@ def _forget_origin(model: ir.Model) -> None:
         value.metadata_props.clear()
 
 
-def _refuse_errors(found: tuple[Finding, ...], precision: Precision) -> None:
+def _refuse_errors(found: tuple[Finding, ...], precision: Precision, target: Target) -> None:
     errors = [str(f) for f in found if f.severity == "E"]
     if errors:
-        raise DeploykitError(f"TensorRT would reject model.{precision}.onnx: {'; '.join(errors)}")
+        raise DeploykitError(f"{target.name}: TensorRT would reject model.{precision}.onnx: {'; '.join(errors)}")
 
 
 def _integer_operators(

@@ -1,8 +1,8 @@
 """Stands in for trtexec in the tests of build.py: checks the command line, touches files, measures nothing.
 
 ``fake_trtexec`` is installed into a folder with a ``fake.json`` beside it: which TensorRT it pretends to be, which
-variants fail to build, how far outputs are off. It appends every command line to ``argv.jsonl``. The times it writes
-are made up.
+variants fail to build, how far outputs are off, where golden inputs lie that come from elsewhere. It appends every
+command line to ``argv.jsonl``. The times it writes are made up.
 """
 
 from __future__ import annotations
@@ -19,15 +19,14 @@ ALWAYS = {
     "--onnx", "--saveEngine", "--loadEngine", "--loadInputs", "--exportOutput", "--exportTimes", "--exportLayerInfo",
     "--minShapes", "--optShapes", "--maxShapes", "--shapes", "--timingCacheFile", "--profilingVerbosity",
     "--iterations", "--duration", "--warmUp", "--useCudaGraph", "--useSpinWait", "--noDataTransfers",
-    "--sparsity",
 }  # fmt: skip
 ONLY = {
-    "v8201": {"--fp16", "--int8", "--workspace", "--buildOnly"},
-    "v8502": {"--fp16", "--int8", "--workspace", "--memPoolSize", "--buildOnly"},
-    "v8601": {"--fp16", "--int8", "--workspace", "--memPoolSize", "--buildOnly", "--skipInference"},
-    "v100300": {"--fp16", "--int8", "--stronglyTyped", "--memPoolSize", "--skipInference"},
-    "v101300": {"--fp16", "--int8", "--stronglyTyped", "--memPoolSize", "--skipInference"},
-    "v101600": {"--fp16", "--int8", "--stronglyTyped", "--memPoolSize", "--skipInference"},
+    "v8201": {"--fp16", "--int8", "--sparsity", "--workspace", "--buildOnly"},
+    "v8502": {"--fp16", "--int8", "--sparsity", "--workspace", "--memPoolSize", "--buildOnly"},
+    "v8601": {"--fp16", "--int8", "--sparsity", "--workspace", "--memPoolSize", "--buildOnly", "--skipInference"},
+    "v100300": {"--fp16", "--int8", "--sparsity", "--stronglyTyped", "--memPoolSize", "--skipInference"},
+    "v101300": {"--fp16", "--int8", "--sparsity", "--stronglyTyped", "--memPoolSize", "--skipInference"},
+    "v101600": {"--fp16", "--int8", "--sparsity", "--stronglyTyped", "--memPoolSize", "--skipInference"},
     "v110400": {"--stronglyTyped", "--memPoolSize", "--skipInference"},
 }
 
@@ -66,7 +65,7 @@ def main(argv: list[str]) -> int:
         return 1
     if "--exportOutput" in flags:
         path = flags["--loadInputs"].split(",")[0].split(":")[1]
-        with open(path.replace("input", "output"), "rb") as file:
+        with open(same_golden(path, told.get("golden", "")).replace("input", "output"), "rb") as file:
             raw = file.read()
         golden = struct.unpack(f"<{len(raw) // 4}f", raw)
         off = told.get("off", {}).get(variant, 0.0) * max(map(abs, golden))
@@ -80,6 +79,17 @@ def main(argv: list[str]) -> int:
         with open(flags["--exportLayerInfo"], "w") as file:
             file.write("{}")
     return 0
+
+
+def same_golden(path: str, folder: str) -> str:
+    """The golden input with the bytes of the one given, from another folder."""
+    with open(path, "rb") as file:
+        given = file.read()
+    for name in sorted(os.listdir(folder)) if folder else []:
+        with open(os.path.join(folder, name), "rb") as file:
+            if ".input." in name and file.read() == given:
+                return os.path.join(folder, name)
+    return path
 
 
 if __name__ == "__main__":

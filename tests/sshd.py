@@ -47,16 +47,22 @@ class Server:
             self.kill()
 
 
-def start(folder: Path, before: str = "") -> Server:
-    """Starts a server with fresh keys; ``before`` is a line of shell that it and its children inherit from, like
-    ``ulimit -f 8``."""
+def start(folder: Path, before: str = "", port: int = 0) -> Server:
+    """Starts a server; its keys are made where the folder holds none yet.
+
+    Args:
+        folder: for keys, configuration and log.
+        before: a line of shell that it and its children inherit from, like ``ulimit -f 8``.
+        port: 0 takes a free one.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("host_key", "user_key"):
         if not (folder / name).exists():
             subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / name], check=True)
     shutil.copy(folder / "user_key.pub", folder / "authorized_keys")
     with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
+        free.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        free.bind(("127.0.0.1", port))
         port = free.getsockname()[1]
     host_key = (folder / "host_key.pub").read_text()
     (folder / "known_hosts").write_text(f"[127.0.0.1]:{port} {host_key}")
@@ -68,6 +74,7 @@ def start(folder: Path, before: str = "") -> Server:
         f"Port {port}\nListenAddress 127.0.0.1\nHostKey {folder}/host_key\nPidFile none\n"
         f"AuthorizedKeysFile {folder}/authorized_keys\nStrictModes no\nUsePAM no\n"
         "PasswordAuthentication no\nKbdInteractiveAuthentication no\nPermitRootLogin prohibit-password\n"
+        "SetEnv SHLVL=2\n"  # bash then leaves out ~/.bashrc, whatever the tester has in it
     )
     if os.getuid() == 0:
         Path("/run/sshd").mkdir(exist_ok=True)  # where sshd, as root, locks its helper in

@@ -240,6 +240,22 @@ def test_pixels_go_in_as_they_are(tmp_path: Path) -> None:
     assert np.abs(found - reference(folded.bytes, {"x": pixels})["y"]).max() <= 1.01 * steps(folded)
 
 
+def test_a_float_front_of_pixels_becomes_one_table_per_channel(tmp_path: Path) -> None:
+    """Power-of-two scales cannot hold a pixel and its zero point: Cast, Mul and Add per channel are computed now."""
+    nodes: list[Node] = [("Conv", ["x", "w", "b"], ["c"], {"pads": [1, 1, 1, 1]}), ("Relu", ["c"], ["y"], {})]
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 6, 6, 3)).astype(np.uint8)
+    mean, std = np.array([0.4, 0.5, 0.6], np.float32), np.array([0.2, 0.3, 0.25], np.float32)
+    real = ((pixels / np.float32(255) - mean) / std).transpose(0, 3, 1, 2).astype(np.float32)
+    made = graph(nodes, {"x": (3, 6, 6)}, {"w": normal(1, 4, 3, 3, 3), "b": normal(2, 4)})
+    hub = quantized(made, {"x": real}, FPGA.quant)
+    prepared = Preprocess(scale=1 / 255, mean=tuple(mean.tolist()), std=tuple(std.tolist()))
+    fronted, _ = take_pixels(hub, prepared, ["x"], fold=False)
+    file = exported(replace(fronted, samples={"x": pixels}), FPGA, tmp_path)
+    assert "dk_table(x_q_table, 3, 1, 108" in (tmp_path / "model.c").read_text()
+    found = to_c99.load(tmp_path / file.path)({"x": pixels})["y"]
+    assert np.abs(found - reference(fronted.bytes, {"x": pixels})["y"]).max() <= 1.01 * steps(fronted)
+
+
 # ------------------------------------------------------------------ memory and budgets
 
 

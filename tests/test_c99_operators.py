@@ -119,6 +119,23 @@ def shuffle(draw: Draw) -> Case:
     return nodes, {"x": (groups * part, h, w)}, constants
 
 
+def prelu(draw: Draw) -> Case:
+    """One slope per channel: one table per channel."""
+    c, h, w = image(draw, 2)
+    return [("PRelu", ["x", "s"], ["y"], {})], {"x": (c, h, w)}, {"s": np.abs(weights(draw, c, 1, 1))}
+
+
+def dense_with_bias(draw: Draw) -> Case:
+    """A MatMul, its bias and a Relu run together."""
+    n, k = number(draw, 2, 9), number(draw, 1, 30)
+    nodes: list[Node] = [
+        ("MatMul", ["x", "w"], ["m"], {}),
+        ("Add", ["m", "b"], ["a"], {}),
+        ("Relu", ["a"], ["y"], {}),
+    ]
+    return nodes, {"x": (number(draw, 1, 5), k)}, {"w": weights(draw, k, n), "b": weights(draw, n)}
+
+
 OWN: dict[str, Callable[[Draw], Case]] = {
     "Conv 1-D": conv1d,
     "ConvTranspose of any kind": any_transposed,
@@ -127,6 +144,8 @@ OWN: dict[str, Callable[[Draw], Case]] = {
     "float functions": float_functions,
     "constant summand": constant_summand,
     "channel shuffle": shuffle,
+    "PRelu": prelu,
+    "MatMul with bias": dense_with_bias,
 }
 REFUSED = {"Resize bilinear", "Div"}
 """Cases of other exporters that have no integer form here."""
@@ -170,7 +189,7 @@ def test_c_equals_the_oracle_and_is_at_most_one_step_off_the_hub(name: str, data
     assert found.shape == expected.shape
     assert not file.islands
     several = len([n for n in nodes if n[0] not in ("Relu", "Clip", "Flatten", "Reshape", "Squeeze", "Unsqueeze")])
-    if several == 1 or name in ("float functions", "Split", "constant summand"):
+    if several == 1 or name in ("Split", "MatMul with bias"):
         assert float(np.abs(found - expected).max()) <= LSB * steps(hub)
     else:  # a step off in one operator is more behind the next
         assert float(np.abs(found - expected).max()) <= 6 * steps(hub)

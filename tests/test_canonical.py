@@ -161,7 +161,7 @@ def test_a_constant_branch_of_a_concat_has_the_scale_of_all() -> None:
     scales = {float(v.producer().inputs[1].const_value.numpy()) for v in concat.inputs}
     assert len(scales) == 1
     (expected,), (found,) = run(made.bytes, data), run(hub.bytes, data)
-    assert np.abs(found - expected).max() <= 0.51 * scales.pop()
+    assert np.abs(found - expected).max() <= 0.6 * scales.pop()
 
 
 def test_the_bias_of_a_grouped_transposed_convolution_is_int32() -> None:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from deploykit import exporters
 from deploykit.check import (
     Answers,
     Gate,
@@ -73,3 +74,15 @@ def test_a_file_whose_operators_are_those_of_the_hub_passes_and_another_does_not
 
     checks, _ = check_operators(hub, Wrong, load("x86"), data, Gate())
     assert not any(c.passed for c in checks)
+
+
+def test_the_check_says_how_many_products_were_compared_and_why_not_the_others() -> None:
+    made, data = residual(), images()
+    for name, coverage in (
+        ("x86", "3 of 3 integer products among them"),
+        ("jetson", "1 of 3 integer products among them: the others write floats, or tensors that do not begin with"),
+    ):
+        target = load(name)
+        hub = quantize(made, measured(made, data), target.quant)
+        checks, _ = check_operators(hub, exporters.load(target.exporter), target, data, Gate())
+        assert coverage in checks[0].detail, checks[0].detail

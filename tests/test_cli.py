@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -343,8 +344,10 @@ def test_targets_are_listed_and_each_has_a_card() -> None:
     assert sorted(line.split()[0] for line in said.out.splitlines() if line.startswith(" ")) == targets.names()
     card = enter("targets jetson").out
     assert card.startswith("jetson: NVIDIA Jetson")
-    assert "exporter tensorrt" in card and "s8 symmetric" in card
-    assert "timed here   no: only on the device" in card
+    assert "exporter tensorrt" in card and "8 bit signed symmetric, float scales, at the inputs of products" in card
+    assert re.search(r"timed here +no: only on the device", card)
+    columns = {len(found[0]) for line in card.splitlines()[1:] if (found := re.match(r"  \w+( \w+)* {2,}", line))}
+    assert len(columns) == 1
     assert "not verified" in card
     (found,) = json.loads(enter("targets jetson --json").out)
     assert found["quant"]["placement"] == "linear_inputs"
@@ -361,10 +364,31 @@ def test_a_card_says_which_facts_are_another_targets() -> None:
 
 def test_a_target_of_the_users_own_is_a_file() -> None:
     Path("my-board.toml").write_text('extends = "x86"\ntitle = "My board"\n[quant]\nweight_bits = 7\n')
-    assert "weights      s7" in enter("targets my-board.toml").out
+    assert "weights      7 bit" in enter("targets my-board.toml").out
     said = enter("export net.onnx --target my-board.toml --calib calib.npy --no-benchmark -o board")
     assert said.code == 0
     assert json.loads(Path("board/manifest.json").read_text())["target"] == "my-board"
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    assert enter("--version").out == f"deploykit {version('deploykit')}\n"
+
+
+def test_an_interrupted_command_says_that_nothing_is_half_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(targets, "names", interrupted)
+    said = enter("targets")
+    assert (said.code, said.out) == (130, "")
+    assert said.err == "\ndeploykit: interrupted; nothing was left half-written\n"
+
+
+def test_calibrate_and_compress_answer_in_json_too() -> None:
+    found = json.loads(enter("calibrate net.onnx --calib calib.npy --json -o again.json").out)
+    assert found["out"] == "again.json" and found["tensors"] > 3 and found["samples"] > 3
+    said = enter("compress nets.py:build --recipe prune.toml --calib table.npz --json -o half")
+    assert json.loads(said.out) == {"out": "half", "steps": ["Prune(sparsity=0.5)"]}
 
 
 def test_doctor_names_what_is_installed() -> None:
@@ -390,6 +414,7 @@ print(writer.stderr.read().decode())
 def test_the_demo_trains_exports_and_reports(tmp_path: Path) -> None:
     said = enter(f"demo -o {tmp_path / 'demo'} --json")
     assert said.code == 0, said.err
+    assert (tmp_path / "demo" / "report.html").is_file() and (tmp_path / "demo" / "x86" / "report.html").is_file()
     found = json.loads(said.out)
     assert [f["target"] for f in found] == ["x86", "mobile-arm", "jetson"]
     for entry in found:

@@ -110,8 +110,8 @@ def parts(folder: Path) -> list[Path]:
 
 
 def all_whole(folder: Path) -> bool:
-    """Every .npz below a folder can be read to its end."""
-    for path in folder.rglob("*.npz"):
+    """Every archive of inputs or answers below a folder can be read to its end."""
+    for path in [*folder.rglob("*.npz"), *folder.rglob("answers/*")]:
         with np.load(path) as archive:
             assert all(archive[name].size for name in archive.files)
     return True
@@ -298,7 +298,7 @@ def test_an_evaluation_that_is_cut_goes_on_where_it_stopped(
     command = f"benchmark --runs 2 --record --eval {path} --device "
 
     def done() -> list[Path]:
-        return sorted(there.rglob("answers/*.npz"))
+        return sorted(p for p in there.rglob("answers/*") if p.suffix != ".part")
 
     watching = when(lambda: len(done()) >= 3, server.kill)
     said = enter(command + server.address(there, python=sys.executable), folder)

@@ -47,7 +47,7 @@ PAGES = {
     for path in sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*.md")])
 }
 HOW_TO = [name for name in PAGES if name.startswith("docs/how-to/")]
-WITH_ARTIFACT = ("docs/benchmark.md", "docs/checks.md", "docs/report.md", "docs/exporters/onnx.md")
+WITH_ARTIFACT = ("docs/benchmark.md", "docs/devices.md", "docs/checks.md", "docs/report.md", "docs/exporters/onnx.md")
 """Pages that speak of an artifact ``out/`` that is there already."""
 FOREIGN_OPTIONS = {"--save", "--workspace-mb", "--only"}
 """Options of infer.py and build.py."""
@@ -300,7 +300,7 @@ def test_every_option_that_is_named_exists(page: str) -> None:
     group: Any = typer.main.get_command(app)
     known = {o for c in group.commands.values() for p in c.params for o in (*p.opts, *p.secondary_opts)}
     prose = "\n".join(re.findall(r"`([^`\n]+)`", PAGES[page]))
-    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", prose)) - FOREIGN_OPTIONS
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", prose)) - FOREIGN_OPTIONS
     assert named <= known | {"--help", "--strict"}, named - known
 
 

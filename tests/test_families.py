@@ -13,18 +13,19 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.support import cell, lowered
+from benchmarks.support import cell
 from deploykit.core.target import QuantSpec
 from deploykit.hub.graph import FloatGraph, Hub
 from deploykit.hub.lower import lower
 from deploykit.hub.quantize import quantize
 from deploykit.hub.running import session
 from deploykit.hub.torch_module import HubModule
+from deploykit.models import Model
 from deploykit.pipeline import calibrate
 from deploykit.targets import load
 from tests.families import FAMILIES, example
 
-FEW = ("shuffle", "vit", "bert_masked", "lstm", "tabular", "outputs")
+FEW = ("residual", "bert_masked", "lstm", "tabular")
 """Families that between them have every role of the operator table."""
 
 
@@ -38,11 +39,6 @@ def lowered_graph(name: str) -> FloatGraph:
 def hub_of(name: str, target: str = "x86") -> Hub:
     graph, data = lowered_graph(name), example(name).data
     return quantize(graph, calibrate(graph, data.take(slice(0, 16))), load(target).quant)
-
-
-def operators(hub: Hub) -> Counter[str]:
-    assert hub.quantized is not None
-    return Counter(node.op_type for node in hub.quantized.graph)
 
 
 def test_there_are_fifteen_families_and_more() -> None:
@@ -77,16 +73,14 @@ def test_the_hub_means_the_same_in_torch(name: str) -> None:
 
 
 def test_attention_is_computed_in_float_between_integer_products() -> None:
-    hub = hub_of("vit")
-    assert hub.counts()["MatMul"] == 8  # of two blocks: qkv, out, two of the perceptron
+    hub = hub_of("bert_masked")
+    assert hub.counts()["MatMul"] == 4  # qkv, out, two of the perceptron
     floats = Counter(d.operator for d in hub.decisions if not d.quantized)
-    assert floats["MatMul"] == 4
-    assert floats["Softmax"] == 2
-    assert floats["LayerNormalization"] == 5
+    assert (floats["MatMul"], floats["Softmax"], floats["LayerNormalization"]) == (2, 1, 3)
 
 
 def test_the_residual_stream_of_a_transformer_stays_in_float() -> None:
-    assert not [d for d in hub_of("vit").decisions if d.operator == "Add" and d.quantized]
+    assert not [d for d in hub_of("bert_masked").decisions if d.operator == "Add" and d.quantized]
 
 
 def test_the_residual_stream_of_a_convolutional_network_is_integer() -> None:
@@ -94,9 +88,10 @@ def test_the_residual_stream_of_a_convolutional_network_is_integer() -> None:
 
 
 def test_the_bias_of_a_product_over_positions_is_an_int32_summand_without_rounding_between() -> None:
-    hub = hub_of("mixer")
+    hub = hub_of("bert_masked")
+    integer = {d.layer for d in hub.decisions if d.quantized and d.operator == "MatMul"}
     assert hub.quantized is not None
-    for node in (n for n in hub.quantized.graph if n.op_type == "MatMul"):
+    for node in (n for n in hub.quantized.graph if n.name in integer):
         ((reader, _),) = list(node.outputs[0].uses())
         assert reader.op_type == "Add"
 
@@ -120,38 +115,33 @@ def test_tables_are_stored_in_int8_but_not_for_tensorrt() -> None:
 
 
 def test_shapes_and_zero_states_are_not_computed() -> None:
-    for name in ("lstm", "gru", "segmentation", "outputs", "bert_masked"):
+    for name in ("lstm", "bert_masked"):
         assert not {"Shape", "Expand", "ConstantOfShape"} & {n.op_type for n in lowered_graph(name).model.graph}
 
 
-def test_a_norm_before_a_convolution_is_a_convolution_and_one_at_the_input_stays() -> None:
-    assert hub_of("dense").counts()["Conv"] == 9
+def test_a_norm_at_the_input_stays_in_float() -> None:
     (norm,) = [d for d in hub_of("tabular").decisions if d.operator == "BatchNormalization"]
-    assert "units of their own" in norm.why
+    assert not norm.quantized and "units of their own" in norm.why
 
 
-def test_every_spec_of_the_targets_takes_every_kind_of_operator() -> None:
-    graph, data = lowered_graph("outputs"), example("outputs").data
-    ranges = calibrate(graph, data.take(slice(0, 8)))
-    for spec in (QuantSpec(scale="power_of_two"), QuantSpec(activation_signed=True), QuantSpec(weight_bits=7)):
-        assert quantize(graph, ranges, spec).counts()["Gemm"] == 2
+@pytest.mark.parametrize(
+    "spec", [QuantSpec(scale="power_of_two"), QuantSpec(activation_signed=True), QuantSpec(weight_bits=7)]
+)
+def test_every_spec_takes_every_kind_of_operator(spec: QuantSpec) -> None:
+    for name in ("lstm", "bert_masked"):
+        graph, data = lowered_graph(name), example(name).data
+        assert quantize(graph, calibrate(graph, data.take(slice(0, 2))), spec).counts()["Gemm"] == 1
 
 
 @pytest.mark.parametrize(
     ("family", "exporter"),
-    [
-        ("cnn_1d", "onnx"), ("cnn_1d", "tflite"), ("lstm", "onnx"), ("gru", "tflite"), ("bert_masked", "tflite"),
-        ("bert_masked", "tensorrt"), ("tabular", "tensorrt"), ("outputs", "tflite"), ("depthwise", "c99"),
-        ("lstm", "c99"), ("tabular", "openvino"),
-    ],
-)  # fmt: skip
+    [("lstm", "onnx"), ("lstm", "tflite"), ("lstm", "c99"), ("bert_masked", "tflite"), ("tabular", "tensorrt")],
+)
 def test_a_cell_is_ok_or_refused_with_a_reason(family: str, exporter: str, tmp_path: Path) -> None:
     if exporter == "tflite":
         pytest.importorskip("ai_edge_litert", reason="the extra 'tflite' is not installed")
-    if exporter == "openvino":
-        pytest.importorskip("openvino", reason="the extra 'openvino' is not installed")
-    made = example(family)
-    found = cell(lowered(made, tmp_path), made, exporter)
-    assert found.state != "disagrees", found
+    path = tmp_path / "model.onnx"
+    path.write_bytes(lowered_graph(family).bytes)
+    found = cell(Model(origin=family, onnx=path), example(family), exporter)
+    assert found.state == ("refused" if exporter == "c99" else "ok"), found
     assert found.explained, found
-    assert (found.state == "refused") == (exporter == "c99" and family == "lstm")

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from deploykit.calibration.observe import StreamingHistogram, channel_mean
 from deploykit.core.data import DataSet
 from deploykit.core.errors import DeploykitError
-from deploykit.hub.quantize import observed
+from deploykit.hub.plan import observed
 from deploykit.hub.running import session
 from deploykit.hub.slices import Slicer
 from tests.graphs import conv_relu_conv, images, measured, normal, residual

@@ -14,47 +14,51 @@ from hypothesis import strategies as st
 from operator_cases import CASES, samples
 from tflite_graphs import graph, quantized, reference, steps
 
-from deploykit import targets
-from deploykit.core.target import QuantSpec
-from deploykit.exporters import to_openvino
-from deploykit.hub.graph import Hub
-
-if find_spec("openvino") is None:  # a plain import would start OpenVINO's usage statistics
+if find_spec("openvino") is None:  # importing it here would start its usage statistics
     pytest.skip("the extra 'openvino' is not installed", allow_module_level=True)
 
-many = settings(
-    max_examples=3, deadline=None, derandomize=True, database=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.filter_too_much],
-)  # fmt: skip
+from deploykit import targets
+from deploykit.exporters import to_openvino
+
+LSB = 1.01
+"""Least significant bits that an integer result may be off."""
 
 
-def written(hub: Hub, folder: Path, precision: Any) -> Any:
-    (file,) = to_openvino.export(hub, targets.load("x86-openvino"), folder, [precision])
-    return to_openvino.load(folder / file.path)
-
-
-@pytest.mark.parametrize("name", CASES)
-@many
-@given(data=st.data())
-def test_the_float_file_computes_what_onnx_runtime_computes(name: str, data: Any, tmp_path: Path) -> None:
-    nodes, inputs, constants = CASES[name](data.draw)
-    made = graph(nodes, inputs, constants)
-    fed = samples(data.draw, inputs)
-    expected = reference(made.bytes, fed)["y"]
-    found = written(Hub(made, QuantSpec()), tmp_path, "fp32")(fed)["y"]
-    assert found.shape == expected.shape
-    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4 * max(1.0, float(np.abs(expected).max())))
-
-
-@pytest.mark.parametrize("name", CASES)
-@many
-@given(data=st.data())
-def test_the_int8_file_is_at_most_one_step_off_the_hub(name: str, data: Any, tmp_path: Path) -> None:
+def compare(name: str, data: Any, folder: Path) -> None:
     nodes, inputs, constants = CASES[name](data.draw)
     fed = samples(data.draw, inputs)
     hub = quantized(graph(nodes, inputs, constants), fed)
+    fp32, int8 = to_openvino.export(hub, targets.load("x86-openvino"), folder, ["fp32", "int8"])
+    expected = reference(hub.graph.bytes, fed)["y"]
+    found = to_openvino.load(folder / fp32.path)(fed)["y"]
+    assert found.shape == expected.shape
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4 * max(1.0, float(np.abs(expected).max())))
     expected = reference(hub.bytes, fed)["y"]
     assume(expected.any())  # a result that is always zero has no scale to speak of
-    found = written(hub, tmp_path, "int8")(fed)["y"]
-    assert found.shape == expected.shape
-    assert float(np.abs(found - expected).max()) <= 1.01 * steps(hub)
+    found = to_openvino.load(folder / int8.path)(fed)["y"]
+    assert float(np.abs(found - expected).max()) <= LSB * steps(hub)
+
+
+def times(examples: int) -> settings:
+    return settings(
+        max_examples=examples, deadline=None, derandomize=True, database=None,
+        suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.filter_too_much],
+    )  # fmt: skip
+
+
+INTEGER = [name for name in CASES if name != "Div"]
+
+
+@pytest.mark.parametrize("name", INTEGER)
+@times(2)
+@given(data=st.data())
+def test_both_files_compute_what_the_hub_computes(name: str, data: Any, tmp_path: Path) -> None:
+    compare(name, data, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", INTEGER)
+@times(25)
+@given(data=st.data())
+def test_both_files_compute_what_the_hub_computes_on_many_shapes(name: str, data: Any, tmp_path: Path) -> None:
+    compare(name, data, tmp_path)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from commands import enter
 from conftest import TinyCNN, TinyMLP
-from graphs import graph, normal
+from graphs import graph, normal, residual
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -163,7 +163,7 @@ def test_an_artifact_refuses_shapes_it_does_not_take_and_says_which_it_does(tmp_
 
 
 def test_a_misspelt_setting_is_answered_with_the_nearest(tmp_path: Path, tiny_cnn: TinyCNN) -> None:
-    with pytest.raises(DeploykitError, match="no setting 'keep_flaot'. Did you mean 'keep_float'?"):
+    with pytest.raises(DeploykitError, match=r"no setting 'keep_flaot'. Did you mean 'keep_float'"):
         export(tiny_cnn, "x86", normal(0, 20, 3, 16, 16), keep_flaot=("conv",), out=tmp_path / "out")
 
 
@@ -277,6 +277,29 @@ def test_what_an_exporter_cannot_write_is_refused_before_anything_is_trained_or_
     steps = Recipe((Step("prune", {"sparsity": 0.5}),))
     with pytest.raises(DeploykitError, match=said):
         out(tmp_path, Warped(), target, {"x": normal(0, 8, 2, 4, 4)}, recipe=steps, force=True)
+
+
+def test_a_step_on_integers_is_not_left_out_in_silence(tmp_path: Path, tiny_mlp: TinyMLP) -> None:
+    data = {"x": normal(0, 8, 8)}
+    steps = Recipe((Step("bias_correct"),))
+    with pytest.raises(DeploykitError, match=r"BiasCorrect\(\) works on integers, and for 'x86' only fp32 would be"):
+        out(tmp_path, tiny_mlp, "x86", data, recipe=steps, precisions=("fp32",))
+    with pytest.raises(DeploykitError, match="works on integers, and for 'jetson-nano' only fp32, fp16 would"):
+        out(tmp_path, tiny_mlp, "jetson-nano", data, recipe=steps, force=True)
+
+
+def test_targets_of_one_run_get_what_each_would_get_alone(desk: Path) -> None:
+    Path("net.onnx").write_bytes(residual().bytes)
+    names = ["x86", "jetson-nano", "mobile-arm", "jetson"]
+    command = "export net.onnx --calib calib.npz --no-benchmark"
+    for folder, order in (("together", names), ("reversed", names[::-1])):
+        assert enter(f"{command} {' '.join(f'--target {n}' for n in order)} -o {folder}").code == 0
+    for name in names:
+        assert enter(f"{command} --target {name} -o alone/{name}").code == 0
+        alone = {f.path: f.sha256 for f in load_manifest(Path("alone", name)).stored}
+        for folder in ("together", "reversed"):
+            assert {f.path: f.sha256 for f in load_manifest(Path(folder, name)).stored} == alone
+    assert not Path("together/jetson-nano/ranges.json").exists()
 
 
 def test_a_step_that_cannot_pay_runs_only_by_force_and_is_noted(tmp_path: Path, tiny_mlp: TinyMLP) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import io
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -493,8 +494,36 @@ def test_a_tensorrt_bundle_is_run_by_its_own_script(tmp_path: Path) -> None:
     small_artifact(tmp_path / "jetson", "jetson")
     readme = (tmp_path / "jetson" / "README.md").read_text()
     assert "    ./build.sh\n" in readme and "BUILD.md" in readme
-    assert not (tmp_path / "jetson" / "infer.py").exists()
+    assert "deploykit benchmark" not in readme
     assert (tmp_path / "jetson" / "build.sh").is_file()
+
+
+def test_the_readme_says_what_the_files_hold_where_that_is_not_what_the_model_takes(tmp_path: Path) -> None:
+    phone = small_artifact(tmp_path / "phone", "mobile-arm")
+    (int8,) = [f for f in phone.files if f.precision == "int8"]
+    readme = (tmp_path / "phone" / "README.md").read_text()
+    assert "| in | `x` | 1 × 8 × 8 × 3 | float32 |  |  | `model.fp32.tflite`, `model.fp16.tflite` |" in readme
+    p = int8.inputs[0]
+    assert f"| in | `x` | 1 × 8 × 8 × 3 | int8 | {p.scale:.9g} | {p.zero_point} | `model.int8.tflite` |" in readme
+    page = write_report(tmp_path / "phone").read_text()
+    assert f"1 × 8 × 8 × 3, int8, scale {p.scale:.9g}, zero point {p.zero_point} (model.int8.tflite)" in page
+
+
+def test_the_readme_says_which_batch_is_bound(tmp_path: Path) -> None:
+    small_artifact(tmp_path / "jetson", "jetson")
+    assert "| in | `x` | 1 × 3 × 8 × 8 | float32 |  |  | `model." in (tmp_path / "jetson" / "README.md").read_text()
+    small_artifact(tmp_path / "x86")
+    assert "What the files hold" not in (tmp_path / "x86" / "README.md").read_text()
+
+
+def test_the_readme_says_how_good_the_files_are(tmp_path: Path) -> None:
+    small_artifact(tmp_path / "a")
+    readme = (tmp_path / "a" / "README.md").read_text()
+    assert "| the original model | 80.00 |  |  |  |" in readme
+    assert re.search(r"^\| `model.int8.onnx` \| 79\.50 \| 98\.00 \| 30\.0 \| \d\.\d\d kB \|$", readme, re.MULTILINE)
+    assert "On 16 samples: eval." in readme
+    small_artifact(tmp_path / "b", scores=())
+    assert "It was not evaluated" in (tmp_path / "b" / "README.md").read_text()
 
 
 def test_every_exporter_says_how_its_files_are_run() -> None:

@@ -128,7 +128,9 @@ def test_only_what_was_scored_on_the_same_samples_shares_axes(exports: Path) -> 
     entries = scatter.entries([made("a", manifest), made("b", there), made("c", other)])
     plots = scatter.over_bytes(entries)
     assert [[p.entry.made.label for p in plot.points] for plot in plots] == [["a", "a", "b"], ["c", "c"]]
-    assert "2 data sets" in comparison.split(entries)
+    assert "2 data sets" in comparison.split(entries) and "models" not in comparison.split(entries)
+    strange = scatter.entries([made("a", manifest), made("b", replace(manifest, model="other.py:net"))])
+    assert comparison.split(strange) == "The exports come from 2 models, so they differ in more than the target."
 
 
 def test_without_labels_the_axis_is_the_share_of_the_same_answers(exports: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +12,13 @@ import pytest
 import torch
 from commands import artifact, enter
 from conftest import TinyMLP
-from graphs import normal
+from graphs import normal, residual
 from safetensors.torch import save_file
 
-from deploykit import export, pipeline
+from deploykit import bench, export, pipeline
 from deploykit.asked import files_read
+from deploykit.core.artifact import Check
+from deploykit.core.device import Facts
 from deploykit.core.errors import DeploykitError
 from deploykit.core.manifest import Manifest, load_manifest
 from deploykit.core.request import Request, Settings
@@ -40,10 +43,6 @@ class Net(nn.Module):
 
 def build():
     return Net()
-
-
-def score(outputs, labels):
-    return 50.0
 """
 LAYERS = """
 from torch import nn
@@ -54,39 +53,47 @@ class Head(nn.Linear):
         super().__init__(16, 3)
 """
 COMMAND = (
-    "export {nets}.py:build --weights w.safetensors --target x86 --calib calib.npy --eval test.npz --seed 3 "
-    "--thresholds mse --keep-float head --max-drop 50 --no-benchmark"
+    "export net.onnx --target x86 --calib calib.npy --eval test.npz --metric metrics.py:score --seed 3 "
+    "--thresholds mse --keep-float b --max-drop 50 --no-benchmark"
 )
 
 
 @pytest.fixture
 def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A factory of a name of its own (modules stay imported), which uses a package beside it; weights and data."""
+    """A network as .onnx, data, and a metric."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    package = f"parts_{abs(hash(tmp_path))}"
-    Path("nets.py").write_text(NETS.replace("parts", package))
-    Path(package).mkdir()
-    Path(package, "__init__.py").touch()
-    Path(package, "layers.py").write_text(LAYERS)
-    shutil.move("nets.py", f"{package}_nets.py")
-    torch.manual_seed(0)
-    net = TinyMLP()
-    save_file({k.replace("out.", "head."): v for k, v in net.state_dict().items()}, "w.safetensors")
-    np.save("calib.npy", normal(1, 40, 4))
-    np.savez("test.npz", x=normal(2, 40, 4), y=np.arange(40) % 3)
+    Path("net.onnx").write_bytes(residual().bytes)
+    Path("metrics.py").write_text("def score(outputs, labels):\n    return float(abs(outputs['y']).mean())\n")
+    np.save("calib.npy", normal(9, 20, 3, 8, 8))
+    np.savez("test.npz", x=normal(8, 20, 3, 8, 8), y=np.arange(20) % 4)
     return tmp_path
-
-
-def nets(desk: Path) -> str:
-    return next(desk.glob("*_nets.py")).stem
 
 
 @pytest.fixture
 def exported(desk: Path) -> Manifest:
-    said = enter(f"{COMMAND.format(nets=nets(desk))} -o out")
+    said = enter(f"{COMMAND} -o out")
     assert said.code == 0, said.err
     return load_manifest(Path("out"))
+
+
+@pytest.fixture
+def factory(desk: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of a factory that uses a package beside it, both of names of their own (modules stay imported), with
+    weights and data."""
+    monkeypatch.syspath_prepend(str(desk))
+    package = f"parts_{abs(hash(desk))}"
+    Path(f"{package}_nets.py").write_text(NETS.replace("parts", package))
+    Path(package).mkdir()
+    Path(package, "__init__.py").touch()
+    Path(package, "layers.py").write_text(LAYERS)
+    write_weights(0)
+    np.save("table.npy", normal(1, 40, 4))
+    return f"{package}_nets.py:build"
+
+
+def write_weights(seed: int) -> None:
+    torch.manual_seed(seed)
+    save_file({k.replace("out.", "head."): v for k, v in TinyMLP().state_dict().items()}, "w.safetensors")
 
 
 # ------------------------------------------------------------------ the manifest
@@ -94,19 +101,24 @@ def exported(desk: Path) -> Manifest:
 
 def test_the_manifest_keeps_what_was_typed(desk: Path, exported: Manifest) -> None:
     request = exported.request
-    assert (request.model, request.weights, request.target) == (f"{nets(desk)}.py:build", "w.safetensors", "x86")
+    assert (request.model, request.weights, request.target) == ("net.onnx", None, "x86")
     assert request.data == {"calibration": "calib.npy", "eval": "test.npz"}
+    assert request.metric == "metrics.py:score"
     chosen = request.settings
-    assert (chosen.seed, chosen.thresholds, chosen.keep_float) == (3, "mse", ("head",))
+    assert (chosen.seed, chosen.thresholds, chosen.keep_float) == (3, "mse", ("b",))
     assert request.gate.max_drop == 50
+    assert set(request.read) == {"metrics.py", "net.onnx"}
     assert str(desk) not in Path("out/manifest.json").read_text()
 
 
-def test_the_files_that_were_read_have_hashes_and_what_they_import_beside_them_too(
-    desk: Path, exported: Manifest
-) -> None:
-    package = nets(desk).removesuffix("_nets")
-    assert set(exported.request.read) == {f"{package}_nets.py", f"{package}/layers.py", "w.safetensors"}
+def test_the_users_python_is_hashed_with_what_it_imports_from_beside_it(factory: str) -> None:
+    nets = factory.removesuffix(":build")
+    package = nets.removesuffix("_nets.py")
+    found = files_read(Request(factory, "x86", "w.safetensors"))
+    assert set(found) == {nets, f"{package}/layers.py", "w.safetensors"}
+    Path(package, "layers.py").write_text(LAYERS + "# a remark\n")
+    changed = files_read(Request(factory, "x86", "w.safetensors"))
+    assert {name for name in found if found[name] != changed[name]} == {f"{package}/layers.py"}
 
 
 def test_what_is_installed_is_known_by_its_version_and_not_hashed() -> None:
@@ -115,11 +127,20 @@ def test_what_is_installed_is_known_by_its_version_and_not_hashed() -> None:
     assert source_files("json:dumps") == {}
 
 
-def test_a_compressed_folder_is_hashed_with_the_factory_it_came_from(desk: Path) -> None:
+def test_a_compressed_folder_is_hashed_with_the_factory_it_came_from(factory: str) -> None:
     Path("prune.toml").write_text('[[step]]\nname = "prune"\nsparsity = 0.5\n')
-    assert enter(f"compress {nets(desk)}.py:build --recipe prune.toml --calib calib.npy -o small").code == 0
+    assert enter(f"compress {factory} --recipe prune.toml --calib table.npy -o small").code == 0
     found = files_read(Request("small", "x86"))
-    assert {"small/structure.json", "small/model.safetensors", f"{nets(desk)}.py"} <= set(found)
+    assert {"small/structure.json", "small/model.safetensors", factory.removesuffix(":build")} <= set(found)
+
+
+def test_advice_about_times_is_no_note(desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = "int8 is slower than fp32 here (2.00 times): use model.fp32.onnx"
+    monkeypatch.setattr(bench, "measure_artifact", lambda *_, **__: ((), (slow,)))
+    said = enter(f"{COMMAND.replace(' --no-benchmark', '')} -o out")
+    assert slow in said.out
+    manifest = load_manifest(Path("out"))
+    assert manifest.advice == (slow,) and slow not in manifest.notes
 
 
 # ------------------------------------------------------------------ made again
@@ -143,9 +164,10 @@ def test_nothing_is_left_behind_where_no_folder_was_asked_for(desk: Path, export
     assert enter("reproduce out -o out").code == 2
 
 
-def test_other_weights_are_named_as_the_reason(desk: Path, exported: Manifest) -> None:
-    torch.manual_seed(5)
-    save_file({k.replace("out.", "head."): v for k, v in TinyMLP().state_dict().items()}, "w.safetensors")
+def test_other_weights_are_named_as_the_reason(factory: str) -> None:
+    command = f"export {factory} --weights w.safetensors --target x86 --calib table.npy --no-benchmark"
+    assert enter(f"{command} -o out").code == 0
+    write_weights(5)
     said = enter("reproduce out")
     assert said.code == 3
     assert "note: w.safetensors was changed since" in said.err
@@ -154,35 +176,44 @@ def test_other_weights_are_named_as_the_reason(desk: Path, exported: Manifest) -
 
 
 def test_other_samples_are_named_as_the_reason(desk: Path, exported: Manifest) -> None:
-    np.save("calib.npy", 2 * normal(1, 40, 4))
+    np.save("calib.npy", 2 * normal(9, 20, 3, 8, 8))
     said = enter("reproduce out")
     assert said.code == 3
-    assert "changed    calibration data, 40 samples: " in said.out
+    assert "changed    calibration data, 20 samples: " in said.out
     assert "identical  model.fp32.onnx" in said.out
 
 
 def test_what_changed_without_a_consequence_is_said_and_is_no_difference(desk: Path, exported: Manifest) -> None:
-    file = Path(f"{nets(desk)}.py")
-    file.write_text(file.read_text() + "# a remark\n")
+    Path("metrics.py").write_text(Path("metrics.py").read_text() + "# a remark\n")
     told = json.loads(Path("out/manifest.json").read_text())
     told["versions"]["torch"] = "2.0.0"
     Path("told.json").write_text(json.dumps(told))
     said = enter("reproduce told.json")
     assert said.code == 0
-    assert f"changed    file {file}: " in said.out and "changed    version of torch: 2.0.0 -> " in said.out
+    assert "changed    file metrics.py: " in said.out and "changed    version of torch: 2.0.0 -> " in said.out
 
 
 def test_differences_are_told_file_by_file(exported: Manifest) -> None:
-    fewer = [s for s in exported.stored if s.path != "infer.py"]
-    larger = [s if s.path != "README.md" else type(s)("README.md", s.bytes + 1, "0") for s in fewer]
-    from dataclasses import replace
-
-    found = compared(exported, replace(exported, stored=tuple(larger), scores=()))
+    readme = exported.stored[0]
+    assert readme.path == "README.md"
+    stored = [replace(readme, bytes=readme.bytes + 1), *(s for s in exported.stored[1:] if s.path != "infer.py")]
+    found = compared(exported, replace(exported, stored=tuple(stored), scores=()))
     assert found.differing == (
-        f"README.md has {exported.stored[0].bytes + 1} bytes, {exported.stored[0].bytes} the first time",
+        f"README.md has {readme.bytes + 1} bytes, {readme.bytes} the first time",
         "infer.py was not written again",
         "manifest.json: scores",
     )
+
+
+def test_what_a_device_answered_is_not_made_again_and_no_difference(exported: Manifest) -> None:
+    there = replace(exported.scores[-1], data="answered on a board")
+    check = Check("answers there as here (%)", "int8", 100.0, 96.0, True)
+    tried = replace(
+        exported, device=Facts("local", "a board", "aarch64"), scores=(there, *exported.scores),
+        checks=(*exported.checks, check),
+    )  # fmt: skip
+    assert compared(tried, exported).identical
+    assert not compared(exported, replace(exported, checks=exported.checks[1:])).identical
 
 
 # ------------------------------------------------------------------ impossible
@@ -198,7 +229,7 @@ def test_an_export_from_python_objects_says_that_no_file_holds_them(tmp_path: Pa
 
 
 def test_an_export_from_python_with_paths_can_be_made_again(desk: Path) -> None:
-    export(f"{nets(desk)}.py:build", "x86", "calib.npy", weights="w.safetensors", out="out", benchmark=False)
+    export("net.onnx", "x86", "calib.npy", out="out", benchmark=False, seed=2)
     assert enter("reproduce out").code == 0
 
 
@@ -216,13 +247,13 @@ def test_from_another_folder_it_is_said_where_paths_are_meant_from(
 
 
 @pytest.mark.slow
-def test_training_is_made_again_with_the_threads_it_had(desk: Path) -> None:
+def test_training_is_made_again_with_the_threads_it_had(factory: str) -> None:
     """The suite runs with one thread; two were used here."""
     pytest.importorskip("accelerate", reason="needs the extra train")
     Path("qat.toml").write_text('[[step]]\nname = "qat"\nsteps = 5\n')
     torch.set_num_threads(2)
-    command = COMMAND.format(nets=nets(desk)).replace(" --keep-float head", "")
-    assert enter(f"{command} --train calib.npy --recipe qat.toml -o out").code in (0, 3)
+    command = f"export {factory} --weights w.safetensors --target x86 --calib table.npy --train table.npy"
+    assert enter(f"{command} --recipe qat.toml --no-benchmark -o out").code in (0, 3)
     assert load_manifest(Path("out")).machine.threads == 2  # type: ignore[union-attr]
     torch.set_num_threads(1)
     said = enter("reproduce out")
@@ -256,10 +287,8 @@ def test_a_metric_that_fails_and_a_step_without_a_teacher_cost_no_calibration(
 
     monkeypatch.setattr(pipeline, "calibrate", calibrating)
     Path("metrics.py").write_text("def broken(outputs, labels):\n    return outputs['nowhere']\n")
-    said = enter(f"{COMMAND.format(nets=nets(desk))} --metric metrics.py:broken -o out")
+    said = enter(f"{COMMAND.replace('metrics.py:score', 'metrics.py:broken')} -o out")
     assert said.code == 2 and "the metric raised KeyError" in said.err
-    assert enter(f"export {nets(desk)}.py:build --target x86 --input x=1x4 --no-benchmark -o floats").code == 0
     Path("qat.toml").write_text('[[step]]\nname = "qat"\nsteps = 5\n')
-    command = "export floats/model.fp32.onnx --target x86 --calib calib.npy --train calib.npy --recipe qat.toml -o out"
-    said = enter(command)
+    said = enter("export net.onnx --target x86 --calib calib.npy --train calib.npy --recipe qat.toml -o out")
     assert said.code == 2 and "needs a model that PyTorch runs (an .onnx has no teacher)" in said.err

@@ -13,8 +13,7 @@ import pytest
 from tensorrt_graphs import hub, model, samples, small_net
 
 from deploykit import exporters, targets
-from deploykit.core.artifact import Island
-from deploykit.core.artifact import Port
+from deploykit.core.artifact import Island, Port
 from deploykit.core.errors import DeploykitError
 from deploykit.core.tables import read_toml
 from deploykit.core.target import Target
@@ -148,15 +147,15 @@ def test_golden_outputs_are_what_the_float_model_computes(bundle: Path, calibrat
         np.testing.assert_allclose(y, original(calibrated, x), atol=1e-5)
 
 
-def test_an_engine_may_have_twice_the_noise_of_its_file_but_never_more_than_forty_decibels_are_asked(
+def test_an_engine_may_have_twice_the_noise_of_its_file_and_never_has_to_reach_more_than_30_db(
     bundle: Path,
 ) -> None:
     models = json.loads((bundle / "bundle.json").read_text())["models"]
     expected = {p: m["expected_db"]["y"] for p, m in models.items()}
     assert expected["fp32"] == 200.0
-    assert 15.0 < expected["int8"] < 43.0 < expected["fp16"] < 100.0
+    assert 15.0 < expected["int8"] < 33.0 < expected["fp16"] < 100.0
     least = {p: m["least_db"]["y"] for p, m in models.items()}
-    assert least["fp32"] == least["fp16"] == 40.0
+    assert least["fp32"] == least["fp16"] == 30.0
     assert least["int8"] == pytest.approx(expected["int8"] - 3.0, abs=1e-3)
 
 
@@ -294,6 +293,17 @@ def test_a_xavier_gets_int8_in_operator_set_17_and_a_float16_file_it_can_read(ca
     assert [onnx.load(tmp_path / f.path).opset_import[0].version for f in files] == [17, 17, 17]
     assert [dict(f.quantized) for f in files] == [{}, {}, {"Conv": 2, "Gemm": 1}]
     assert all(f.notes == () for f in files)
+
+
+def test_a_xavier_with_old_software_is_a_profile_of_three_lines(calibrated: Hub, tmp_path: Path) -> None:
+    profile = tmp_path / "old-xavier.toml"
+    profile.write_text('extends = "jetson-xavier-nx"\nopset = 13\n[options]\ntrt = ["8.2", "8.2"]\nopset_weak = 13\n')
+    target = targets.load(str(profile))
+    fp32, int8 = to_tensorrt.export(calibrated, target, tmp_path, ["fp32", "int8"])
+    assert onnx.load(tmp_path / int8.path).opset_import[0].version == 13
+    assert dict(int8.quantized) == {"Conv": 2, "Gemm": 1}
+    y, z = (to_tensorrt.load(tmp_path / f.path)({"x": samples()})["y"] for f in (fp32, int8))
+    assert np.square(y - z).sum() < 1e-2 * np.square(y).sum()
 
 
 def normed(target: Target) -> Hub:

@@ -126,6 +126,18 @@ def test_images_are_channels_last_in_the_file_and_channels_first_for_the_caller(
     assert run({"picture": normal(1, 2, 3, 6, 5)})["heat"].shape == (2, 4, 6, 5)
 
 
+def test_the_inputs_and_outputs_of_a_file_are_told_as_the_runtime_sees_them(cnn_hub: Hub, tmp_path: Path) -> None:
+    from ai_edge_litert.interpreter import Interpreter
+
+    for precision in ("fp32", "int8"):
+        file, _ = written(cnn_hub, tmp_path, precision)
+        interpreter = Interpreter(str(tmp_path / file.path))
+        seen = interpreter.get_input_details(), interpreter.get_output_details()
+        for ports, details in zip((file.inputs, file.outputs), seen, strict=True):
+            told = [(p.shape, p.dtype, (p.scale or 0.0, p.zero_point or 0)) for p in ports]
+            assert told == [(tuple(d["shape"].tolist()), d["dtype"].__name__, d["quantization"]) for d in details]
+
+
 def test_what_litert_announces_is_left_out_and_what_else_it_says_is_not(capfd: pytest.CaptureFixture[str]) -> None:
     greeting = b"INFO: Created TensorFlow Lite XNNPACK delegate for CPU.\n"
     ungreeted(lambda: os.write(2, greeting + b"ERROR: no such kernel\n"))

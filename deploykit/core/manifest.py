@@ -62,7 +62,7 @@ class OperatorError:
     lsb: float
     """Largest difference, in least significant bits of the output."""
     mismatch: float
-    """Percent of the outputs that differ by more than a quarter of a step."""
+    """Percent of the outputs that differ by more than a quarter of a step although they are no ties."""
     sqnr_db: float
     """Signal to noise of this operator quantized alone, fed with what the float network feeds it."""
 

@@ -47,7 +47,7 @@ def answers(
         fetched = Path(here) / "outputs"
         for arrays in track(chunks(data), f"answering on {facts.name}"):
             key = _key(arrays, facts)
-            tasks = [Task(work, f, f"{folder}/{key}.{f.precision}.npz") for f in work.manifest.files]
+            tasks = [Task(work, f, f"{folder}/{key}.{f.precision}") for f in work.manifest.files]
             open_tasks = [t for t in tasks if t.outputs.rpartition("/")[2] not in done]
             if open_tasks:
                 how.answer(device, facts, open_tasks, arrays, key, threads)

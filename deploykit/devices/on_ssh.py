@@ -86,7 +86,7 @@ def connect(address: Address) -> Iterator[Ssh]:
     client = shlex.split(os.environ.get(PROGRAM, "ssh"))
     if not client or shutil.which(client[0]) is None:
         raise DeploykitError(f"{address.text} needs an OpenSSH client here; there is no program '{' '.join(client)}'")
-    folder = tempfile.mkdtemp(prefix="dk-")  # the path of a socket must be short
+    folder = tempfile.mkdtemp(prefix="dk-", dir="/tmp" if os.path.isdir("/tmp") else None)  # sockets need short paths
     argv = [*client, *(f"-o{o}" for o in OPTIONS), f"-oControlPath={folder}/%C"]
     argv += [f"-p{address.port}"] if address.port else []
     argv += [f"-l{address.user}"] if address.user else []

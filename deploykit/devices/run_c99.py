@@ -132,14 +132,15 @@ def _integers(port: Mapping[str, Any], samples: NDArray[Any]) -> NDArray[np.int8
     if arranged.dtype.kind in "ui":
         return np.ascontiguousarray(arranged.astype(port["dtype"])).view(np.int8)
     steps = np.rint(arranged / np.float32(port["scale"])) + port["zero_point"]
-    return np.clip(steps, -128, 127).astype(np.int8)
+    integers: NDArray[np.int8] = np.clip(steps, -128, 127).astype(np.int8)
+    return integers
 
 
 def _reals(port: Mapping[str, Any], stored: NDArray[np.int8]) -> NDArray[np.float32]:
     shape, order = port["shape"], port["order"]
     real = (stored.astype(np.int32) - port["zero_point"]).astype(np.float32) * np.float32(port["scale"])
     arranged = real.reshape(len(real), *(shape[a] for a in order))
-    restored = arranged.transpose(0, *(int(a) + 1 for a in np.argsort(order)))
+    restored: NDArray[np.float32] = arranged.transpose(0, *(int(a) + 1 for a in np.argsort(order)))
     return restored.reshape(len(real), *(shape[1:] if port["batched"] else shape))
 
 

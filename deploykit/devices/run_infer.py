@@ -119,7 +119,8 @@ def runtime(facts: Facts, manifest: Manifest) -> str:
 def packed(arrays: Mapping[str, NDArray[Any]]) -> bytes:
     """The bytes of an .npz."""
     out = io.BytesIO()
-    np.savez(out, **{name: np.asarray(a) for name, a in arrays.items()})
+    plain: dict[str, Any] = {name: np.asarray(a) for name, a in arrays.items()}
+    np.savez(out, **plain)
     return out.getvalue()
 
 

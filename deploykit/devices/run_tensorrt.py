@@ -83,7 +83,7 @@ def answer(device: Device, facts: Facts, tasks: Sequence[Task], arrays: Arrays, 
                 )
             job = {
                 "key": key, "samples": len(next(iter(arrays.values()))), "inputs": raw, "outputs": task.outputs,
-                "trtexec": facts.tools["trtexec"], "engine": f"build/{best['variant']}.engine",
+                "trtexec": facts.tools["trtexec"], "engine": _engine(built, best),
             }  # fmt: skip
             _python(device, facts, work, SCRIPT, json.dumps(job))
     finally:
@@ -107,6 +107,7 @@ def _build(device: Device, facts: Facts, work: Work, runs: int) -> dict[str, Any
     _python(device, facts, work, "build.py", "--runs", str(runs), "--trtexec", facts.tools["trtexec"])
     built = _built(device, work)
     assert built is not None
+    say(f"the fastest engine is {work.path('model.engine')} on {facts.name}")
     return built
 
 
@@ -149,6 +150,11 @@ def _of(built: dict[str, Any], file: File) -> list[dict[str, Any]]:
 def _best(built: dict[str, Any], file: File) -> dict[str, Any] | None:
     good = [r for r in _of(built, file) if not r["trouble"] and r["median_ms"] is not None]
     return min(good, key=lambda r: float(r["median_ms"]), default=None)
+
+
+def _engine(built: dict[str, Any], result: dict[str, Any]) -> str:
+    """Where it lies: the one that build.py kept was moved."""
+    return "model.engine" if result["variant"] == built["variant"] else f"build/{result['variant']}.engine"
 
 
 def _why(built: dict[str, Any], file: File) -> str:

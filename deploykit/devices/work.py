@@ -89,7 +89,7 @@ def timed(
     cpu: Iterable[float] = (),
     peak_mb: float | None = None,
 ) -> Timed:
-    """A file's calls as a measurement."""  # fmt: skip
+    """A file's calls as a measurement."""
     times, cpu_times = np.asarray(list(ms), np.float64), list(cpu)
     p50, p90, p99 = (float(v) for v in np.percentile(times, [50, 90, 99]))
     measurement = Measurement(

@@ -8,10 +8,12 @@ anyway, states of recurrent layers that are zero, shapes that are computed altho
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import prod
 
 import numpy as np
 import onnx_ir as ir
 
+from deploykit.core.errors import DeploykitError
 from deploykit.hub.graph import add_initializer, attribute, constant, fresh_name
 
 Dim = int | str | None
@@ -52,9 +54,8 @@ def _known_shape(graph: ir.Graph, node: ir.Node) -> None:
         x = node.inputs[0]
         if x is None or x.shape is None:
             return
-        before: list[Dim] = [1] * (len(sizes) - len(x.shape)) + dims(x)
-        # a 1 in the shape of Expand keeps what is there
-        held = [size if isinstance(size, int) else 1 for size in sizes]
+        before: list[Dim] = [*[1] * (len(sizes) - len(x.shape)), *dims(x)]
+        held = [size if isinstance(size, int) else 1 for size in sizes]  # 1 keeps what is there
         if any(not isinstance(size, int) and size != old for size, old in zip(sizes, before, strict=True)):
             return
         result.shape = ir.Shape([old if size == 1 else size for size, old in zip(sizes, before, strict=True)])
@@ -85,10 +86,11 @@ def _known_scales(graph: ir.Graph, node: ir.Node) -> None:
 
 def _left_over(value: ir.Value | None, sizes: list[Dim]) -> Dim:
     """The size that -1 stands for in a reshape of ``value``; None where it is not a plain number."""
-    if value is None or value.shape is None or not all(isinstance(d, int) for d in value.shape):
+    whole = None if value is None or value.shape is None else dims(value)
+    if whole is None or not all(isinstance(d, int) for d in whole):
         return None
-    known = int(np.prod([s for s in sizes if isinstance(s, int) and s > 0]))
-    return int(np.prod([int(d) for d in value.shape])) // max(known, 1)  # type: ignore[call-overload]
+    known = prod(s for s in sizes if isinstance(s, int) and s > 0)
+    return prod(d for d in whole if isinstance(d, int)) // max(known, 1)
 
 
 def elements(value: ir.Value | None) -> list[Dim] | None:
@@ -112,9 +114,10 @@ def elements(value: ir.Value | None) -> list[Dim] | None:
         return [size for part in (first, *rest) for size in part]
     if node.op_type in ("Squeeze", "Unsqueeze", "Reshape", "Cast", "Identity"):
         return first
-    if node.op_type == "Slice" and all(isinstance(i, int) for part in rest for i in part):
+    if node.op_type == "Slice":
         start, stop, step = rest[0][0], rest[1][0], rest[3][0] if len(rest) > 3 else 1
-        return first[slice(start, stop, step)]
+        if isinstance(start, int) and isinstance(stop, int) and isinstance(step, int):
+            return first[start:stop:step]
     if node.op_type == "Gather" and all(isinstance(i, int) for i in rest[0]):
         return [first[i] for i in rest[0] if isinstance(i, int)]
     if node.op_type == "Mul" and len(first) == len(rest[0]):
@@ -333,3 +336,25 @@ RULES: tuple[Rule, ...] = (
     _plain_product,
     _normalisation,
 )
+
+
+def refuse_branches(graph: ir.Graph) -> None:
+    """Raises for operators that hold graphs of their own: which one runs is decided by the data.
+
+    Raises:
+        DeploykitError: names them all.
+    """
+    held = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
+    found = [f"{n.op_type} '{n.name}'" for n in graph if any(a.type in held for a in n.attributes.values())]
+    if found:
+        raise DeploykitError(
+            f"the model branches or loops on its data ({', '.join(found)}); every operator has to run on every input. "
+            "Write it with torch.where, or export the branch that runs."
+        )
+
+
+def refuse_passing_through(graph: ir.Graph) -> None:
+    """Raises for inputs that are outputs under the same name: there would be two values of that name, one quantized."""
+    found = [f"'{v.name}'" for v in graph.outputs if v.is_graph_input()]
+    if found:
+        raise DeploykitError(f"output {', '.join(found)} of the model is its own input; leave it out")

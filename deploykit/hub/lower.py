@@ -18,7 +18,7 @@ import onnx_ir as ir
 
 from deploykit.core.errors import DeploykitError
 from deploykit.core.progress import say
-from deploykit.hub.canonical import canonical, dims
+from deploykit.hub.canonical import canonical, dims, refuse_branches, refuse_passing_through
 from deploykit.hub.graph import (
     NAMES,
     FloatGraph,
@@ -201,8 +201,8 @@ def simplify(model: ir.Model) -> ir.Model:
     model.graph.meta.pop(NAMES, None)
     _lift_constants(model.graph)
     _name_nodes(model.graph)
-    _refuse_branches(model.graph)
-    _refuse_passing_through(model.graph)
+    refuse_branches(model.graph)
+    refuse_passing_through(model.graph)
     canonical(model.graph)
     drop_unused(model.graph)
     _complete_shapes(model)
@@ -241,28 +241,6 @@ def _fold(model: ir.Model) -> ir.Model:
         model = rewrite(model, pattern_rewrite_rules=rules)
         onnxscript.optimizer.optimize(model, input_size_limit=FOLD_LIMIT, output_size_limit=FOLD_LIMIT)
     return model
-
-
-def _refuse_branches(graph: ir.Graph) -> None:
-    """Raises for operators that hold graphs of their own: which one runs is decided by the data.
-
-    Raises:
-        DeploykitError: names them all.
-    """
-    held = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
-    found = [f"{n.op_type} '{n.name}'" for n in graph if any(a.type in held for a in n.attributes.values())]
-    if found:
-        raise DeploykitError(
-            f"the model branches or loops on its data ({', '.join(found)}); every operator has to run on every input. "
-            "Write it with torch.where, or export the branch that runs."
-        )
-
-
-def _refuse_passing_through(graph: ir.Graph) -> None:
-    """Raises for inputs that are outputs under the same name: there would be two values of that name, one quantized."""
-    found = [f"'{v.name}'" for v in graph.outputs if v.is_graph_input()]
-    if found:
-        raise DeploykitError(f"output {', '.join(found)} of the model is its own input; leave it out")
 
 
 def _complete_shapes(model: ir.Model) -> None:
@@ -481,8 +459,8 @@ def _cause(error: BaseException) -> str:
     node = _untranslated(cause)
     said, trace = f"{type(cause).__name__}: {_first_line(cause)}", str(cause)
     if node is not None:
-        inner = cause.__cause__
-        missing = inner is None or type(inner).__name__ == "DispatchError"
+        inner = cause.__cause__ or cause
+        missing = type(inner).__name__ == "DispatchError"
         why = "it has no ONNX form" if missing else f"{type(inner).__name__}: {_first_line(inner)}"
         said, trace = f"operator {node.target}: {why}", node.meta.get("stack_trace") or ""
     lines = re.findall(r'File "([^"]+)", line (\d+), in \w+\n\s*(.+)', trace)

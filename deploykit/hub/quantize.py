@@ -1,32 +1,21 @@
-"""Float graph + ranges + QuantSpec -> hub: decides what becomes integer, sets scales once, inserts Q/DQ."""
+"""Float graph + ranges + QuantSpec -> hub: sets scales once and inserts Q/DQ where the plan wants integers."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx_ir as ir
 
 from deploykit.calibration.thresholds import threshold
-from deploykit.core.errors import DeploykitError, unknown
+from deploykit.core.errors import DeploykitError
 from deploykit.core.ranges import Ranges, Stats
 from deploykit.core.target import QuantSpec
-from deploykit.hub.graph import Decision, FloatGraph, Hub, add_initializer, attribute, constant, drop_unused, fresh_name
-from deploykit.hub.operators import (
-    CANNOT_BE_STORED,
-    FIXED_OUTPUT,
-    bias_of,
-    channel_axis,
-    data_inputs,
-    fused,
-    has_constant_limits,
-    is_float,
-    role,
-    weight_axis,
-    why_float,
-)
+from deploykit.hub.graph import FloatGraph, Hub, add_initializer, attribute, constant, drop_unused, fresh_name
+from deploykit.hub.operators import bias_of, is_float, role, weight_axis
+from deploykit.hub.plan import Plan, name_of, plan, root_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -36,218 +25,12 @@ BIAS_LIMIT = 2.0**29
 otherwise get a scale so small that its bias saturates and the integer accumulator wraps."""
 
 
-def observed(graph: FloatGraph) -> tuple[list[str], dict[str, int]]:
-    """The tensors whose ranges any QuantSpec may ask for, and the channel axis of those whose means are needed.
-
-    The same for every spec, so one calibration serves all targets. What an activation is fused with has no range of
-    its own.
-    """
-    names: dict[str, None] = {}
-    channels: dict[str, int] = {}
-    for node in graph.model.graph:
-        if role(node) in ("float", "lookup", "recurrent") or not is_float(node.outputs[0]):
-            continue
-        output = node.outputs[0]
-        read = [node.inputs[i] for i in data_inputs(node)]
-        for value in [*read, *node.outputs]:
-            if value is not None and is_float(value) and constant(value) is None and not _is_fused(value):
-                names[_name(value)] = None
-        if role(node) == "linear":
-            rank = len(output.shape) if output.shape is not None else 2
-            channels[_name(output)] = channel_axis(node.op_type, rank)
-    return list(names), channels
-
-
-def _is_fused(value: ir.Value) -> bool:
-    """Whether what reads the value runs together with what wrote it, so that it never comes to be."""
-    producer = value.producer()
-    if producer is None:
-        return False
-    if fused(producer):
-        return True
-    first = next((v.producer() for v in producer.inputs if v is not None and v.producer() is not None), None)
-    return first is not None and producer in fused(first)[:-1]
-
-
 @dataclass(frozen=True)
 class QParams:
     """scale (float32) and zero point of one activation: real = scale * (integer - zero_point)."""
 
     scale: NDArray[np.float32]
     zero_point: NDArray[Any]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What will be integer: computed from the graph and the spec alone."""
-
-    integer: dict[str, ir.Node | None] = field(default_factory=dict)
-    """Node name -> the last of the nodes fused with it."""
-    stored: list[ir.Node] = field(default_factory=list)
-    """Nodes that compute in float with weights stored as integers."""
-    inputs: list[tuple[ir.Node, int]] = field(default_factory=list)
-    """Edges (node, input position) that read an integer tensor."""
-    written: dict[str, ir.Value] = field(default_factory=dict)
-    """Values that are written as integers, by name."""
-    root: dict[str, str] = field(default_factory=dict)
-    """Value name -> name of the value whose scale it has."""
-    fixed: dict[str, tuple[float, float]] = field(default_factory=dict)
-    """Value name -> range known without data."""
-    decisions: list[Decision] = field(default_factory=list)
-
-
-def plan(graph: ir.Graph, spec: QuantSpec, keep_float: Iterable[str] = ()) -> Plan:
-    """Decides, operator by operator, what becomes integer under the spec.
-
-    Args:
-        graph: the float graph; not changed.
-        spec: placement, shared scales, operators that stay float.
-        keep_float: names of nodes that stay in float.
-
-    Raises:
-        DeploykitError: no operator has one of those names.
-    """
-    made = Plan()
-    excluded = set(keep_float)
-    layers = {_name(node) for node in graph}
-    for name in excluded - layers:
-        raise unknown("layer", name, layers)
-    stays = excluded | {_name(node) for node in graph if node.op_type in spec.float_operators}
-    wanted = _wanted(graph, stays)
-    done: set[str] = set()
-    for node in graph:
-        name = _name(node)
-        kind = role(node)
-        if name in done or not is_float(node.outputs[0]):
-            continue
-        if kind == "float" or name in stays:
-            done.update(_name(n) for n in fused(node))  # they stay with what they would have been fused with
-            if _computes(node):
-                why = "kept in float on request" if name in excluded else why_float(node)
-                if node.op_type in spec.float_operators:
-                    why = f"{node.op_type} stays in float on this target"
-                made.decisions.append(Decision(node.op_type, name, False, why))
-            continue
-        if spec.placement == "linear_inputs":
-            _plan_linear_inputs(node, kind, made)
-        elif kind in ("lookup", "recurrent"):
-            _plan_storage(node, kind, made)
-        else:
-            done.update(_name(n) for n in _plan_everywhere(node, kind, spec, wanted, made))
-    return made
-
-
-def _wanted(graph: ir.Graph, stays: set[str]) -> set[str]:
-    """The values that some integer operator reads, directly or after they were moved around, and the outputs.
-
-    An operator that computes becomes integer only for those: what only floats read is better computed in float, as the
-    residual stream of a transformer, which its LayerNormalizations read. Products are worth it in any case.
-    """
-    found: set[str] = set()
-    for node in reversed(list(graph)):
-        for value in node.outputs:
-            readers = [(user, i) for user, i in value.uses() if _name(user) not in stays]
-            if value.is_graph_output() or any(_wants(user, i, found) for user, i in readers):
-                found.add(_name(value))
-    return found
-
-
-def _wants(reader: ir.Node, position: int, wanted: set[str]) -> bool:
-    kind = role(reader)
-    if kind == "linear":
-        return position == 0
-    return kind in ("arithmetic", "activation", "moves") and any(_name(v) in wanted for v in reader.outputs)
-
-
-def _why_not(node: ir.Node, kind: str, wanted: set[str], made: Plan) -> str:
-    """Why an operator that could be integer is better off in float here; empty where it is not."""
-    if kind == "activation" and not has_constant_limits(node):
-        return "its limits are not constants"
-    if kind in ("arithmetic", "activation"):
-        if not any(_is_integer(node.inputs[i], made) for i in data_inputs(node)):
-            return "what it reads was computed in float"
-        if not any(_name(v) in wanted for v in node.outputs):
-            return "what reads it computes in float"
-    return ""
-
-
-def _plan_storage(node: ir.Node, kind: str, made: Plan) -> None:
-    """Weights in int8, sums in float."""
-    made.stored.append(node)
-    why = "" if kind == "lookup" else "it computes in float, with weights stored in int8"
-    made.decisions.append(Decision(node.op_type, _name(node), kind == "lookup", why))
-
-
-def _plan_everywhere(node: ir.Node, kind: str, spec: QuantSpec, wanted: set[str], made: Plan) -> list[ir.Node]:
-    """Integer in, integer out. Returns what was fused."""
-    why = _why_not(node, kind, wanted, made)
-    if why:
-        made.decisions.append(Decision(node.op_type, _name(node), False, why))
-        return []
-    if kind == "moves" and not _is_integer(node.inputs[0], made):
-        return []  # moves floats around: nothing to gain
-    chain = fused(node)
-    tail = chain[-1] if chain else None
-    outputs = [v for v in (tail or node).outputs if is_float(v)]
-    sources = [_name(node.inputs[i]) for i in data_inputs(node) if constant(node.inputs[i]) is None]
-    made.integer[_name(node)] = tail
-    made.inputs.extend((node, i) for i in data_inputs(node))
-    made.written.update((_name(v), v) for v in outputs)
-    made.decisions.append(Decision(node.op_type, _name(node), True))
-    if kind == "moves":
-        made.root.update((_name(v), _root(made, sources[0])) for v in outputs)
-    elif node.op_type in spec.shared_scale:
-        for source in sources:
-            if _root(made, source) not in made.fixed:  # a fixed range is converted at the edge instead
-                _unite(made, _name(outputs[0]), source)
-    elif node.op_type in FIXED_OUTPUT and not spec.activation_symmetric:
-        made.fixed[_name(outputs[0])] = FIXED_OUTPUT[node.op_type]
-    return chain
-
-
-def _plan_linear_inputs(node: ir.Node, kind: str, made: Plan) -> None:
-    """Inputs of products, and the skip branch of residual adds: the other branch fuses with the product before it."""
-    if kind == "linear":
-        made.integer[_name(node)] = None
-        made.inputs.append((node, 0))
-        made.decisions.append(Decision(node.op_type, _name(node), True))
-    elif kind in ("lookup", "recurrent"):
-        made.decisions.append(Decision(node.op_type, _name(node), False, CANNOT_BE_STORED))
-    elif node.op_type == "Add" and all(constant(v) is None for v in node.inputs):
-        products = [i for i in (0, 1) if _is_lone_product(node.inputs[i])]
-        if products:
-            made.inputs.append((node, 1 - products[0]))
-
-
-def _is_lone_product(value: ir.Value | None) -> bool:
-    producer = value.producer() if value is not None else None
-    return producer is not None and role(producer) == "linear" and len(list(producer.outputs[0].uses())) == 1
-
-
-def _computes(node: ir.Node) -> bool:
-    return role(node) != "moves" and node.op_type not in ("Shape", "Cast", "Constant", "Gather", "Identity")
-
-
-def _is_integer(value: ir.Value | None, made: Plan) -> bool:
-    if value is None:
-        return False
-    return value.is_graph_input() or _name(value) in made.written
-
-
-def _name(thing: ir.Value | ir.Node | None) -> str:
-    return (thing.name if thing is not None else None) or ""
-
-
-def _root(made: Plan, name: str) -> str:
-    while made.root.get(name, name) != name:
-        name = made.root[name]
-    return name
-
-
-def _unite(made: Plan, one: str, other: str) -> None:
-    a, b = _root(made, one), _root(made, other)
-    if a != b:
-        made.root[a] = b
 
 
 def quantize(
@@ -278,7 +61,7 @@ def quantize(
     g = model.graph
     made = plan(g, spec, keep_float)
     params = _activation_params(g, made, ranges, spec, method)
-    names = {id(v): _name(v) for v in [*g.inputs, *(o for n in g for o in n.outputs)]}  # outputs are renamed below
+    names = {id(v): name_of(v) for v in [*g.inputs, *(o for n in g for o in n.outputs)]}  # outputs are renamed below
     constants: dict[str, tuple[ir.Value, ir.Value]] = {}
     pairs: dict[tuple[str, str], ir.Value] = {}
 
@@ -292,7 +75,7 @@ def quantize(
                     add_initializer(g, f"{root}_scale", p.scale),
                     add_initializer(g, f"{root}_zero", p.zero_point),
                 )
-            suffix = "" if root == _root(made, name) else f"_as_{root}"
+            suffix = "" if root == root_of(made, name) else f"_as_{root}"
             pairs[name, root] = _insert_pair(g, after or value, f"{name}{suffix}", *constants[root])
         return pairs[name, root]
 
@@ -300,7 +83,7 @@ def quantize(
     entering = [v for v in g.inputs if is_float(v) and any(node.inputs[i] is v for node, i in made.inputs)]
     for value in [*(entering if spec.placement == "everywhere" else []), *made.written.values()]:
         readers = list(value.uses())
-        result = dequantized(value, _root(made, names[id(value)]))
+        result = dequantized(value, root_of(made, names[id(value)]))
         for node, position in readers:
             node.replace_input_with(position, result)
         for i, output in enumerate(g.outputs):
@@ -318,19 +101,19 @@ def quantize(
             node.replace_input_with(position, _constant_operand(g, node, current, own, spec))
             continue
         source = _behind_pair(current)
-        root = shared_root or _root(made, names[id(source or current)])
+        root = shared_root or root_of(made, names[id(source or current)])
         if source is None:
             node.replace_input_with(position, dequantized(current, root))
-        elif root != _root(made, names[id(source)]):
+        elif root != root_of(made, names[id(source)]):
             node.replace_input_with(position, dequantized(source, root, after=current))
     # 3. weights, tables and biases
     shared: dict[tuple[str, int, bytes], ir.Value] = {}
-    for node in [n for n in g if _name(n) in made.integer and role(n) == "linear"]:
+    for node in [n for n in g if name_of(n) in made.integer and role(n) == "linear"]:
         _quantize_weights(g, node, graph.masks, spec, shared)
     for node in made.stored:
         _store_weights(g, node, spec, shared)
     drop_unused(g)
-    weights = {_name(dq.producer().inputs[0]): name for (name, _, _), dq in shared.items()}  # type: ignore[union-attr]
+    weights = {name_of(dq.producer().inputs[0]): name for (name, _, _), dq in shared.items()}  # type: ignore[union-attr]
     return Hub(graph, spec, model, ranges, tuple(made.decisions), weights)
 
 
@@ -338,7 +121,7 @@ def _shared_root(made: Plan, node: ir.Node, spec: QuantSpec, names: Mapping[int,
     """The root of the scale that all inputs of an operator share with its output; empty where they do not."""
     if node.op_type not in spec.shared_scale or spec.placement != "everywhere":
         return ""
-    return _root(made, names[id((made.integer[_name(node)] or node).outputs[0])])
+    return root_of(made, names[id((made.integer[name_of(node)] or node).outputs[0])])
 
 
 def _behind_pair(value: ir.Value) -> ir.Value | None:
@@ -380,9 +163,9 @@ def _activation_params(graph: ir.Graph, made: Plan, ranges: Ranges, spec: QuantS
     exact = {v.name for v in graph.outputs}
     lows: dict[str, float] = {}
     highs: dict[str, float] = {}
-    names = {*made.written, *(_name(node.inputs[i]) for node, i in made.inputs if constant(node.inputs[i]) is None)}
+    names = {*made.written, *(name_of(node.inputs[i]) for node, i in made.inputs if constant(node.inputs[i]) is None)}
     for name in sorted(names):
-        root = _root(made, name)
+        root = root_of(made, name)
         if root in made.fixed:
             lows[root], highs[root] = made.fixed[root]
             continue
@@ -394,7 +177,7 @@ def _activation_params(graph: ir.Graph, made: Plan, ranges: Ranges, spec: QuantS
         low, high = threshold(stats, how, steps, spec.activation_symmetric)
         lows[root] = min(lows.get(root, 0.0), low)
         highs[root] = max(highs.get(root, 0.0), high)
-    before_renaming = {id(v): _name(v) for node in graph for v in node.outputs}
+    before_renaming = {id(v): name_of(v) for node in graph for v in node.outputs}
     for node, position in made.inputs:  # a constant branch is one more tensor of the same scale
         array, root = constant(node.inputs[position]), _shared_root(made, node, spec, before_renaming)
         if array is not None and root in lows and root not in made.fixed:
@@ -503,7 +286,7 @@ def _quantize_weights(
     weight_value = node.inputs[1]
     weight = constant(weight_value)
     assert weight_value is not None and weight is not None
-    name = _name(weight_value)
+    name = name_of(weight_value)
     axis = weight_axis(node)
     holder, position = bias_of(node)
     bias_value = holder.inputs[position] if len(holder.inputs) > position else None
@@ -527,7 +310,7 @@ def _quantize_weights(
         return
     if spec.bias == "int32":
         scales = np.tile(np.float32(input_scale) * scale, group)
-        value = dequantize_constant(graph, holder, f"{node.name}.bias_q", round_bias(bias, scales), scales, 0)
+        value = dequantize_constant(graph, node, f"{node.name}.bias_q", round_bias(bias, scales), scales, 0)
     elif bias_value is None or len(list(bias_value.uses())) > 1:  # each operator's bias is corrected on its own
         value = add_initializer(graph, f"{node.name}.bias", bias)
     else:
@@ -552,10 +335,10 @@ def _store_weights(
         value, weight = node.inputs[position], constant(node.inputs[position])
         assert weight is not None
         scale = weight_scale(weight, 1, spec, None, 1.0)
-        key = (_name(value), 1, scale.tobytes())
+        key = (name_of(value), 1, scale.tobytes())
         if key not in shared:
             stored = round_weight(weight, scale, 1, spec)
-            shared[key] = dequantize_constant(graph, node, f"{_name(value)}_q", stored, scale, 1)
+            shared[key] = dequantize_constant(graph, node, f"{name_of(value)}_q", stored, scale, 1)
         node.replace_input_with(position, shared[key])
 
 
@@ -570,7 +353,7 @@ def _store_table(
     stored = round_weight(weight, np.repeat(scale, len(weight)), 0, spec)
     readers, outputs = list(result.uses()), [i for i, v in enumerate(graph.outputs) if v is result]
     node.replace_input_with(0, add_initializer(graph, f"{table.name}_q", stored))
-    name = _name(result)
+    name = name_of(result)
     held = add_initializer(graph, f"{table.name}_scale", scale.reshape(()))
     zero = add_initializer(graph, f"{table.name}_zero", np.zeros((), np.int8))
     real = ir.Value(name=fresh_name(graph, f"{name}_dq"), type=ir.TensorType(ir.DataType.FLOAT), shape=result.shape)

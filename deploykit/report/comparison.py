@@ -75,10 +75,13 @@ def verdicts(found: Sequence[Made]) -> list[tuple[Verdict, list[str]]]:
 
 
 def split(entries: Sequence[scatter.Entry]) -> str:
-    """Why there are several plots of a kind; empty where there are not."""
+    """What the reader of the plots must not compare; empty where all of it may be."""
     machines = len({e.machine for e in entries if e.machine})
     sets = len({e.data for e in entries if e.data})
+    models = len({e.made.manifest.model for e in entries})
     said = []
+    if models > 1:
+        said.append(f"The exports come from {models} models, so they differ in more than the target.")
     if machines > 1:
         said.append(f"Times come from {machines} machines or ways of measuring: one plot each, not to be compared.")
     if sets > 1:

@@ -16,6 +16,7 @@ from deploykit.report.cards import cards
 from deploykit.report.html import fill
 from deploykit.report.layers import grouped, maps
 from deploykit.report.made import Made
+from deploykit.report.ports import ports
 from deploykit.report.rows import ORIGINAL, Row, rows
 from deploykit.report.usage import usage
 from deploykit.report.words import preprocessing
@@ -48,6 +49,7 @@ def render(made: Made) -> str:
         histograms=any(s.outline for s in shown),
         checks=[("", c) for c in m.checks],
         preprocessing=preprocessing(m.preprocess) if m.preprocess else (),
+        ports=ports(m),
     )
 
 

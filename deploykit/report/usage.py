@@ -12,11 +12,13 @@ from typing import Any
 
 from deploykit import exporters
 from deploykit.core.errors import unknown
-from deploykit.core.figures import file_size
-from deploykit.core.manifest import Manifest
+from deploykit.core.figures import file_size, number
+from deploykit.core.manifest import Manifest, Score
+from deploykit.report.ports import ports
 from deploykit.report.words import named, preprocessing, shape, title
 
 PARTS = "deploykit.report.infer"
+BENCHMARK = "deploykit benchmark .   # time them on this machine"
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,8 @@ def usage(manifest: Manifest) -> Usage:
     images = manifest.preprocess is not None
     packages = ["numpy", *runtime.PACKAGES, *(["pillow"] if images else [])]
     commands = (f"pip install {' '.join(packages)}", f"python infer.py {'image.jpg' if images else 'inputs.npz'}")
+    if hasattr(runtime, "ABOUT"):  # there is something to do first
+        return Usage((*runtime.COMMANDS, *commands), runtime.ABOUT)
     precisions = [f.precision for f in manifest.files]
     about = "`infer.py` needs nothing else from here: copy its preprocessing and the few lines around the runtime."
     if len(precisions) > 1:
@@ -141,6 +145,7 @@ def _readme(folder: Path, manifest: Manifest) -> str:
     lines += [f"- `{s.name}`: {shape(s.shape)}, {s.dtype}" for s in manifest.outputs]
     if manifest.classes:
         lines += ["", "Classes, in order: " + ", ".join(manifest.classes) + "."]
+    lines += _stored(manifest)
     notes = [*manifest.notes, *(note for file in manifest.files for note in file.notes)]
     if notes:
         lines += ["", "## Good to know", "", *(f"- {note}" for note in dict.fromkeys(notes))]
@@ -148,11 +153,54 @@ def _readme(folder: Path, manifest: Manifest) -> str:
         "",
         "## How good it is",
         "",
-        "`manifest.json` holds accuracy, checks, timings, the recipe and every version. Where deploykit is installed:",
+        *_scores(folder, manifest),
+        "`manifest.json` holds all checks, timings, the recipe and every version. Where deploykit is installed:",
         "",
         "    deploykit verify .      # are these the files that were checked?",
         "    deploykit report .      # report.html, to read and to hand on",
-        "    deploykit benchmark .   # time them on this machine",
-        "",
     ]
+    timing = getattr(_runtime(manifest.exporter), "TIMING", BENCHMARK)
+    lines += [*([f"    {timing}"] if timing else []), ""]
     return "\n".join(lines)
+
+
+def _stored(manifest: Manifest) -> list[str]:
+    """What the files' own inputs and outputs are, where they are not the model's."""
+    found = ports(manifest)
+    if not found:
+        return []
+    by_script = " `infer.py` does all that." if hasattr(_runtime(manifest.exporter), "open_model") else ""
+    lines = [
+        "",
+        "## What the files hold",
+        "",
+        "Whoever feeds a file directly gives and gets this; where there is a scale, integers stand for "
+        f"scale × (integer − zero point).{by_script}",
+        "",
+        "| | name | shape | type | scale | zero point | files |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for p in found:
+        files = ", ".join(f"`{file}`" for file in p.files)
+        lines.append(f"| {p.way} | `{p.name}` | {p.shape} | {p.dtype} | {p.scale} | {p.zero_point} | {files} |")
+    return lines
+
+
+def _scores(folder: Path, manifest: Manifest) -> list[str]:
+    """Accuracy, agreement and size of every file, beside the original model."""
+    if not manifest.scores:
+        return ["It was not evaluated: there was no evaluation data.", ""]
+    sizes: dict[str, tuple[str, str]] = {
+        f.precision: (f"`{f.path}`", file_size(f.size(folder))) for f in manifest.files
+    }
+    lines = ["| | accuracy % | same answer % | signal to noise dB | size |", "|---|---|---|---|---|"]
+    for score in manifest.scores:
+        what, size = sizes.get(score.precision, ("the original model", ""))
+        agreement, noise = ("", "") if not size else (number(score.agreement), _worst(score))
+        lines.append(f"| {what} | {number(score.metric)} | {agreement} | {noise} | {size} |")
+    first = manifest.scores[0]
+    return [*lines, "", f"On {first.samples:,} samples: {first.data}. Answers and noise are against the original.", ""]
+
+
+def _worst(score: Score) -> str:
+    return number(min(score.sqnr_db.values(), default=None), 1)

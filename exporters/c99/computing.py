@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from deploykit.exporters.c99 import program
-from deploykit.exporters.c99.operation import Operation, Unsupported
+from deploykit.exporters.c99.operation import Operation, Unsupported, require_room
 from deploykit.exporters.c99.products import channels_last, image, pads, pair
 from deploykit.exporters.c99.program import Shape, Tensor
 from deploykit.exporters.c99.rounding import folded_half, mean_rescaling
@@ -18,6 +18,9 @@ from deploykit.exporters.tflite.layout import Order, View, identity
 
 if TYPE_CHECKING:
     pass
+
+SPAN = 255
+"""The largest x - zero_x can be."""
 
 TFLM_LIFT = 20
 """TFLM shifts both summands up by so many bits before it brings them to a common scale."""
@@ -45,6 +48,7 @@ def add(subtract: bool) -> Callable[[Operation], View[Tensor]]:
                 raise Unsupported("the scales of its inputs are too far apart to add them in 32 bits")
         (a_rescale, _), (b_rescale, _) = (op.rescaling(step / common) for step in steps)
         y_rescale, half = op.rescaling(common / (2**lift * op.quant.scale))
+        require_room(int(SPAN * 2**lift * sum(steps) / common) + int(half[0]) + 2, y_rescale)
         low, high = op.clamp
         op.emit(
             program.Add(
@@ -61,6 +65,7 @@ def multiply(op: Operation) -> View[Tensor]:
     """Mul of two tensors, or of a tensor and a constant one."""
     a, b, y, a_shape, b_shape, y_shape, view = _broadcast(op)
     rescale, half = op.rescaling(a.quant.scale * b.quant.scale / op.quant.scale)
+    require_room(SPAN**2 + int(half[0]), rescale)
     low, high = op.clamp
     op.emit(program.Multiply(op.name, a, b, y, a_shape, b_shape, y_shape, rescale, int(half[0]), low, high))
     return view
@@ -137,6 +142,7 @@ def mean(op: Operation) -> View[Tensor]:
     rescale = mean_rescaling(x.quant.scale / op.quant.scale, sizes[1], op.builder.rounding)
     y, view = op.result(kept, order)
     offset = int(folded_half(rescale, op.builder.rounding)[0])
+    require_room(SPAN * sizes[1] + offset, rescale)
     op.emit(program.Mean(op.name, x, y, sizes, rescale, offset))
     found = layout.reshape(view, op.output_shape())
     assert found is not None

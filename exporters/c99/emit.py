@@ -55,8 +55,12 @@ def ram_note(size: Footprint, plan: Plan) -> str:
 def _firmware(text: str, program: Program, size: Footprint) -> str:
     first = port_names(program.inputs)[0], port_names(program.outputs)[0]
     ram = f"RAM: {file_size(size.arena)} of arena, inputs and outputs included, and about {size.stack} bytes of stack."
+    fill = "integer = round(real / @INPUT@_SCALE) + @INPUT@_ZERO, within -128 .. 127"
+    if program.inputs[0].unsigned:
+        fill = "the camera's bytes as they are, (int8_t)byte"
     return (
-        text.replace("@INPUT@", f"MODEL_INPUT_{first[0]}")
+        text.replace("@FILL@", fill)
+        .replace("@INPUT@", f"MODEL_INPUT_{first[0]}")
         .replace("@OUTPUT@", f"MODEL_OUTPUT_{first[1]}")
         .replace("@FLASH@", flash_note(size))
         .replace("@RAM@", ram)

@@ -163,6 +163,8 @@ class _Lowering:
         self.lost.update(node.outputs)
 
     def _is_data(self, node: ir.Node) -> bool:
+        if node.op_type == "Shape":
+            return False
         floats = node.outputs[0].dtype in (None, ir.DataType.FLOAT)
         return floats or isinstance(self.values.get(node.inputs[0]) if node.inputs and node.inputs[0] else None, View)
 
@@ -242,8 +244,9 @@ class _Lowering:
             return operands[0].tensor.quant
         readers = [user for user, _ in last.outputs[0].uses()]
         found = {quant_of(user) for user in readers if user.op_type == "QuantizeLinear"}
-        if len(found) != 1 or any(user.op_type != "QuantizeLinear" for user in readers):
-            raise Unsupported("its result is not quantized")
+        floats = sorted({user.op_type for user in readers if user.op_type != "QuantizeLinear"})
+        if len(found) != 1 or floats:
+            raise Unsupported(f"its result goes into {', '.join(floats)} in float" if floats else "it has no scale")
         return found.pop()
 
     def _operand(self, value: ir.Value | None) -> Operand:
@@ -312,7 +315,7 @@ def _input_quant(value: ir.Value) -> tuple[Quant, bool]:
 def _input_order(value: ir.Value, rank: int) -> Order:
     """Images and signals come channels-last, whichever way round the model takes them."""
     readers = [user for user, _ in value.uses()]
-    while readers and all(user.op_type in ("QuantizeLinear", "DequantizeLinear") for user in readers):
+    while readers and all(user.op_type in ("QuantizeLinear", "DequantizeLinear", "Cast") for user in readers):
         readers = [user for node in readers for user, _ in node.outputs[0].uses()]
     if rank == 4:
         channels_first = [attribute(user, "perm", []) == [0, 3, 1, 2] for user in readers]

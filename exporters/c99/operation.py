@@ -217,6 +217,20 @@ class Operation:
         self.builder.operations.append(operation)
 
 
+def require_room(largest: NDArray[np.int64] | int, rescale: Rescale) -> None:
+    """Sums of that size, and shifted left where the factor asks for it, have to stay within 32 bits.
+
+    Raises:
+        Unsupported: they can leave them.
+    """
+    reached = np.asarray(largest, np.int64) << np.maximum(-rescale.shift.astype(np.int64), 0)
+    if reached.max() >= 2**31:
+        raise Unsupported(
+            f"its sums can reach {reached.max():.2e}, more than 32 bits hold; split the layer in two, or give its "
+            "output a larger range (other calibration data or thresholds)"
+        )
+
+
 def static_shape(value: ir.Value) -> Shape:
     """A value's shape with batch 1.
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from deploykit.exporters.c99 import program
-from deploykit.exporters.c99.operation import Constant, Operation, Unsupported
+from deploykit.exporters.c99.operation import Constant, Operation, Unsupported, require_room
 from deploykit.exporters.c99.program import Pair, Shape, Tensor
 from deploykit.exporters.c99.rounding import Rescale
 from deploykit.exporters.tflite import layout
@@ -33,7 +33,7 @@ def convolution(op: Operation) -> View[Tensor]:
         op.name, x, y, x_shape, y_shape, weights, bias, rescale, pair(op, "strides"), pair(op, "dilations"),
         pads(op)[:2], op.attribute("group", 1), low, high,
     )  # fmt: skip
-    require_room(weights, bias, rescale, x)
+    require_room(largest_sums(weights, bias, x), rescale)
     op.emit(made)
     return view
 
@@ -52,7 +52,7 @@ def transposed_convolution(op: Operation) -> View[Tensor]:
     y, view = op.result(op.output_shape(), order)
     low, high = op.clamp
     x = op.read(0, order)
-    require_room(weights, bias, rescale, x)
+    require_room(largest_sums(weights, bias, x), rescale)
     op.emit(
         program.ConvTranspose(
             op.name, x, y, image(op.shape(0)), image(op.output_shape()), weights, bias, rescale,
@@ -83,7 +83,7 @@ def dense(op: Operation) -> View[Tensor]:
     bias, rescale = _sums(op, held, len(weights))
     y, result = op.result(shape, order)
     low, high = op.clamp
-    require_room(weights, bias, rescale, x)
+    require_room(largest_sums(weights, bias, x), rescale)
     op.emit(program.Dense(op.name, x, y, y.size // len(weights), weights, bias, rescale, low, high))
     return result
 
@@ -146,22 +146,15 @@ def _sums(op: Operation, weights: Constant, channels: int) -> tuple[NDArray[np.i
     return bias.astype(np.int32), rescale
 
 
-def require_room(weights: NDArray[np.int8], bias: NDArray[np.int32], rescale: Rescale, x: Tensor) -> None:
-    """The proof that no sum leaves 32 bits, whatever x holds: from the actual weights, channel by channel.
+def largest_sums(weights: NDArray[np.int8], bias: NDArray[np.int32], x: Tensor) -> NDArray[np.int64]:
+    """How far from zero the sum of each channel can get, whatever x holds: the proof from the actual weights.
 
     Every partial sum lies between bias + the negative products and bias + the positive ones, each at its largest.
-
-    Raises:
-        Unsupported: it can.
     """
     lowest, highest = -128 - x.quant.zero_point, 127 - x.quant.zero_point
     rows = weights.reshape(len(weights), -1).astype(np.int64)
     positive, negative = np.maximum(rows, 0).sum(axis=1), np.minimum(rows, 0).sum(axis=1)
     top = bias + positive * max(highest, 0) + negative * min(lowest, 0)
     bottom = bias + positive * min(lowest, 0) + negative * max(highest, 0)
-    largest = np.maximum(np.abs(top), np.abs(bottom)) << np.maximum(-rescale.shift.astype(np.int64), 0)
-    if largest.max() >= INT32:
-        raise Unsupported(
-            f"its sums can reach {largest.max():.2e}, more than 32 bits hold; split the layer in two, or give its "
-            "output a larger range (other calibration data or thresholds)"
-        )
+    found: NDArray[np.int64] = np.maximum(np.abs(top), np.abs(bottom))
+    return found

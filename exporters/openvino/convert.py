@@ -17,7 +17,7 @@ from deploykit.exporters.openvino.rewrite import rewrite
 from deploykit.hub.graph import serialize
 
 ABOUT = ["deploykit", "about"]
-"""Where a file says in JSON which device it is for and which axis of each input and output is the batch (null: none)."""
+"""Where a file says in JSON which device it is for and which axis of each input and output is the batch, if any."""
 SEQUENCES = ("LSTMSequence", "GRUSequence", "RNNSequence")
 WITHOUT_BIAS = "/WithoutBiases"
 """What the frontend appends to the name of a product whose bias it adds in an operator of its own."""
@@ -70,24 +70,27 @@ def ports(made: Any) -> tuple[tuple[Port, ...], tuple[Port, ...]]:
 def _bind_batch(proto: onnx.ModelProto, batch: int) -> dict[str, dict[str, int | None]]:
     """Fixes the free first dimension of the inputs wherever its name stands; returns the axes where it stood.
 
-    Where the network takes so many samples and no other number, those are the axes of that length that come first.
+    Where the network takes so many samples and no other number, the batch is the first axis of whatever has that many.
     """
-    dims = {i.name: i.type.tensor_type.shape.dim for i in [*proto.graph.input, *proto.graph.output]}
-    heads = [dims[i.name][0] for i in proto.graph.input if dims[i.name]]
-    free = {dim.dim_param for dim in heads} - {""} or {"batch"}  # one operator alone may get its samples further back
-    fixed = next((dim.dim_value for dim in heads if dim.dim_value), 0)
-    axes: dict[str, int | None] = {
-        n: next((i for i, d in enumerate(s) if d.dim_param in free), None) for n, s in dims.items()
+    inputs, outputs = ([(i.name, i.type.tensor_type) for i in side] for side in (proto.graph.input, proto.graph.output))
+    first = [t.shape.dim[0] for _, t in inputs if t.shape.dim]
+    free = {dim.dim_param for dim in first} - {""} or {"batch"}  # one operator alone may get its samples further back
+    axes = {
+        side: {name: next((i for i, d in enumerate(t.shape.dim) if d.dim_param in free), None) for name, t in found}
+        for side, found in (("inputs", inputs), ("outputs", outputs))
     }
-    if not any(axis is not None for axis in axes.values()):
-        axes = {name: 0 if shape and shape[0].dim_value == fixed else None for name, shape in dims.items()}
-    for dim in (dim for shape in dims.values() for dim in shape if dim.dim_param in free):
+    if all(axis is None for axis in axes["inputs"].values()):
+        fixed = next((dim.dim_value for dim in first), 0)
+        for side, found in (("inputs", inputs), ("outputs", outputs)):
+            axes[side] = {name: 0 if t.shape.dim and t.shape.dim[0].dim_value == fixed else None for name, t in found}
+    else:
+        for name, t in outputs:  # shape inference does not know every output
+            unknown = not t.HasField("shape") or (t.shape.dim and not t.shape.dim[0].dim_value)
+            axes["outputs"][name] = 0 if axes["outputs"][name] is None and unknown else axes["outputs"][name]
+    for dim in (dim for _, t in [*inputs, *outputs] for dim in t.shape.dim if dim.dim_param in free):
         dim.dim_value = batch
     del proto.graph.value_info[:]  # they name the free batch; the frontend infers shapes again
-    return {
-        "inputs": {i.name: axes[i.name] for i in proto.graph.input},
-        "outputs": {o.name: axes[o.name] for o in proto.graph.output},
-    }
+    return axes
 
 
 def _hide_recurrent_weights(made: Any) -> None:

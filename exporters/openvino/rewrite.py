@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx_ir as ir
 
+from deploykit.core.errors import DeploykitError
 from deploykit.hub.graph import add_initializer, attribute, constant, drop_unused, fresh_name
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ def rewrite(model: ir.Model) -> ir.Model:
     copy = model.clone()
     _fold_biases(copy.graph)
     _count_padding(copy.graph)
+    _clip_floats(copy.graph)
     drop_unused(copy.graph)
     return copy
 
@@ -41,26 +43,80 @@ def _count_padding(graph: ir.Graph) -> None:
     no padding: the CPU plugin (2026.4) pads with the integer 0, whatever number the zero point makes of that, and
     pulls a Pad in front into the pool."""
     for node in list(graph):
-        source = node.inputs[0] if node.op_type == "AveragePool" else None
-        if source is None or not attribute(node, "count_include_pad", 0) or not any(attribute(node, "pads", [])):
+        if node.op_type != "AveragePool" or not any(attribute(node, "pads", [])) or not _reads_integers(node):
             continue
-        behind = source.producer()
-        if behind is None or behind.op_type != "DequantizeLinear" or source.shape is None:
+        if not attribute(node, "count_include_pad", 0):
             continue
-        sides = [d for d in source.shape[2:] if isinstance(d, int)]
-        share = np.ones(1, np.float32)
+        sides = _shape(node)[2:]
+        if not all(sides):
+            raise _wrong(node, "its padding is counted and the size of the image is free")
+        share = np.ones(1)
         for axis, side in enumerate(sides):
             share = np.multiply.outer(share, _share(node, axis, len(sides), side))
         node.attributes["count_include_pad"] = ir.AttrInt64("count_include_pad", 0)
         output = node.outputs[0]
-        name = fresh_name(graph, f"{node.name}.share")
-        held = add_initializer(graph, name, share[None].astype(np.float32))
-        times = ir.Node("", "Mul", [output, held], name=f"{name}.mul")
-        times.outputs[0].name, times.outputs[0].dtype, times.outputs[0].shape = times.name, output.dtype, output.shape
-        graph.insert_after(node, [times])
-        for user, position in list(output.uses()):
-            if user is not times:
-                user.replace_input_with(position, times.outputs[0])
+        readers = list(output.uses())
+        times = _behind(graph, node, "Mul", output, share[None].astype(np.float32), f"{node.name}.share")
+        for user, position in readers:
+            user.replace_input_with(position, times)
+
+
+def _clip_floats(graph: ir.Graph) -> None:
+    """A Clip of quantized values becomes Max and Min: of a Clip the CPU plugin (2026.4) rounds the limits to the steps
+    of what it reads, which are coarser than those of the result.
+
+    The limits are spread over an axis, so that the frontend does not put the two together again.
+    """
+    for node in list(graph):
+        if node.op_type != "Clip" or not _reads_integers(node) or node.outputs[0].is_graph_output():
+            continue
+        shape = _shape(node)
+        wide = [axis for axis, side in enumerate(shape) if side > 1]
+        if not wide:
+            raise _wrong(node, "it has no axis of a fixed length")
+        spread = np.ones([shape[wide[-1]]] + [1] * (len(shape) - 1 - wide[-1]), np.float32)
+        (value, *limits) = node.inputs
+        readers = list(node.outputs[0].uses())
+        for operator, given in zip(("Max", "Min"), limits, strict=False):
+            limit = constant(given)
+            if limit is not None:
+                assert value is not None
+                value = _behind(graph, node, operator, value, limit * spread, f"{node.name}.{operator.lower()}")
+        for user, position in readers:
+            user.replace_input_with(position, value)
+
+
+def _reads_integers(node: ir.Node) -> bool:
+    behind = node.inputs[0].producer() if node.inputs[0] is not None else None
+    return behind is not None and behind.op_type == "DequantizeLinear"
+
+
+def _shape(node: ir.Node) -> list[int]:
+    """Of what a node reads; 0 where it is free."""
+    value = node.inputs[0]
+    assert value is not None
+    return [d if isinstance(d, int) else 0 for d in value.shape or ()]
+
+
+def _wrong(node: ir.Node, why: str) -> DeploykitError:
+    return DeploykitError(
+        f"OpenVINO computes {node.op_type} '{node.name}' wrong in int8, and it cannot be written otherwise because "
+        f"{why}. Keep it in float: --keep-float {node.name}"
+    )
+
+
+def _behind(
+    graph: ir.Graph, node: ir.Node, operator: str, value: ir.Value, operand: NDArray[np.float32], name: str
+) -> ir.Value:
+    """``operator(value, operand)``, behind whatever computes the value; with the name of the node it is there for, by
+    which it is found among the kernels."""
+    held = add_initializer(graph, f"{name}.operand", operand)
+    output = ir.Value(name=fresh_name(graph, name), type=value.type, shape=node.outputs[0].shape)
+    made = ir.Node("", operator, [value, held], outputs=[output], name=node.name)
+    producer = value.producer()
+    assert producer is not None
+    graph.insert_after(producer, [made])
+    return output
 
 
 def _share(node: ir.Node, axis: int, rank: int, side: int) -> NDArray[np.float64]:

@@ -47,14 +47,15 @@ def open_runner(path: Path, threads: int) -> Runner:
         if len(counts) > 1:
             raise DeploykitError(f"the inputs have different batch sizes: {sorted(counts)}")
         count, step = counts.pop(), next(iter(bound.values()), 1)
+        if count == step:
+            return dict(zip(axes["outputs"], once(arrays), strict=True))
         parts = []
         for start in range(0, count, step):
             rows = np.minimum(np.arange(start, start + step), count - 1)
-            some = {name: arrays[name].take(rows, axes["inputs"][name]) for name in bound}
-            parts.append(once({**arrays, **some} if count != step else arrays))
+            parts.append(once({**arrays, **{n: arrays[n].take(rows, axes["inputs"][n]) for n in bound}}))
         return {
-            name: parts[0][i] if len(parts) == 1 and count == step else _joined([p[i] for p in parts], axis, count)
-            for i, (name, axis) in enumerate(axes["outputs"].items())
+            name: found[0] if axis is None else np.concatenate(found, axis).take(np.arange(count), axis)
+            for found, (name, axis) in zip(zip(*parts, strict=True), axes["outputs"].items(), strict=True)
         }
 
     return run
@@ -101,8 +102,3 @@ def compile_for_cpu(model: Any, path: Path, threads: int) -> Any:
 @cache
 def _core() -> Any:
     return openvino().Core()
-
-
-def _joined(parts: list[NDArray[Any]], axis: int | None, count: int) -> NDArray[Any]:
-    """The pieces of an output, without the samples that filled up the last one."""
-    return parts[0] if axis is None else np.concatenate(parts, axis).take(np.arange(count), axis)

@@ -18,7 +18,7 @@ import onnx
 import onnx_ir as ir
 
 from deploykit.core.errors import DeploykitError
-from deploykit.hub.graph import add_initializer, attribute, constant, drop_unused
+from deploykit.hub.graph import add_initializer, attribute, constant, drop_unused, fresh_name
 
 OLDEST, NEWEST = 13, 20
 """The rules below cover what changed between these two."""
@@ -250,11 +250,11 @@ class _Body:
         """One more node; its output has the type of its first input (an int64 vector behind Shape and Slice)."""
         kinds = {int: ir.AttrInt64, float: ir.AttrFloat32, list: ir.AttrInt64s}
         named = [kinds[type(v)](k, v) for k, v in attributes.items()]  # type: ignore[operator]
-        new = ir.Node("", op_type, list(inputs), named, name=f"{self.node.name or op_type}.{len(self.made)}")
-        result = new.outputs[0]
-        first = inputs[0]
-        assert first is not None
-        result.name, result.dtype = new.name, ir.DataType.INT64 if op_type == "Shape" else first.dtype
+        name = fresh_name(self.graph, f"{self.node.name or op_type}.{len(self.made)}")
+        new = ir.Node("", op_type, list(inputs), named, name=name)
+        result, first = new.outputs[0], inputs[0]
+        assert first is not None and first.dtype is not None
+        result.name, result.dtype = name, ir.DataType.INT64 if op_type == "Shape" else first.dtype
         self.made.append(new)
         return result
 
@@ -273,7 +273,9 @@ class _Body:
     def replace(self, result: ir.Value) -> None:
         """Puts the made nodes in the place of the node, whose only output is now ``result``."""
         old = self.node.outputs[0]
-        result.dtype, result.shape = old.dtype or result.dtype, old.shape
+        if old.dtype is not None:
+            result.dtype = old.dtype
+        result.shape = old.shape
         ir.convenience.replace_nodes_and_values(self.graph, self.node, [self.node], self.made, [old], [result])
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from operator import itemgetter
 
 import numpy as np
 
@@ -90,7 +90,7 @@ def _layer(op: Operation, gates: int, step: Step, states: int) -> list[View]:
     reverse = {"forward": (False,), "reverse": (True,), "bidirectional": (False, True)}
     outputs, last = [], []
     for number, backwards in enumerate(reverse[op.attribute("direction", "forward")]):
-        w, r = (op.constant(i, partial(_direction, number)) for i in (1, 2))
+        w, r = (op.constant(i, itemgetter(number)) for i in (1, 2))
         units = r.shape[1]
         wb, rb = _biases(op, number, gates * units)
         cell = Cell(write, r, rb, units)
@@ -119,10 +119,6 @@ def _require_plain(op: Operation) -> None:
         raise Unsupported("sequences of different lengths and initial states other than zero")
     if any(a in op.node.attributes for a in ("activations", "clip")) or op.attribute("layout", 0):
         raise Unsupported("other activations than the usual ones, clipping, or the batch in front")
-
-
-def _direction(number: int, weights: np.ndarray) -> np.ndarray:
-    return weights[number]
 
 
 def _biases(op: Operation, number: int, size: int) -> tuple[Tensor, Tensor]:

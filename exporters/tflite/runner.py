@@ -76,7 +76,7 @@ def open_runner(path: Path, threads: int) -> Runner:
 
 
 def ungreeted(call: Callable[[], object]) -> None:
-    """LiteRT's C++ announces its delegate on file descriptor 2; all else that it writes there meanwhile comes through."""
+    """LiteRT announces its delegate on file descriptor 2; all else that it writes there meanwhile comes through."""
     sys.stderr.flush()
     stderr = os.dup(2)
     with tempfile.TemporaryFile() as said:

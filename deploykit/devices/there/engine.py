@@ -6,6 +6,7 @@ One JSON argument says what to do: inputs as raw little-endian files, outputs as
 Ends when its input does: whoever started it is then gone.
 """
 
+import importlib
 import json
 import os
 import subprocess
@@ -13,8 +14,7 @@ import sys
 import threading
 from typing import Any, Dict, List
 
-import build  # the bundle's own script, beside this one
-
+build = importlib.import_module("build")  # the bundle's own script, beside this one
 unfinished = []  # type: List[str]
 
 
@@ -52,8 +52,8 @@ def answer(job: Dict[str, Any]) -> Dict[str, List[List[float]]]:
         argv = build.answer_argv(job["trtexec"], job["engine"], bundle, step, files, exported)
         ran = subprocess.run(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         if ran.returncode:
-            errors = [line for line in ran.stdout.decode("utf-8", "replace").splitlines() if "[E]" in line]
-            raise OSError(errors[0] if errors else "trtexec ended with code {}".format(ran.returncode))
+            lines = ran.stdout.decode("utf-8", "replace").splitlines() or ["code {}".format(ran.returncode)]
+            raise OSError("trtexec failed: {}".format(([line for line in lines if "[E]" in line] or lines[-1:])[0]))
         with open(exported) as file:
             for entry in json.load(file):
                 values = [float(v) for v in entry["values"]]

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional
 
@@ -63,10 +64,9 @@ def read_arrays(path: str) -> Arrays:
 
 def measure(job: Dict[str, Any]) -> Dict[str, Any]:
     """All files in turns (A B C, B C A, ...), then, where minutes are asked for, on and on."""
-    calls = []
+    calls = []  # type: List[Callable[[], Any]]
     for file in job["files"]:
-        run, arrays = open_file(file, job["threads"]), read_arrays(file["inputs"])
-        calls.append(lambda run=run, arrays=arrays: run(arrays))
+        calls.append(partial(open_file(file, job["threads"]), read_arrays(file["inputs"])))
     before = readings()
     times, cpu = in_turns(calls, job["runs"], job["seconds"])
     windows = sustain(calls, job["minutes"] * 60.0) if job["minutes"] else []
@@ -152,6 +152,7 @@ def peak_megabytes(file: Dict[str, str], threads: int) -> Optional[float]:
 def memory(job: Dict[str, Any]) -> Dict[str, Any]:
     """The child's part. A first run of nothing but the imports comes before the first look."""
     arrays = read_arrays(job["file"]["inputs"])
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # `import openvino` would report its use
     for module in ("onnxruntime", "ai_edge_litert.interpreter", "tflite_runtime.interpreter", "openvino"):
         if module.partition(".")[0] in Path(job["file"]["folder"], "infer.py").read_text(encoding="utf-8"):
             with contextlib.suppress(ImportError):
@@ -185,8 +186,9 @@ def answer(job: Dict[str, Any]) -> Dict[str, Any]:
         results = [run({name: a[i : i + 1] for name, a in arrays.items()}) for i in range(count)]
         part = "{}.{}.part".format(file["outputs"], os.getpid())
         unfinished.append(part)
+        outputs = {name: np.concatenate([r[name] for r in results]) for name in results[0]}  # type: Dict[str, Any]
         with open(part, "wb") as out:
-            np.savez(out, **{name: np.concatenate([r[name] for r in results]) for name in results[0]})
+            np.savez(out, **outputs)
         os.replace(part, file["outputs"])
         unfinished.remove(part)
     return {"samples": count}

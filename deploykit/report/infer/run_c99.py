@@ -5,3 +5,5 @@ ABOUT = (
     "That compiles the network on this machine and compares the golden vectors byte by byte. "
     "`FIRMWARE.md` says how it goes into firmware, in ten lines."
 )
+TIMING = ""
+"""Times on this machine say nothing about a microcontroller."""

@@ -30,6 +30,7 @@ FLAGS = {
     "--memPoolSize": ((8, 4), (99, 0)),
     "--buildOnly": ((8, 0), (8, 6)),
     "--skipInference": ((8, 6), (99, 0)),
+    "--sparsity=enable": ((8, 0), (11, 0)),
 }  # type: Dict[str, Tuple[Version, Version]]
 
 # Highest ONNX operator set each parser reads.
@@ -235,7 +236,8 @@ def build_argv(trtexec: str, version: Version, plan: Plan, bundle: Bundle, works
     argv = [trtexec, "--onnx={}".format(bundle["models"][plan.precision]["file"])]
     argv.append("--saveEngine={}".format(engine_path(plan)))
     argv += [flag for flag in plan.flags if has(flag, version)]
-    argv += ["--sparsity=enable"] if bundle["sparsity"] else []  # looks for 2:4 zeros; weights without stay dense
+    if bundle["sparsity"] and has("--sparsity=enable", version):
+        argv.append("--sparsity=enable")  # looks for 2:4 zeros; weights without stay dense
     argv += shape_flags(bundle, ("minShapes", "optShapes", "maxShapes"), tuple(bundle["batch"]))
     if workspace is not None:
         by_pool = has("--memPoolSize", version)
