@@ -51,9 +51,11 @@ held: so many operators of the int8 file compute in integers, the others in floa
 means that no file is written, and why. There is no third kind: a file that runs and disagrees is a bug, and a test
 fails on it."""
 
-READ = """Below, *int8* lists what the int8 file computes in integers (in TensorRT's bundles the products only, the rest
-is TensorRT's choice), *float* what it does not, and *dB* is the signal to noise of the worst int8 output against the
-original. Weights are random here: this says what is computed in which numbers, not how well your network will do."""
+READ = """Below, *int8* lists what the int8 file computes from integers to integers, *float* what it does not, and *dB*
+is the signal to noise of the worst int8 output against the original. In TensorRT's bundles the products are listed, the
+rest is TensorRT's choice. ONNX Runtime goes through float and back to the same integers where it has no integer kernel
+(transposed convolution, PReLU, ELU and hard-swish among them). Weights are random here: this says what is computed in
+which numbers, not how well your network will do."""
 
 
 def made(found: Mapping[str, Any]) -> list[str]:

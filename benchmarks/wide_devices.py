@@ -97,15 +97,16 @@ def pulled(folder: Path) -> list[Row]:
     unscored = sum(not any("answered on" in s.data for s in m.scores) for m in recorded)
     on = "after the cut, the command that the message names"
     return [
-        Row("server killed midway: half-written files, here and there", float(broken_here + broken_there), 0.0, "lower",
-            WHAT, COMMAND, values={"here": broken_here, "there": broken_there, "answers by then": len(first)},
+        Row("server killed midway: half-written files, here and there",
+            float(broken_here + broken_there) if first else None, 0.0, "lower", WHAT, COMMAND,
+            values={"here": broken_here, "there": broken_there, "answers by then": len(first)},
             note=f"exit code {done.returncode}: {done.stderr.strip().splitlines()[-1][:200]}"),
-        Row("server killed midway: exit code", float(done.returncode), 2.0, "lower", WHAT, COMMAND),
+        Row("server killed midway: exit code is 2 (1: yes)", float(done.returncode == 2), 1.0, "higher", WHAT, COMMAND),
         Row(f"{on}: artifacts without scores from the device",
             float(unscored) if recorded and more.returncode == 0 else None, 0.0, "lower",
             WHAT, COMMAND, values={"seconds": round(seconds, 1), "exit code": more.returncode},
             note="" if more.returncode == 0 else more.stderr[-300:]),
-        Row("after the cut: answers computed twice", float(twice), 0.0, "lower", WHAT, COMMAND,
+        Row("after the cut: answers computed twice", float(twice) if first else None, 0.0, "lower", WHAT, COMMAND,
             values={"answers kept": len(first), "answers in all": len(answered(there))}),
     ]  # fmt: skip
 

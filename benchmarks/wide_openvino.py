@@ -145,7 +145,7 @@ def main() -> None:
         ratios = [value for what, value in speed.items() if what.endswith("wall ratio")]
         rows.append(
             Row("OpenVINO int8: our time / the time of NNCF's file, 1 thread, same process", max(ratios), 1.05, "lower",
-                images_used, f"{COMMAND} --nncf PYTHON", [0], speed, f"{versions}, default settings, same images")
+                images_used, COMMAND, [0], speed, f"{versions}, default settings, same images")
         )  # fmt: skip
     record("wide", rows)
 

@@ -95,7 +95,7 @@ def try_out(
     exams = []
     if evaluation is not None or record:
         trial.refuse(device, folders)
-        exams = [exam for m in manifests if (exam := _exam(m, evaluation, metric)) is not None]
+        exams = _exams(manifests, evaluation, metric)
     if len(exams) != len(folders):  # nothing to answer for one of them: all are only timed
         exams = []
     try:
@@ -107,11 +107,26 @@ def try_out(
     return found
 
 
+def _exams(manifests: Sequence[Manifest], evaluation: str | None, metric: str | None) -> list[Exam]:
+    """What each artifact's files shall answer; artifacts of one export share the model and its answers."""
+    known: dict[str, Exam | None] = {}
+    found = []
+    for manifest in manifests:
+        key = repr(replace(manifest.request, target="", read={}))
+        if key not in known or evaluation is not None:
+            known[key] = _exam(manifest, evaluation, metric)
+        found.append(known[key])
+    return [exam for exam in found if exam is not None]
+
+
 def _exam(manifest: Manifest, evaluation: str | None, metric: str | None) -> Exam | None:
-    """What an artifact's files shall answer: the data given, or that of its export."""
+    """The data given, or that of the artifact's export."""
     asked = manifest.request
     if evaluation is not None:
-        data = load_data(evaluation, list(manifest.inputs), manifest.preprocess, "eval", asked.settings.seed)
+        pixels = asked.settings.uint8_input  # then declared as floats between 0 and 255, and turned into pixels again
+        specs = [replace(s, dtype="float32") if s.dtype == "uint8" and pixels else s for s in manifest.inputs]
+        data = load_data(evaluation, specs, manifest.preprocess, "eval", asked.settings.seed)
+        data = data.as_pixels() if pixels else data
         return Exam(_as_taken(data, manifest), data.origin, None if metric is None else load_function(metric, "metric"))
     if asked.objects or not asked.data:
         return None

@@ -407,7 +407,7 @@ def doctor(as_json: Json = False) -> None:
 
 @app.command()
 def demo(out: Out = Path("demo"), device: Device = None, overwrite: Overwrite = False, as_json: Json = False) -> None:
-    """Train a small network on scikit-learn's digits and export it for x86, mobile-arm and jetson."""
+    """Train a small network on scikit-learn's digits and export it for a target of every family."""
     from deploykit.demo import run
 
     _show(run(out, overwrite, device), as_json)

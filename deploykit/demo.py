@@ -1,4 +1,4 @@
-"""The built-in example: a small CNN trained on scikit-learn's digits, exported for three targets."""
+"""The built-in example: a small CNN trained on scikit-learn's digits, exported for a target of every family."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from deploykit.losses import cross_entropy
 from deploykit.trainer import Trainer
 from deploykit.trial import runnable
 
-TARGETS = ("x86", "mobile-arm", "jetson")
+TARGETS = ("x86", "x86-openvino", "mobile-arm", "jetson", "cortex-m4", "fpga-int8")
 CALIBRATION = 200
 
 

@@ -256,8 +256,9 @@ def record(folder: Path, trial: Trial, position: int = 0) -> Manifest:
     measurements: tuple[Measurement, ...] = manifest.measurements
     advice = manifest.advice
     if trial.benchmark is not None:
-        measurements = tuple(t.measurement for t in trial.benchmark.groups[position])
-        advice = trial.benchmark.advice
+        group = trial.benchmark.groups[position]
+        drifts = tuple(d for d in trial.benchmark.drifts if any(d.timing is t for t in group))
+        measurements, advice = tuple(t.measurement for t in group), Benchmark(group, drifts, trial.facts).advice
     manifest = replace(
         manifest,
         device=trial.facts,

@@ -157,6 +157,20 @@ def test_the_makefile_runs_the_self_test(folder: Path, tmp_path: Path) -> None:
     assert ran.returncode == 0 and "pass: 0 of" in ran.stdout, ran.stderr
 
 
+def test_cmake_builds_it_and_ctest_runs_the_self_test(folder: Path, tmp_path: Path) -> None:
+    if not shutil.which("cmake") or not (shutil.which("make") or shutil.which("ninja")):
+        pytest.skip("no cmake: the CMakeLists.txt is not run here")
+    build_folder = tmp_path / "build"
+    for command in (
+        ["cmake", "-S", str(folder), "-B", str(build_folder)],
+        ["cmake", "--build", str(build_folder)],
+        ["ctest", "--test-dir", str(build_folder)],
+    ):
+        ran = subprocess.run(command, capture_output=True, text=True)
+        assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert "100% tests passed" in ran.stdout
+
+
 def test_the_float_helpers_of_the_header_round_as_the_exporter_does(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "main.c").write_text(
         '#define MODEL_FLOAT_HELPERS\n#include "model.h"\n#include <stdio.h>\nint main(void) {\n'
@@ -359,6 +373,18 @@ def test_a_layer_kept_in_float_is_refused_by_name(tmp_path: Path) -> None:
     hub = quantize(made, calibrate(made, data), MCU.quant, keep_float=["a_node"])
     with pytest.raises(DeploykitError, match=r"a_node \(Conv\): kept in float on request"):
         to_c99.export(hub, MCU, tmp_path, ["int8"])
+
+
+def test_a_result_far_finer_than_its_summands_is_refused_before_it_overflows(tmp_path: Path) -> None:
+    """x - x + tiny: two summands up to 100 000 whose sum lies within 0.001."""
+    x = normal(0, 4, 6)
+    fed = {"x": x * 1e5, "z": -x * np.float32(1e5)}
+    hub = quantized(graph([("Add", ["x", "z"], ["y"], {})], {"x": (6,), "z": (6,)}), fed)
+    assert hub.quantized is not None and hub.ranges is not None
+    tiny = replace(hub.ranges.tensors["y"], low=-1e-3, high=1e-3)
+    ranges = replace(hub.ranges, tensors={**hub.ranges.tensors, "y": tiny})
+    with pytest.raises(DeploykitError, match="more than 32 bits hold"):
+        to_c99.export(quantize(hub.graph, ranges, MCU.quant), MCU, tmp_path, ["int8"])
 
 
 def test_sums_that_could_leave_32_bits_are_refused(tmp_path: Path) -> None:

@@ -184,10 +184,12 @@ def test_files_answer_on_a_device_as_they_do_here(artifact: Path, tmp_path: Path
     assert found.scores[0][0].data == "samples, answered on this machine"
 
 
-def test_times_of_two_artifacts_on_a_device_are_taken_in_turns(artifact: Path, tmp_path: Path) -> None:
-    other = tmp_path / "other"
+def test_times_of_two_artifacts_on_a_device_are_taken_in_turns(tmp_path: Path) -> None:
+    artifact, other = tmp_path / "out", tmp_path / "other"
+    small_artifact(artifact)
     small_artifact(other, "mobile-arm")
-    said = enter(f"benchmark --runs 5 --json --device local?dir={tmp_path / 'work'} --against", other, artifact)
+    command = f"benchmark --runs 5 --record --json --device local?dir={tmp_path / 'work'} --against"
+    said = enter(command, other, artifact)
     assert said.code == 0, said.err
     result = json.loads(said.out)
     assert [f["path"] for f in result["files"]] == [
@@ -203,6 +205,10 @@ def test_times_of_two_artifacts_on_a_device_are_taken_in_turns(artifact: Path, t
     assert any(
         r["of"] == "out int8" and r["over"] == "other int8" and r["faster_in"] is not None for r in result["ratios"]
     )
+    for folder in (artifact, other):  # each manifest speaks of its own files
+        manifest = load_manifest(folder)
+        assert [m.precision for m in manifest.measurements] == [f.precision for f in manifest.files]
+        assert not any(name in line for line in manifest.advice for name in ("out ", "other "))
 
 
 def test_a_sustained_run_records_windows(artifact: Path, tmp_path: Path) -> None:

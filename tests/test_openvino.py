@@ -195,6 +195,22 @@ def test_a_clip_on_its_own_keeps_its_limits(tmp_path: Path) -> None:
     compare(hub(made, data), next(data.batches(8)).inputs, tmp_path)
 
 
+def test_values_that_are_only_moved_stay_integers(tmp_path: Path) -> None:
+    """Quantized again to the same scale, as in the hub, the concatenation would run in float."""
+    made = graph(
+        """(float[batch,3,8,8] x) => (float[batch,3,4,4] y) {
+            a = Conv<pads=[1,1,1,1]>(x, wa)
+            b = Conv<pads=[1,1,1,1]>(a, wb)
+            c = Concat<axis=1>(a, b)
+            m = MaxPool<kernel_shape=[2,2], strides=[2,2]>(c)
+            y = Conv(m, wc)
+        }""",
+        wa=normal(0, 4, 3, 3, 3), wb=normal(1, 4, 4, 3, 3), wc=normal(2, 3, 8, 1, 1),
+    )  # fmt: skip
+    file = compare(hub(made, images()), next(images().batches(4)).inputs, tmp_path)
+    assert file.quantized == {"Concat": 1, "Conv": 3, "MaxPool": 1} and not file.islands
+
+
 def test_a_pool_of_any_size_that_cannot_be_written_right_is_refused_with_what_to_do(tmp_path: Path) -> None:
     made = onnx.parser.parse_model(
         """<ir_version: 10, opset_import: ["" : 20]> test (float[batch,3,h,w] x) => (float[batch,3,h,w] y)
@@ -349,6 +365,14 @@ def test_the_artifact_passes_its_checks_and_runs_without_deploykit(tmp_path: Pat
     saved = np.load(tmp_path / "y.npz")
     np.testing.assert_allclose(saved["output"], artifact(x)["output"], rtol=1e-5, atol=1e-5)
     assert not (tmp_path / "intel").exists()  # where OpenVINO's usage statistics would leave a file
+
+
+def test_infer_says_when_the_device_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from deploykit.report.infer.run_openvino import open_model
+
+    file = write(hub(conv_relu_conv(), images()), tmp_path, "fp32", targets.load("intel-npu"))
+    open_model(tmp_path / file.path, 1)
+    assert capsys.readouterr().err == "OpenVINO finds no NPU here: running on the CPU\n"
 
 
 def test_infer_fills_up_a_larger_batch(tmp_path: Path) -> None:

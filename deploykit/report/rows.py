@@ -22,7 +22,7 @@ class Row:
     """None: the model as it came in."""
     bytes: int | None
     size: float | None
-    """Bytes over those of the first file, the baseline."""
+    """Bytes over those of the first file, the float baseline; None where only integer files were written."""
     score: Score | None
     measurement: Measurement | None
 
@@ -32,7 +32,8 @@ def rows(manifest: Manifest) -> tuple[Row, ...]:
     scores = {s.precision: s for s in reversed(manifest.scores)}
     measured = {m.precision: m for m in reversed(manifest.measurements)}
     sizes = {s.path: s.bytes for s in manifest.stored}
-    base = _bytes(manifest.files[0], sizes) if manifest.files else None
+    first = manifest.files[0] if manifest.files and "int8" not in manifest.files[0].precision else None
+    base = None if first is None else _bytes(first, sizes)
     found = [Row(manifest.target, ORIGINAL, None, None, None, scores[ORIGINAL], None)] if ORIGINAL in scores else []
     for file in manifest.files:
         size = _bytes(file, sizes)

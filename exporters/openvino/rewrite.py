@@ -15,10 +15,14 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
+MOVERS = ("Concat", "Flatten", "Identity", "MaxPool", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze")
+
+
 def rewrite(model: ir.Model) -> ir.Model:
     """A changed copy."""
     copy = model.clone()
     _fold_biases(copy.graph)
+    _quantize_once(copy.graph)
     _count_padding(copy.graph)
     _clip_floats(copy.graph)
     drop_unused(copy.graph)
@@ -36,6 +40,31 @@ def _fold_biases(graph: ir.Graph) -> None:
         bias = add_initializer(graph, f"{node.outputs[0].name}_float", integers.astype(np.float32) * scale)
         for user, position in list(node.outputs[0].uses()):
             user.replace_input_with(position, bias)
+
+
+def _quantize_once(graph: ir.Graph) -> None:
+    """Values that are only moved are not quantized again to the scale they have: it changes nothing, but around each
+    such pair the CPU plugin computes in float."""
+    grids: dict[ir.Value | None, tuple[float, int]] = {}
+    for node in list(graph):
+        if node.op_type == "DequantizeLinear" and (grid := _grid(node)) is not None:
+            grids[node.outputs[0]] = grid
+        moved = node.inputs if node.op_type == "Concat" else node.inputs[:1]
+        if node.op_type in MOVERS and all(value in grids for value in moved) and len({grids[v] for v in moved}) == 1:
+            grids |= {output: grids[moved[0]] for output in node.outputs}
+        if node.op_type != "QuantizeLinear" or grids.get(node.inputs[0], ()) != _grid(node):
+            continue
+        for dequantizer, _ in list(node.outputs[0].uses()):
+            if dequantizer.outputs[0].is_graph_output():
+                continue
+            for user, position in list(dequantizer.outputs[0].uses()):
+                user.replace_input_with(position, node.inputs[0])
+
+
+def _grid(node: ir.Node) -> tuple[float, int] | None:
+    """Scale and zero point of a QuantizeLinear or DequantizeLinear of a whole tensor."""
+    scale, zero = (constant(value) for value in [*node.inputs, None][1:3])
+    return None if scale is None or scale.ndim or zero is None else (float(scale), int(zero))
 
 
 def _count_padding(graph: ir.Graph) -> None:

@@ -31,7 +31,10 @@ def open_model(path: Path, threads: int) -> Callable[[Arrays], Arrays]:
     core = openvino.Core()
     model = core.read_model(str(path))
     about = json.loads(model.get_rt_info(["deploykit"]).value["about"])
-    device = about["device"] if any(d.startswith(about["device"]) for d in core.available_devices) else "CPU"
+    device = about["device"]
+    if not any(name.startswith(device) for name in core.available_devices):
+        print(f"OpenVINO finds no {device} here: running on the CPU", file=sys.stderr)
+        device = "CPU"
     cpu = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads}
     compiled = core.compile_model(model, device, {"PERFORMANCE_HINT": "LATENCY", **(cpu if device == "CPU" else {})})
     request = compiled.create_infer_request()

@@ -49,7 +49,7 @@ def open_model(path: Path, threads: int) -> Callable[[Arrays], Arrays]:
             if tensor["dtype"] == np.int8:
                 scale, zero = tensor["quantization"]
                 value = np.clip(np.rint(value / np.float32(scale)) + zero, -128, 127).astype(np.int8)
-            interpreter.set_tensor(tensor["index"], np.ascontiguousarray(value))
+            interpreter.set_tensor(tensor["index"], np.ascontiguousarray(value, tensor["dtype"]))
         interpreter.invoke()
         found = {}
         for (name, axes), tensor in outputs:

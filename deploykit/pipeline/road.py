@@ -1,0 +1,246 @@
+"""`Road`: one run from the model to its files. What was computed once is shared by all targets."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from deploykit import exporters
+from deploykit.core.artifact import Check
+from deploykit.core.context import Context
+from deploykit.core.errors import DeploykitError
+from deploykit.core.machine import this_machine
+from deploykit.core.manifest import Layer, Manifest, Source, stored_files, versions
+from deploykit.core.progress import say, status
+from deploykit.core.ranges import Ranges
+from deploykit.core.recipe import Pass
+from deploykit.core.request import Gate, Request, Settings
+from deploykit.core.target import QuantSpec, Target
+from deploykit.pipeline.judge import HUB_SAMPLES, NOT_EVALUATED, Judge
+from deploykit.pipeline.prepared import Prepared
+from deploykit.pipeline.steps import calibrate, float_graph, step_context
+from deploykit.planning import plan, precisions
+
+if TYPE_CHECKING:
+    from deploykit.check import Metric
+    from deploykit.hub.graph import FloatGraph, Hub
+
+GOLDEN = 8
+"""Real samples that exporters may use, e.g. as golden inputs to be compared on the device."""
+
+
+class Road:
+    """One run: what has been computed so far, so that targets share it."""
+
+    def __init__(self, prepared: Prepared, settings: Settings, gate: Gate, metric: Metric | None) -> None:
+        """Nothing is computed yet."""
+        self.prepared, self.settings, self.gate, self.metric = prepared, settings, gate, metric
+        self.fed = prepared.as_pixels() if settings.uint8_input else prepared
+        """What the files are fed with; the original model takes what is in ``prepared``."""
+        self.seconds: dict[str, float] = {}
+        self.hubs: dict[tuple[QuantSpec, tuple[str, ...]], Hub] = {}
+        """By the numbers of a target and the hub steps that ran; a hub step reads ``hub.spec``, never a target."""
+        self.notes: list[str] = []
+        if prepared.model.compressed:
+            self.notes.append(f"'original' is {prepared.model.origin} as compress wrote it; its loss comes on top")
+        self.early_steps: list[str] = []
+        self.graph: FloatGraph
+        self.reference: FloatGraph
+        self.ranges: Ranges | None = None
+        self.lowering_check: tuple[Check, ...] = ()
+        self.judge: Judge
+
+    def lower(self, chosen: Sequence[Target], given: Ranges | None) -> None:
+        """Model-stage steps, lowering, graph-stage steps, calibration (where somebody will need it)."""
+        from deploykit.check import check_lowering
+        from deploykit.hub.plan import plan as plan_integers
+
+        target = chosen[0]
+        context = step_context(self.prepared, self.settings, target)
+        early = [p for p in plan(self.settings.recipe, target, self.prepared.have) if p.step.stage != "hub"]
+        model_steps = [p.step for p in early if p.step.stage == "model"]
+        graph_steps = [p.step for p in early if p.step.stage == "graph"]
+        model = self.prepared.model
+        module = model.module
+        with self._phase("lower"), status("lowering to ONNX"):
+            self.reference = float_graph(model, self.prepared.example)
+            self.judge = Judge(self.reference, self.prepared, self.fed, self.settings, self.gate, self.metric)
+            self._rehearse(chosen)
+        if module is not None:
+            self.lowering_check = (check_lowering(self.reference, module, self.prepared.example),)
+        self.judge.check_labels()
+        if self.metric is not None:
+            self.judge.original()  # a metric that fails is refused before any long work
+        with self._phase("compress"):
+            for step in model_steps:
+                module = self._run(step, module, context)
+        with self._phase("lower"), status("lowering to ONNX"):
+            self.graph = float_graph(model, self.prepared.example, module) if model_steps else self.reference
+        self.notes += self.graph.notes
+        with self._phase("graph steps"):
+            for step in graph_steps:
+                self.graph = self._run(step, self.graph, context)
+        if given is not None and given.graph != self.graph.hash:
+            raise DeploykitError(
+                f"--ranges were measured on another graph ({given.graph}; this model lowers to {self.graph.hash}). "
+                "Leave --ranges out to calibrate again."
+            )
+        for each in chosen:
+            plan_integers(self.graph.model.graph, each.quant, self.settings.keep_float)  # refuses names of no layer
+        self.ranges = given
+        if given is not None and self.prepared.held_out:
+            self.notes.append("the samples scored on may be among those that --ranges were measured on")
+        wanted = [p for t in chosen for p in self.settings.precisions or t.precisions]
+        if given is not None and "calibration" not in self.prepared.data and self.settings.bias_correction:
+            self.notes.append("--ranges without --calib: biases were not corrected, which needs the samples")
+        if given is None and "calibration" in self.prepared.data and any("int8" in p for p in wanted):
+            with self._phase("calibrate"):
+                self.ranges = calibrate(self.graph, self.prepared.data["calibration"], self.settings.thresholds)
+
+    def _rehearse(self, chosen: Sequence[Target]) -> None:
+        """Writes the float files of the original model and throws them away: operators, operator sets and options that
+        an exporter cannot serve are refused before anything is trained or calibrated."""
+        from deploykit.hub.graph import Hub
+
+        problems: dict[str, None] = {}  # of all the targets, so that one look is enough
+        for target in chosen:
+            floats = [p for p in self.settings.precisions or target.precisions if "int8" not in p]
+            floats = floats or [p for p in target.precisions if p == "fp32"]
+            if not floats:
+                continue
+            try:
+                hub, _, _ = self._take_pixels(Hub(self.reference, target.quant), target)
+                with tempfile.TemporaryDirectory() as folder:
+                    exporters.load(target.exporter).export(hub, target, Path(folder), floats)
+            except DeploykitError as error:
+                problems[str(error)] = None
+        if problems:
+            raise DeploykitError("\n".join(problems))
+
+    def write(self, target: Target, folder: Path, request: Request) -> Manifest:
+        """Everything for one target, into an empty folder."""
+        from deploykit import bench
+        from deploykit.check import shrink_notes
+        from deploykit.hub.graph import specs
+        from deploykit.report import write_usage
+
+        exporter = exporters.load(target.exporter)
+        chosen, notes = precisions(target, self.settings.precisions, self.ranges is not None)
+        hub, hub_steps = self._hub(target, any("int8" in p for p in chosen))
+        hub, border, why = self._take_pixels(hub, target)
+        source = self.fed.data.get("calibration")
+        samples = next(source.batches(GOLDEN)).inputs if source is not None else {}
+        with self._phase(f"write {target.name}"):
+            hub = replace(hub, samples=samples)
+            files = exporter.export(hub, target, folder, chosen)
+        with self._phase(f"check {target.name}"):
+            scores, checks, operators = self.judge.evaluate(hub, target, folder, files, self.reference is self.graph)
+            self.judge.golden(hub, target, folder, files).save(folder)
+        manifest = Manifest(
+            target=target.name,
+            exporter=target.exporter,
+            model=self.prepared.model.origin,
+            request=replace(request, settings=replace(self.settings, overwrite=False), gate=self.gate),
+            steps=(*self.early_steps, *hub_steps),
+            graph=self.graph.hash,
+            inputs=specs(list(hub.graph.model.graph.inputs)),
+            outputs=specs(list(hub.graph.model.graph.outputs)),
+            files=files,
+            stored=(),
+            data={role: Source(d.origin, len(d), d.hash) for role, d in self.prepared.data.items()},
+            preprocess=self.fed.preprocess,
+            checks=(*self.lowering_check, *border, *checks),
+            scores=tuple(scores),
+            operators=tuple(operators),
+            layers=tuple(Layer(d.layer, d.operator) for d in hub.decisions),
+            classes=next((d.classes for d in self.prepared.data.values() if d.classes), ()),
+            notes=(
+                *self.notes,
+                *self.judge.notes,
+                *notes,
+                *why,
+                *self.judge.held_out(),
+                *self._forced(target),
+                *([] if scores else [NOT_EVALUATED]),
+                *shrink_notes(folder, files),
+            ),
+            versions=versions(),
+            machine=this_machine(),
+        )
+        if self.ranges is not None and any("int8" in p for p in chosen):
+            (folder / "ranges.json").write_text(self.ranges.to_json(), encoding="utf-8")
+        write_usage(folder, manifest)
+        manifest = replace(manifest, stored=stored_files(folder))
+        manifest.save(folder)
+        if self.settings.benchmark:
+            with self._phase(f"benchmark {target.name}"):
+                measurements, advice = bench.measure_artifact(folder, self.fed.example, threads=self.settings.threads)
+            manifest = replace(manifest, measurements=measurements, advice=advice)
+        manifest = replace(manifest, seconds={k: round(v, 3) for k, v in self.seconds.items()})
+        manifest.save(folder)
+        return manifest
+
+    def _forced(self, target: Target) -> list[str]:
+        """The steps that ran although the target cannot profit from them."""
+        planned = plan(self.settings.recipe, target, self.prepared.have)
+        return [f"--force ran {p.step!r}: it {p.refusal}" for p in planned if p.refusal and not p.automatic]
+
+    def _hub(self, target: Target, integer: bool) -> tuple[Hub, tuple[str, ...]]:
+        """The hub of the target's spec after its hub steps, and these; made once for all targets that want the same."""
+        from deploykit.hub.graph import Hub
+        from deploykit.hub.quantize import quantize
+
+        if not integer or self.ranges is None:
+            return Hub(self.graph, target.quant), ()
+        planned = plan(self.settings.recipe, target, self.prepared.have, self.settings.bias_correction)
+        steps = [p for p in planned if p.step.stage == "hub" and not (p.automatic and p.refusal)]
+        done = tuple(repr(p.step) for p in steps)  # targets of one spec may profit from different steps
+        if (target.quant, done) not in self.hubs:
+            with self._phase(f"quantize {target.name}"):
+                hub = quantize(
+                    self.graph, self.ranges, target.quant, self.settings.thresholds, self.settings.keep_float
+                )  # fmt: skip
+            context = step_context(self.prepared, self.settings, target)
+            for p in steps:
+                if not p.automatic:
+                    say(f"running {p.step!r} for {target.name}")
+                with self._phase(f"{type(p.step).__name__} {target.name}"):
+                    hub = p.step(hub, context)
+            self.hubs[target.quant, done] = hub
+        return self.hubs[target.quant, done], done
+
+    def _take_pixels(self, hub: Hub, target: Target) -> tuple[Hub, tuple[Check, ...], tuple[str, ...]]:
+        """The hub as the files are written from it, what folding costs, and what the user should know."""
+        from deploykit.check import check_border
+        from deploykit.hub.pixels import folded_floats, take_pixels
+
+        if not self.settings.uint8_input:
+            return hub, (), ()
+        p, data = self.prepared.preprocess, self.fed.evaluation or self.fed.data["calibration"]
+        assert p is not None
+        images = [name for name, array in self.fed.example.items() if array.dtype == np.uint8 and array.ndim == 4]
+        fed, notes = take_pixels(hub, p, images, fold=target.pixels == "folded")
+        if hub.quantized is None or target.pixels != "folded" or notes:
+            return fed, (), notes
+        folded = folded_floats(self.graph, p, images)
+        assert folded is not None
+        return fed, (check_border(fed.graph, folded, data.spread(HUB_SAMPLES)),), notes
+
+    def _run(self, step: Pass, subject: Any, context: Context) -> Any:
+        say(f"running {step!r}")
+        result = step(subject, context)
+        self.early_steps.append(repr(step))
+        return result
+
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        started = time.process_time()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.process_time() - started

@@ -1,0 +1,123 @@
+"""The stretches of the road that can also be walked alone: lowering, calibrating, compressing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from deploykit import passes, targets
+from deploykit.core.context import Context
+from deploykit.core.data import DataSet
+from deploykit.core.errors import DeploykitError, unknown
+from deploykit.core.files import folder_in_place, refuse_existing
+from deploykit.core.progress import say
+from deploykit.core.ranges import Ranges
+from deploykit.core.recipe import Pass
+from deploykit.core.request import Settings
+from deploykit.core.target import Target
+from deploykit.pipeline.prepared import Prepared
+from deploykit.planning import refusal
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import nn
+
+    from deploykit.hub.graph import FloatGraph
+    from deploykit.models import Model
+
+ANY_TARGET = "x86"
+"""What steps are told about the device where none is named."""
+
+
+def float_graph(model: Model, example: Mapping[str, NDArray[Any]], module: nn.Module | None = None) -> FloatGraph:
+    """The float graph of a model in any form; ``module`` stands in for the model's own after model-stage steps."""
+    from deploykit.hub.lower import lower, lower_program, read_onnx
+
+    if model.onnx is not None:
+        return read_onnx(model.onnx)
+    if model.program is not None:
+        return lower_program(model.program)
+    chosen = module if module is not None else model.module
+    assert chosen is not None
+    return lower(chosen, example)
+
+
+def calibrate(graph: FloatGraph, data: DataSet, thresholds: str = "minmax") -> Ranges:
+    """Statistics of a float graph on calibration data, with histograms if the threshold method needs them."""
+    from deploykit.calibration.observe import observe
+    from deploykit.calibration.thresholds import METHODS, NEED_HISTOGRAM
+    from deploykit.hub.plan import observed
+    from deploykit.hub.running import summarizing
+
+    if thresholds not in METHODS:
+        raise unknown("threshold method", thresholds, METHODS)
+    names, channels = observed(graph)
+    run = summarizing(graph.model, names, channels, values=thresholds in NEED_HISTOGRAM)
+    return observe(run, graph.hash, data)
+
+
+def compress(prepared: Prepared, settings: Settings, target: Target | None, folder: Path) -> tuple[str, ...]:
+    """Runs the model-stage steps of a recipe and writes a folder that `load_model` and ``export`` read.
+
+    Args:
+        target: what the steps have to pay on; None: they run in any case.
+
+    Raises:
+        DeploykitError: the recipe has other stages' steps or one that the target has no profit from, or the model is
+            no PyTorch module.
+    """
+    from deploykit.models import save_compressed
+
+    refuse_existing(folder, settings.overwrite)
+    steps = [passes.build(step) for step in settings.recipe.steps]
+    for step in steps:
+        if target is not None:
+            insist(step, refusal(step, target, prepared.have, prepared.model.enters), settings.force)
+        if step.stage != "model":
+            raise DeploykitError(
+                f"compress runs model-stage steps; {step!r} works on the {step.stage}. Use `deploykit export`."
+            )
+    module = prepared.model.module
+    if module is None:
+        raise DeploykitError(f"{prepared.model.origin} holds no PyTorch module to compress")
+    context = step_context(prepared, settings, target or targets.load(ANY_TARGET))
+    for step in steps:
+        say(f"running {step!r}")
+        module = step(module, context)
+    with folder_in_place(folder, settings.overwrite) as work:
+        save_compressed(module, work, prepared.model.origin)
+    return tuple(repr(step) for step in steps)
+
+
+def insist(step: Pass, why: str, force: bool) -> None:
+    """Raises for a step that will not run; one that only cannot pay may be forced."""
+    cannot_pay = "cannot pay" in why
+    if why and not (force and cannot_pay):
+        raise DeploykitError(f"step {step!r} {why}." + (" --force runs it all the same." if cannot_pay else ""))
+
+
+def step_context(prepared: Prepared, settings: Settings, target: Target) -> Context:
+    """All that a step may ask for."""
+    from deploykit.cost import cost
+    from deploykit.losses import load_loss
+    from deploykit.trainer import Trainer
+
+    loss = settings.recipe.train.loss
+    return Context(
+        target=target,
+        data=prepared.data,
+        example=prepared.example,
+        original=_teacher(prepared.model),
+        trainer=Trainer(settings.recipe.train, settings.seed),
+        loss=load_loss(loss) if loss else None,
+        cost=lambda module: cost(module, prepared.example),
+        seed=settings.seed,
+    )
+
+
+def _teacher(model: Model) -> nn.Module | None:
+    """The model as it came in, if torch can run it."""
+    if model.program is not None:
+        return model.program.module()
+    return model.module
