@@ -17,7 +17,7 @@ from torch import nn
 
 from benchmarks import data
 from benchmarks.rows import Row, record
-from deploykit import exporters, pipeline, targets
+from deploykit import pipeline, targets
 from deploykit.check import Gate
 from deploykit.core.artifact import TensorSpec
 from deploykit.core.data import DataSet, Preprocess
@@ -104,11 +104,13 @@ def measure(name: str, module: Callable[[], nn.Module], parts: dict[str, DataSet
         for target, (path, manifest) in inside.items():
             before, after = (_int8(m) for m in (plain[target][1], manifest))
             lost[target] = before - after
-            border |= {target: c.value for c in manifest.checks if "border" in c.name and c.value is not None}
+            for check in manifest.checks:
+                if "border" in check.name and check.value is not None:
+                    border[target] = check.value
             (file,) = [f for f in manifest.files if f.precision == "int8"]
             if manifest.exporter in ("onnx", "tflite"):
                 integer[target] = float(first_operator_is_integer(manifest.exporter, path / file.path))
-    worst = max(abs(v) for v in lost.values())
+    worst = max(map(abs, lost.values()))
     return [
         Row(f"{name}: raw uint8 input against normalised floats, points apart ({', '.join(lost)})", worst, 0.5, "lower",
             what, COMMAND, values=lost),

@@ -222,8 +222,8 @@ def doubts(original: Answers) -> list[str]:
     if right > chance + 2 * float(np.sqrt(chance * (1 - chance) / len(scores))):  # two standard errors
         return []
     return [
-        f"the original model is right on {100 * right:.1f} % of {len(scores)} samples, no better than chance: are these "
-        "its trained weights (--weights), and is the data prepared as in training (--preprocess)?"
+        f"the original model is right on {100 * right:.1f} % of {len(scores)} samples, no better than chance: are "
+        "these its trained weights (--weights), and is the data prepared as in training (--preprocess)?"
     ]
 
 

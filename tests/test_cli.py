@@ -22,8 +22,8 @@ from deploykit.bench import timing
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = (
-    "export", "calibrate", "compress", "benchmark", "plan", "targets", "verify", "diff", "reproduce", "report", "doctor",
-    "demo",
+    "export", "calibrate", "compress", "benchmark", "plan", "targets", "verify", "diff", "reproduce", "report",
+    "doctor", "demo",
 )  # fmt: skip
 NETS = """
 import torch
@@ -242,7 +242,7 @@ def test_several_targets_share_one_lowering_and_one_calibration(monkeypatch: pyt
         return call
 
     for name in ("calibrate", "float_graph"):
-        monkeypatch.setattr(pipeline, name, counted(getattr(pipeline, name)))
+        monkeypatch.setattr(pipeline.steps, name, counted(getattr(pipeline.steps, name)))
     said = enter(
         "export net.onnx --target x86 --target mobile-arm --target jetson --calib calib.npy --no-benchmark -o all"
     )

@@ -103,7 +103,8 @@ def test_files_that_are_no_python_are_packed_too() -> None:
         p for folder in ("deploykit", "exporters", "calibration", "targets") for p in (ROOT / folder).rglob("*")
         if p.is_file() and p.suffix not in (".py", ".pyc") and "__pycache__" not in p.parts
     }  # fmt: skip
-    assert {p.suffix or p.name for p in others} == {".toml", ".sh", ".md", ".j2", ".typed", ".c", ".h", ".txt", "Makefile"}
+    kinds = {".toml", ".sh", ".md", ".j2", ".typed", ".c", ".h", ".txt", "Makefile"}
+    assert {p.suffix or p.name for p in others} == kinds
 
 
 @pytest.mark.parametrize("name", LINKED)

@@ -272,7 +272,7 @@ def test_what_an_exporter_cannot_write_is_refused_before_anything_is_trained_or_
     def long_work(*_: Any) -> None:
         raise AssertionError("the long work began")
 
-    monkeypatch.setattr(pipeline, "calibrate", long_work)
+    monkeypatch.setattr(pipeline.steps, "calibrate", long_work)
     monkeypatch.setattr(passes.load("prune"), "__call__", long_work)
     steps = Recipe((Step("prune", {"sparsity": 0.5}),))
     with pytest.raises(DeploykitError, match=said):

@@ -285,7 +285,7 @@ def test_a_metric_that_fails_and_a_step_without_a_teacher_cost_no_calibration(
     def calibrating(*_: object) -> None:
         raise AssertionError("calibrated")
 
-    monkeypatch.setattr(pipeline, "calibrate", calibrating)
+    monkeypatch.setattr(pipeline.steps, "calibrate", calibrating)
     Path("metrics.py").write_text("def broken(outputs, labels):\n    return outputs['nowhere']\n")
     said = enter(f"{COMMAND.replace('metrics.py:score', 'metrics.py:broken')} -o out")
     assert said.code == 2 and "the metric raised KeyError" in said.err

@@ -18,7 +18,7 @@ import onnx_ir as ir
 
 from deploykit.core.errors import DeploykitError
 from deploykit.core.progress import say
-from deploykit.hub.canonical import canonical, dims, refuse_branches, refuse_passing_through
+from deploykit.hub.canonical import Dim, canonical, dims, refuse_branches, refuse_passing_through
 from deploykit.hub.graph import (
     NAMES,
     FloatGraph,
@@ -375,17 +375,24 @@ def _name_by_module(graph: ir.Graph) -> None:
     free = {dims(v)[0] for v in graph.inputs if v.shape} - {None}
     for value in graph.inputs:  # torch numbers free dimensions per process
         if value.shape is not None:
-            value.shape = ir.Shape(["batch" if d in free and not isinstance(d, int) else d for d in dims(value)])
+            value.shape = ir.Shape([_renamed(d, free) for d in dims(value)])
     for node in graph:
         node.name = take_name(_module_path(node), taken)
         for number, value in enumerate(node.outputs):
             if id(value) not in outputs:
                 value.name = node.name if number == 0 else take_name(f"{node.name}.{number}", taken)
             if value.shape is not None:
-                value.shape = ir.Shape(["batch" if d in free and not isinstance(d, int) else d for d in dims(value)])
+                value.shape = ir.Shape([_renamed(d, free) for d in dims(value)])
             value.metadata_props.clear()
         node.metadata_props.clear()
         node.doc_string = None
+
+
+def _renamed(size: Dim, free: set[Dim]) -> Dim:
+    """``"batch"`` in place of the free dimension's name, also where it is a factor (``"2*s77"``)."""
+    if not isinstance(size, str):
+        return size
+    return re.sub(r"[A-Za-z_]\w*", lambda word: "batch" if word[0] in free else word[0], size)
 
 
 def _module_path(node: ir.Node) -> str:

@@ -71,7 +71,7 @@ class Slicer:
         info = self.info.get(name)
         sizes = info.type.tensor_type.shape.dim if info is not None else []
         if len(sizes) == 0 or sizes[0].dim_param:
-            return True
+            return len(sizes) == 0 or bool(sizes[0].dim_param.isidentifier())
         return bool(sizes[0].dim_value <= 1 and not any(size.dim_param for size in sizes))
 
     def _walk(self, outputs: Sequence[str], known: Collection[str]) -> tuple[list[onnx.NodeProto], list[str]]:

@@ -23,9 +23,10 @@ from deploykit.core.ranges import Ranges
 from deploykit.core.recipe import Pass
 from deploykit.core.request import Gate, Request, Settings
 from deploykit.core.target import QuantSpec, Target
+from deploykit.pipeline import steps
 from deploykit.pipeline.judge import HUB_SAMPLES, NOT_EVALUATED, Judge
 from deploykit.pipeline.prepared import Prepared
-from deploykit.pipeline.steps import calibrate, float_graph, step_context
+from deploykit.pipeline.steps import step_context
 from deploykit.planning import plan, precisions
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ class Road:
         model = self.prepared.model
         module = model.module
         with self._phase("lower"), status("lowering to ONNX"):
-            self.reference = float_graph(model, self.prepared.example)
+            self.reference = steps.float_graph(model, self.prepared.example)
             self.judge = Judge(self.reference, self.prepared, self.fed, self.settings, self.gate, self.metric)
             self._rehearse(chosen)
         if module is not None:
@@ -82,7 +83,7 @@ class Road:
             for step in model_steps:
                 module = self._run(step, module, context)
         with self._phase("lower"), status("lowering to ONNX"):
-            self.graph = float_graph(model, self.prepared.example, module) if model_steps else self.reference
+            self.graph = steps.float_graph(model, self.prepared.example, module) if model_steps else self.reference
         self.notes += self.graph.notes
         with self._phase("graph steps"):
             for step in graph_steps:
@@ -102,7 +103,7 @@ class Road:
             self.notes.append("--ranges without --calib: biases were not corrected, which needs the samples")
         if given is None and "calibration" in self.prepared.data and any("int8" in p for p in wanted):
             with self._phase("calibrate"):
-                self.ranges = calibrate(self.graph, self.prepared.data["calibration"], self.settings.thresholds)
+                self.ranges = steps.calibrate(self.graph, self.prepared.data["calibration"], self.settings.thresholds)
 
     def _rehearse(self, chosen: Sequence[Target]) -> None:
         """Writes the float files of the original model and throws them away: operators, operator sets and options that
@@ -200,15 +201,15 @@ class Road:
         if not integer or self.ranges is None:
             return Hub(self.graph, target.quant), ()
         planned = plan(self.settings.recipe, target, self.prepared.have, self.settings.bias_correction)
-        steps = [p for p in planned if p.step.stage == "hub" and not (p.automatic and p.refusal)]
-        done = tuple(repr(p.step) for p in steps)  # targets of one spec may profit from different steps
+        chosen = [p for p in planned if p.step.stage == "hub" and not (p.automatic and p.refusal)]
+        done = tuple(repr(p.step) for p in chosen)  # targets of one spec may profit from different steps
         if (target.quant, done) not in self.hubs:
             with self._phase(f"quantize {target.name}"):
                 hub = quantize(
                     self.graph, self.ranges, target.quant, self.settings.thresholds, self.settings.keep_float
                 )  # fmt: skip
             context = step_context(self.prepared, self.settings, target)
-            for p in steps:
+            for p in chosen:
                 if not p.automatic:
                     say(f"running {p.step!r} for {target.name}")
                 with self._phase(f"{type(p.step).__name__} {target.name}"):

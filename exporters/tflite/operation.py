@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import inf, prod
@@ -200,13 +201,19 @@ def static_shape(value: ir.Value) -> tuple[int, ...]:
         raise Unsupported(f"the shape of '{value.name}' is not known")
     batch = _batch(value)
     for i, size in enumerate(value.shape):
-        if not isinstance(size, int) and i > 0 and str(size) != batch:
+        if not isinstance(size, int) and i > 0 and _times(size, batch) is None:
             raise Unsupported(
                 f"dimension {i} of '{value.name}' is free ({size}); .tflite shapes are fixed but for the batch"
             )
         if size == 0:
             raise Unsupported(f"'{value.name}' has no elements")
-    return tuple(size if isinstance(size, int) else 1 for size in value.shape)
+    return tuple(size if isinstance(size, int) else _times(size, batch) or 1 for size in value.shape)
+
+
+def _times(size: object, batch: str) -> int | None:
+    """How often the batch goes into a free dimension: 1 for ``"batch"``, 2 for ``"2*batch"``."""
+    found = re.fullmatch(rf"(?:(\d+)\*)?{re.escape(batch)}", str(size)) if batch else None
+    return int(found[1] or 1) if found else None
 
 
 def _batch(value: ir.Value) -> str:
