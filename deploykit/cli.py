@@ -279,11 +279,11 @@ def plan(
     chosen = targets.load(target)
     loaded = None if model is None else load_model(model)
     enters = "model" if loaded is None else loaded.enters
-    have = [name for name, given in (("data", calib), ("train", train), ("labels", evaluation)) if given]
-    if model is None and not have:
-        have = ["data", "train", "labels"]
+    given = [name for name, spec in (("data", calib), ("train", train), ("labels", evaluation)) if spec]
     if loaded is None or loaded.onnx is None:
-        have.append("teacher")
+        given.append("teacher")
+    nothing = model is None and given == ["teacher"]  # then the question is what could be done
+    have = [*given, "data", "train", "labels"] if nothing else given
     if recipe is None:
         kinds = [(name, passes.load(name)) for name in planning.in_order(passes.names())]
         rows = [(_pass_line(name), kind.needs, planning.refusal(kind, chosen, have, enters)) for name, kind in kinds]
@@ -296,7 +296,8 @@ def plan(
         return
     print(f"{chosen.name}: {chosen.title}\nprofits from {', '.join(chosen.profits)}")
     for step, needs, why in rows:
-        note = why or (f"needs {planning.named(needs)}" if needs else "")
+        open_needs = [n for n in needs if n not in given]
+        note = why or (f"needs {planning.named(open_needs)}" if open_needs else "")
         print(f"  {'-' if why else '+'} {step}" + (f"  ({note})" if note else ""))
 
 
