@@ -31,6 +31,13 @@ check: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks.road
+	$(BIN)/python -m benchmarks.wide_openvino
+	$(BIN)/python -m benchmarks.wide_c99
+	$(BIN)/python -m benchmarks.wide_pixels
+	$(BIN)/python -m benchmarks.support
+	$(BIN)/python -m benchmarks.wide_support
+	$(BIN)/python -m benchmarks.wide_devices
+	$(BIN)/python -m benchmarks.wide_reproduce
 	$(BIN)/python -m benchmarks.robust kill bytes
 	$(BIN)/python -m benchmarks.install base help fresh
 	$(BIN)/python -m benchmarks.tables
