@@ -82,7 +82,7 @@ def try_out(
         folders: the artifacts.
         device: address.
         evaluation: DATA; with ``record``, that of the export if none is given.
-        metric: of the user's.
+        metric: of the user's; that of the export if none is given.
         record: keep what was found in the manifests.
         runs: rounds at least.
         threads: of the runtimes there.
@@ -127,6 +127,7 @@ def _exam(manifest: Manifest, evaluation: str | None, metric: str | None) -> Exa
         specs = [replace(s, dtype="float32") if s.dtype == "uint8" and pixels else s for s in manifest.inputs]
         data = load_data(evaluation, specs, manifest.preprocess, "eval", asked.settings.seed)
         data = data.as_pixels() if pixels else data
+        metric = metric or asked.metric
         return Exam(_as_taken(data, manifest), data.origin, None if metric is None else load_function(metric, "metric"))
     if asked.objects or not asked.data:
         return None

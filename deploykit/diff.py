@@ -16,7 +16,7 @@ import msgspec
 from deploykit.core.artifact import File, Measurement
 from deploykit.core.errors import GateFailed
 from deploykit.core.figures import MISSING, file_size, milliseconds, number, quotient
-from deploykit.core.manifest import Manifest
+from deploykit.core.manifest import Manifest, Score
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -201,8 +201,7 @@ class _Seen:
     """What a manifest says about one precision."""
 
     bytes: int | None
-    metric: float | None
-    agreement: float | None
+    score: Score | None
     measurement: Measurement | None
     floats: Mapping[str, str]
     counts: Mapping[str, int]
@@ -215,8 +214,7 @@ class _Seen:
         timed = (m for m in manifest.measurements if m.precision == precision and m.p50_ms is not None)
         return _Seen(
             None if file is None else _bytes(file, manifest),
-            score.metric if score else None,
-            score.agreement if score else None,
+            score,
             next(timed, None),
             {f"{i.operator} {i.layer}": i.why for i in file.islands} if file else {},
             file.quantized if file else {},
@@ -225,16 +223,17 @@ class _Seen:
 
 def _file(precision: str, old: Manifest, new: Manifest) -> FileChange:
     before, now = _Seen.of(old, precision), _Seen.of(new, precision)
-    data = _other_data(old, new) if before.agreement is not None or before.metric is not None else ""
+    scores = [(seen.score.metric, seen.score.agreement) if seen.score else (None, None) for seen in (before, now)]
+    data = _other_data(old, new, before.score, now.score)
     times = [seen.measurement.p50_ms if seen.measurement else None for seen in (before, now)]
     both = before.bytes is not None and now.bytes is not None
     kinds = sorted({*before.counts, *now.counts}) if both else []
     return FileChange(
         precision,
         Pair(before.bytes, now.bytes),
-        Pair(before.metric, now.metric, data),
-        Pair(before.agreement, now.agreement, data),
-        Pair(times[0], times[1], _other_place(before.measurement, now.measurement)),
+        Pair(scores[0][0], scores[1][0], data),
+        Pair(scores[0][1], scores[1][1], data),
+        Pair(times[0], times[1], _other_place(old, new, before.measurement, now.measurement)),
         tuple(f"{layer}: {why}" for layer, why in now.floats.items() if both and layer not in before.floats),
         tuple(layer for layer in before.floats if both and layer not in now.floats),
         {
@@ -250,28 +249,39 @@ def _bytes(file: File, manifest: Manifest) -> int:
     return file.bytes or sum(s.bytes for s in manifest.stored if s.path in (file.path, *file.parts))
 
 
-def _other_data(old: Manifest, new: Manifest) -> str:
-    """Why scores cannot be compared; empty where they can."""
-    before, now = (m.data.get("eval") or m.data.get("holdout") for m in (old, new))
-    if before is None or now is None or before.hash == now.hash:
+def _other_data(old: Manifest, new: Manifest, before: Score | None, now: Score | None) -> str:
+    """Why scores cannot be compared; empty where they can, or there are none."""
+    if before is None or now is None:
         return ""
-    return f"evaluated on other data ({before.origin}, {before.samples} samples; {now.origin}, {now.samples} samples)"
+    first, second = (m.data.get("eval") or m.data.get("holdout") for m in (old, new))
+    if first is not None and second is not None and first.hash != second.hash:
+        names = f"{first.origin}, {first.samples} samples; {second.origin}, {second.samples} samples"
+    elif before.samples != now.samples or (before.data != now.data and (first is None or second is None)):
+        names = f"{before.data}, {before.samples} samples; {now.data}, {now.samples} samples"
+    else:
+        return ""
+    return f"evaluated on other data ({names})"
 
 
-def _other_place(old: Measurement | None, new: Measurement | None) -> str:
+def _other_place(old: Manifest, new: Manifest, before: Measurement | None, now: Measurement | None) -> str:
     """Why times cannot be compared; empty where they can, or there are none."""
-    if old is None or new is None:
+    if before is None or now is None:
         return ""
-    if _place(old) != _place(new):
-        return f"timed in different places ({old.where}; {new.where})"
-    if (old.batch, old.threads) != (new.batch, new.threads):
-        return f"timed with batch {old.batch} and {old.threads} threads; {new.batch} and {new.threads}"
+    if _place(before, old) != _place(now, new):
+        return f"timed in different places ({before.where}; {now.where})"
+    if (before.batch, before.threads) != (now.batch, now.threads):
+        return f"timed with batch {before.batch} and {before.threads} threads; {now.batch} and {now.threads}"
     return ""
 
 
-def _place(measurement: Measurement) -> str:
-    """The machine. The runtime behind the last comma may be another: that is what an update changes."""
-    return measurement.where.rpartition(", ")[0] or measurement.where
+def _place(measurement: Measurement, manifest: Manifest) -> str:
+    """The machine. The runtime behind it, which may have commas of its own, may be another: that is what an update
+    changes."""
+    name = measurement.where.partition(": ")[0]
+    known = [] if manifest.device is None else [manifest.device.text]
+    known += [] if manifest.machine is None else [f"{name}: {manifest.machine.processor}"]
+    cut = measurement.where.rpartition(", ")[0] or measurement.where
+    return next((place for place in known if measurement.where.startswith(f"{place}, ")), cut)
 
 
 def _interface(old: Manifest, new: Manifest) -> Iterator[str]:

@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 
 from deploykit import exporters
-from deploykit.check import class_scores, sqnr_db
+from deploykit.check import ENOUGH_DB, ENOUGH_INT8_DB, class_scores, sqnr_db
 from deploykit.core.artifact import Check, File
 from deploykit.core.errors import DeploykitError, GateFailed
 from deploykit.core.golden import HUB, NAME, ORIGINAL, Golden, load_golden, some_values
@@ -28,9 +28,6 @@ if TYPE_CHECKING:
 
     from deploykit.exporters import Exporter
 
-ENOUGH_DB = {"fp32": 60.0, "fp16": 30.0}
-"""Signal to noise that is right for a file of that precision, whatever it was at the export."""
-ENOUGH_INT8_DB = 15.0
 SLACK_DB = 6.0
 """Twice the amplitude of the noise."""
 

@@ -325,7 +325,7 @@ def test_a_residual_block_takes_two_images_because_the_sum_takes_the_place_of_a_
 @pytest.mark.parametrize(
     ("budget", "said"),
     [
-        ({"flash_bytes": 1500}, ["flash", "of 1.50 kB", "too much", "Layer b needs most", "prune"]),
+        ({"flash_bytes": 1500}, ["flash", "of 1.50 kB", "too much", "Layer b needs most", "fewer channels"]),
         ({"ram_bytes": 1000}, ["RAM: 1.28 kB of 1.00 kB, 280 B too much", "Layer b needs most", "512 B in and 512 B"]),
     ],
 )

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
+import onnx
 import pytest
 import torch
 
@@ -17,8 +21,10 @@ from deploykit.check import (
     score,
     sqnr_db,
 )
+from deploykit.core.errors import DeploykitError
 from deploykit.core.target import QuantSpec
 from deploykit.exporters import to_onnx
+from deploykit.hub.lower import read_onnx
 from deploykit.hub.quantize import quantize
 from deploykit.targets import load
 from tests.graphs import images, measured, normal, residual
@@ -86,3 +92,51 @@ def test_the_check_says_how_many_products_were_compared_and_why_not_the_others()
         hub = quantize(made, measured(made, data), target.quant)
         checks, _ = check_operators(hub, exporters.load(target.exporter), target, data, Gate())
         assert coverage in checks[0].detail, checks[0].detail
+
+
+def test_a_users_onnx_is_compared_with_the_graph_that_is_made_of_it(tmp_path: Path) -> None:
+    """Sizes that a Resize computes from floats are left to the runtime: 8 x 1.5 is 12, not 8."""
+    text = """<ir_version: 10, opset_import: ["" : 20]> grow (float[batch,3,8,8] x) => (float[batch,3,h,w] y) {
+        s = Shape<start=2>(x)
+        f = Cast<to=1>(s)
+        factor = Constant<value_float=1.5>()
+        g = Mul(f, factor)
+        sizes = Cast<to=7>(g)
+        first = Shape<end=2>(x)
+        all = Concat<axis=0>(first, sizes)
+        y = Resize<mode="nearest">(x, , , all)
+    }"""
+    onnx.save(onnx.parser.parse_model(text), tmp_path / "grow.onnx")
+    example = {"x": normal(0, 2, 3, 8, 8)}
+    assert check_lowering(read_onnx(tmp_path / "grow.onnx"), tmp_path / "grow.onnx", example).passed
+    onnx.save(onnx.load_model_from_string(residual().bytes), tmp_path / "other.onnx")
+    assert check_lowering(residual(seed=7), tmp_path / "other.onnx", example).passed is False
+
+
+def test_an_onnx_file_that_fails_on_the_samples_is_the_users_error(tmp_path: Path) -> None:
+    text = """<ir_version: 10, opset_import: ["" : 20]> bad (float[batch,4] x) => (float[batch,m] y) {
+        n = NonZero(x)
+        f = Cast<to=1>(n)
+        y = MatMul(x, f)
+    }"""
+    onnx.save(onnx.parser.parse_model(text), tmp_path / "bad.onnx")
+    with pytest.raises(DeploykitError, match=r"fails on the sample inputs|cannot open"):
+        check_lowering(residual(), tmp_path / "bad.onnx", {"x": np.ones((2, 4), np.float32)})
+
+
+def test_a_runtime_that_answers_nan_for_an_operator_fails_the_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = residual()
+    data = images(8)
+    hub = quantize(made, measured(made, data), QuantSpec())
+    open_file = to_onnx.load
+
+    def spoil(array: np.ndarray) -> np.ndarray:
+        return np.where(np.arange(array.size).reshape(array.shape) == 3, np.nan, array)
+
+    def nan(path: Path, threads: int = 1) -> Any:
+        run = open_file(path, threads)
+        return lambda arrays: {name: spoil(array) for name, array in run(arrays).items()}
+
+    monkeypatch.setattr(to_onnx, "load", nan)
+    checks, _ = check_operators(hub, to_onnx, load("x86"), data, Gate())
+    assert all(c.passed is False for c in checks)

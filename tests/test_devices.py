@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import shutil
 import sys
 import textwrap
 from pathlib import Path
@@ -15,13 +16,15 @@ import pytest
 from commands import enter
 from small_artifact import small_artifact
 
-from deploykit import targets, trial
+from deploykit import asked, targets, trial
 from deploykit.bench.drift import Drift
 from deploykit.bench.there import lacks
+from deploykit.check import Answers
 from deploykit.core.data import DataSet
 from deploykit.core.device import Facts
 from deploykit.core.errors import DeploykitError
 from deploykit.core.manifest import load_intact, load_manifest
+from deploykit.core.request import Gate, Request
 from deploykit.devices import connect, parse, read_facts, run_infer, run_tflite
 from deploykit.devices.work import Window
 from deploykit.exporters import open_artifact
@@ -182,6 +185,46 @@ def test_files_answer_on_a_device_as_they_do_here(artifact: Path, tmp_path: Path
         assert score.metric == pytest.approx(100 * (answers.argmax(1) == data.labels).mean())
     assert [c.value for c in found.checks[0]] == [100.0, 100.0]
     assert found.scores[0][0].data == "samples, answered on this machine"
+
+
+@pytest.mark.parametrize(
+    ("precision", "exporter", "passes"),
+    [("fp32", "onnx", False), ("fp16", "tflite", False), ("fp32", "tensorrt", False), ("int8", "onnx", True)],
+)
+def test_outputs_behind_the_class_scores_are_judged_by_precision(precision: str, exporter: str, passes: bool) -> None:
+    random = np.random.default_rng(0)
+    classes, boxes = random.standard_normal((50, 4)), random.standard_normal((50, 3, 2))
+    here = Answers({"classes": classes, "boxes": boxes}, None)
+    off, broken = (Answers({"classes": classes, "boxes": boxes * by}, None) for by in (1.15, np.nan))
+    for there, expected in ((here, True), (off, passes), (broken, False)):
+        found = trial._same(there, here, precision, exporter, facts(), Gate())
+        assert [c.name for c in found] == [trial.SAME_HERE, trial.SAME_HERE_DB]
+        assert [c.passed for c in found] == [True, expected]
+
+
+def test_a_benchmark_judges_by_the_metric_of_the_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("judge.py").write_text(
+        "def seven(outputs, labels):\n    return 7.0\n\n\ndef nine(outputs, labels):\n    return 9.0\n"
+    )
+    request = Request("nets.py:small", "x86", metric="judge.py:seven")
+    small_artifact(tmp_path / "out", request=request)
+    np.savez("eval.npz", x=next(samples(5).batches(5)).inputs["x"], y=samples(5).labels)
+    for given, expected in ((None, 7.0), ("judge.py:nine", 9.0)):
+        exam = asked._exam(load_manifest(tmp_path / "out"), "eval.npz", given)
+        assert exam is not None and exam.metric is not None and exam.metric({}, None) == expected
+
+
+def test_a_copy_that_breaks_off_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(source: str, part: Path) -> None:
+        part.write_text("ha")
+        raise OSError("the disk is full")
+
+    (tmp_path / "kept").write_text("whole")
+    monkeypatch.setattr(shutil, "copyfile", broken)
+    with connect(parse("local")) as device, pytest.raises(OSError, match="full"):
+        device.get(str(tmp_path / "source"), tmp_path / "kept")
+    assert [p.read_text() for p in tmp_path.iterdir()] == ["whole"]
 
 
 def test_times_of_two_artifacts_on_a_device_are_taken_in_turns(tmp_path: Path) -> None:

@@ -15,6 +15,10 @@ from small_artifact import small_artifact
 
 from deploykit import targets, trial
 from deploykit.core.data import DataSet
+from deploykit.core.device import Facts
+from deploykit.core.errors import DeploykitError
+from deploykit.devices import Device, run_c99
+from deploykit.devices.work import Work
 from deploykit.exporters import open_artifact
 
 needs_compiler = pytest.mark.skipif(
@@ -58,6 +62,37 @@ def test_two_networks_in_c_take_turns(tmp_path: Path) -> None:
     assert found.benchmark is not None
     (ratio,) = found.benchmark.ratios
     assert ratio.time is not None and ratio.faster is not None
+
+
+@needs_compiler
+def test_a_folder_there_is_no_shell_command(tmp_path: Path) -> None:
+    small_artifact(tmp_path / "a", "cortex-m4")
+    found = trial.try_out(f"local?dir={tmp_path}/$(touch {tmp_path}/entered) work", [tmp_path / "a"], runs=10)
+    assert found.benchmark is not None and not (tmp_path / "entered").exists()
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("end", "said"), [("echo burst failed >&2; exit 1", "burst failed"), ("exit 0", "of 10 timed")]
+)
+def test_a_burst_that_fails_in_the_middle_is_an_error(
+    end: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second of two harnesses is a stand-in: its first burst ends so, the others are well."""
+    built = run_c99._built
+
+    def replaced(device: Device, facts: Facts, work: Work) -> str:
+        compiler = built(device, facts, work)
+        if work.local.name == "b":
+            harness = Path(work.path("harness"))
+            harness.write_text(f"#!/bin/sh\n[ -e begun ] || {{ touch begun; {end}; }}\necho 1000 1000\n")
+        return compiler
+
+    monkeypatch.setattr(run_c99, "_built", replaced)
+    small_artifact(tmp_path / "a", "cortex-m4")
+    small_artifact(tmp_path / "b", "fpga-int8")
+    with pytest.raises(DeploykitError, match=said):
+        trial.try_out(f"local?dir={tmp_path / 'work'}", [tmp_path / "a", tmp_path / "b"], runs=10)
 
 
 @needs_compiler

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deploykit.core.artifact import Check, File, Island, Measurement, TensorSpec
+from deploykit.core.device import Facts
 from deploykit.core.machine import Machine
 from deploykit.core.manifest import Manifest, Score, Source, Stored
 from deploykit.core.request import Request, Settings
@@ -129,6 +130,30 @@ def test_scores_on_other_data_are_not_compared() -> None:
     assert any("other data (test.npz, 100 samples; other.npz, 10 samples)" in s for s in found.not_compared)
 
 
+def test_scores_without_a_hash_of_their_data_are_compared_only_under_one_name() -> None:
+    other = replace(scored(50.0), data="other.npz", samples=10)
+    found = compare(manifest(), manifest(scores=(other,), data={}))
+    assert found.regressions == ()
+    assert any("other data (eval, 100 samples; other.npz, 10 samples)" in s for s in found.not_compared)
+    assert compare(manifest(), manifest(scores=(scored(50.0),), data={})).regressions != ()
+    moved = replace(scored(50.0), data="moved/eval")  # the same content
+    assert compare(manifest(), manifest(scores=(moved,))).regressions != ()
+
+
+def test_a_runtime_with_commas_of_its_own_is_no_other_place() -> None:
+    old, new = (f"openvino 2026.4.{i} on the CPU, INFERENCE_PRECISION_HINT=f32" for i in (0, 1))
+    here = "this machine: AMD EPYC, "
+    found = compare(manifest(measurements=(timed(1.0, here + old),)), manifest(measurements=(timed(1.5, here + new),)))
+    assert found.regressions == ("int8: 50 % slower (allowed: 20 %)",) and found.not_compared == ()
+    board = Facts("ssh://pi", "pi", "aarch64", "Linux", "Raspberry Pi 5")
+    before, now = (
+        manifest(device=board, measurements=(timed(ms, f"{board.text}, {runtime}"),))
+        for ms, runtime in ((1.0, old), (1.5, new))
+    )
+    assert compare(before, now).regressions == found.regressions
+    assert "different places" in compare(manifest(), now).not_compared[0]
+
+
 @pytest.mark.parametrize(
     ("measurement", "why"),
     [
@@ -180,17 +205,17 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_command_ends_with_3_and_says_why(desk: Path) -> None:
-    said = enter("diff old new")
+    said = enter("diff old/manifest.json new/manifest.json")
     assert said.code == 3
-    assert "new is a step back from old" in said.err
+    assert "new/manifest.json is a step back from old/manifest.json" in said.err
     assert "int8: 5.0 % larger" in said.err and "int8: 1.00 points of accuracy lost" in said.err
     assert "90.00 -> 89.00" in said.out and "400 B -> 420 B" in said.out
-    assert enter("diff old new --max-growth 10 --max-drop 1").code == 0
-    assert enter("diff new old/manifest.json").code == 0
+    assert enter("diff old/manifest.json new/manifest.json --max-growth 10 --max-drop 1").code == 0
+    assert enter("diff new/manifest.json old/manifest.json").code == 0
 
 
 def test_the_command_prints_json(desk: Path) -> None:
-    said = enter("diff old new --json")
+    said = enter("diff old/manifest.json new/manifest.json --json")
     assert said.code == 3
     found = json.loads(said.out)
     assert len(found["regressions"]) == 2
@@ -199,9 +224,14 @@ def test_the_command_prints_json(desk: Path) -> None:
 
 
 def test_the_command_refuses_what_is_no_artifact(desk: Path) -> None:
-    assert enter("diff old nowhere").code == 2
+    assert enter("diff old/manifest.json nowhere").code == 2
     Path("other.json").write_text('{"name": "other"}')
-    assert "other.json is not a manifest that deploykit wrote" in enter("diff old other.json").err
+    assert "other.json is not a manifest that deploykit wrote" in enter("diff old/manifest.json other.json").err
+
+
+def test_a_folder_whose_files_are_not_those_of_its_manifest_is_refused(desk: Path) -> None:
+    said = enter("diff old/manifest.json new")
+    assert said.code == 2 and "model.int8.onnx is missing" in said.err
 
 
 def test_a_manifest_of_an_older_deploykit_says_so(desk: Path) -> None:
@@ -212,6 +242,6 @@ def test_a_manifest_of_an_older_deploykit_says_so(desk: Path) -> None:
     }
     del old["request"]
     Path("old/manifest.json").write_text(json.dumps(old))
-    said = enter("diff old new")
+    said = enter("diff old/manifest.json new/manifest.json")
     assert said.code == 2
     assert "has format 'deploykit-artifact-1'; this deploykit reads 'deploykit-artifact-2': export it again" in said.err

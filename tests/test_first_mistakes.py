@@ -85,7 +85,9 @@ def test_an_output_below_a_file_is_refused_at_once(tmp_path: Path) -> None:
 
 
 def test_compress_for_a_target_refuses_a_step_that_cannot_pay_there(tmp_path: Path) -> None:
-    (tmp_path / "only_linear.py").write_text("from torch import nn\ndef build():\n    return nn.Sequential(nn.Linear(4, 3))\n")
+    (tmp_path / "only_linear.py").write_text(
+        "from torch import nn\ndef build():\n    return nn.Sequential(nn.Linear(4, 3))\n"
+    )
     data = DataSet.of({"input": normal(0, 20, 4)})
     prepared = pipeline.prepare(load_model(f"{tmp_path / 'only_linear.py'}:build"), {"calibration": data}, None)
     settings = Settings(recipe=Recipe((Step("prune", {"sparsity": 0.5}),)))

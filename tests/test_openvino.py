@@ -211,6 +211,26 @@ def test_values_that_are_only_moved_stay_integers(tmp_path: Path) -> None:
     assert file.quantized == {"Concat": 1, "Conv": 3, "MaxPool": 1} and not file.islands
 
 
+@pytest.mark.parametrize(
+    "last", ["AveragePool<kernel_shape=[3,3], pads=[1,1,1,1], count_include_pad=1>(m)", "Clip(m, low, high)"]
+)
+@pytest.mark.parametrize(
+    "move", ["MaxPool<kernel_shape=[2,2], strides=[2,2]>(a)", "Concat<axis=1>(a, a)", "Slice(a, first, end, axis)"]
+)
+def test_padding_and_limits_stay_right_behind_values_that_are_only_moved(tmp_path: Path, move: str, last: str) -> None:
+    """The pair that says that integers are read is taken away behind such a value; integers are read all the same."""
+    channels = 8 if "Concat" in move else 4
+    weights = {"wa": normal(0, 4, 3, 3, 3), "ba": np.full(4, 6, np.float32)}  # zero point far from the integer 0
+    weights["wb"] = np.eye(channels, dtype=np.float32)[..., None, None]  # a step of the pool stays a step
+    if "Slice" in move:
+        weights |= {"first": np.array([1]), "end": np.array([7]), "axis": np.array([2])}
+    if "Clip" in last:
+        weights |= {"low": np.float32(2.03), "high": np.float32(7.77)}
+    text = f"{{ a = Conv<pads=[1,1,1,1]>(x, wa, ba)\n m = {move}\n p = {last}\n y = Conv(p, wb) }}"
+    made = graph(f"(float[batch,3,8,8] x) => (float[batch,{channels},h,w] y) {text}", **weights)
+    assert not compare(hub(made, images()), next(images().batches(8)).inputs, tmp_path).islands
+
+
 def test_a_pool_of_any_size_that_cannot_be_written_right_is_refused_with_what_to_do(tmp_path: Path) -> None:
     made = onnx.parser.parse_model(
         """<ir_version: 10, opset_import: ["" : 20]> test (float[batch,3,h,w] x) => (float[batch,3,h,w] y)

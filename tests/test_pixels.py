@@ -227,3 +227,22 @@ def test_pixels_of_data_that_came_as_floats_are_refused_before_any_work(tiny_mlp
             prepared, [targets.load("x86")], [tmp_path / "out"], Settings(uint8_input=True), pipeline.Gate()
         )
     assert not (tmp_path / "out").exists()
+
+
+def test_where_one_reader_cannot_be_folded_none_is(tmp_path: Path) -> None:
+    made = graph(
+        """(float[batch,3,8,8] x) => (float[batch,4,8,8] y, float[batch,4,8,8] z) {
+            y = Conv(x, w)
+            z = Conv(x, v)
+        }""",
+        w=normal(0, 4, 3, 1, 1), v=normal(1, 4, 3, 1, 1),
+    )  # fmt: skip
+    data = DataSet.of({"x": normalised(pixels(1, 32), EVEN)})
+    hub = quantize(made, measured(made, data), QuantSpec(), keep_float=["z"])
+    fed, notes = take_pixels(hub, EVEN, ["x"], fold=True)
+    assert notes
+    images = pixels(4)
+    for name in ("y", "z"):
+        ours = np.asarray(session(fed.bytes, optimize=False).run([name], {"x": images})[0])
+        before = np.asarray(session(hub.bytes, optimize=False).run([name], {"x": normalised(images, EVEN)})[0])
+        assert np.abs(ours - before).max() <= 0.03 * np.abs(before).max()

@@ -205,9 +205,9 @@ def open_manifest(source: Path) -> Manifest:
     """Reads a manifest, given an artifact's folder or the ``manifest.json`` alone.
 
     Raises:
-        DeploykitError: not a manifest, or one of another format.
+        DeploykitError: not a manifest, or one of another format; a folder whose files are not those it tells of.
     """
-    return _read(source) if source.is_file() else load_manifest(source)
+    return _read(source) if source.is_file() else load_intact(source)
 
 
 def _read(path: Path) -> Manifest:
@@ -242,7 +242,10 @@ def stored_files(folder: Path) -> tuple[Stored, ...]:
 
 def changed_files(folder: Path, manifest: Manifest) -> list[str]:
     """What differs from the manifest, one sentence each: missing, truncated or altered files."""
-    problems = []
+    listed = {stored.path for stored in manifest.stored}
+    problems = [f"{f.path} is not among the files that were written" for f in manifest.files if f.path not in listed]
+    if not manifest.files or not manifest.inputs:
+        problems.append("its manifest names no files or no inputs")
     for stored in manifest.stored:
         path = folder / stored.path
         if not path.is_file():

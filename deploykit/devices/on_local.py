@@ -37,7 +37,13 @@ class Local:
 
     def get(self, source: str, destination: Path) -> None:
         """Copies a file."""
-        shutil.copyfile(source, destination)
+        part = Path(f"{destination}.{os.getpid()}.part")
+        try:
+            shutil.copyfile(source, part)
+            part.replace(destination)
+        except OSError:
+            part.unlink(missing_ok=True)
+            raise
 
 
 @contextlib.contextmanager

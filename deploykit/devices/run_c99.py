@@ -72,18 +72,20 @@ def measure(
         raise DeploykitError("--sustained is not there for integer C: it runs no longer than the harness is called")
     compilers = [_built(device, facts, work) for work in works]
     calls = -(-asked.runs // BURSTS)
-    turns = [works[(i + burst) % len(works)] for burst in range(BURSTS) for i in range(len(works))]
-    lines: dict[str, list[list[float]]] = {work.remote: [] for work in works}
-    script = "\n".join(f"cd {shlex.quote(w.remote)} && echo = {w.remote} && ./harness time {calls}" for w in turns)
-    current = lines[works[0].remote]
-    for line in _checked(device, facts, script).splitlines():
+    turns = [(i + burst) % len(works) for burst in range(BURSTS) for i in range(len(works))]
+    bursts = [f"cd {shlex.quote(works[i].remote)}\necho = {i}\n./harness time {calls}" for i in turns]
+    rows: list[list[list[float]]] = [[] for _ in works]
+    current = 0
+    for line in _checked(device, facts, "\n".join(["set -e", *bursts])).splitlines():
         if line.startswith("= "):
-            current = lines[line[2:]]
+            current = int(line[2:])
         else:
-            current.append([float(part) / 1e6 for part in line.split()])
+            rows[current].append([float(part) / 1e6 for part in line.split()])
     found = []
-    for work, compiler in zip(works, compilers, strict=True):
-        elapsed, worked = zip(*lines[work.remote], strict=True)
+    for work, compiler, mine in zip(works, compilers, rows, strict=True):
+        if len(mine) != BURSTS * calls:
+            raise DeploykitError(f"{facts.address}: {work.local} answered {len(mine)} of {BURSTS * calls} timed calls")
+        elapsed, worked = zip(*mine, strict=True)
         runtime = f"compiled there by {compiler}, -O3"
         (file,) = work.manifest.files
         found.append((timed(work, file, facts, runtime, asked, elapsed, worked),))

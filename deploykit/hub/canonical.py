@@ -67,6 +67,8 @@ def _known_scales(graph: ir.Graph, node: ir.Node) -> None:
     """The sizes that a Resize computes become constant factors where those give the same sizes."""
     if node.op_type != "Resize" or len(node.inputs) < 4 or node.attributes.get("axes") is not None:
         return
+    if attribute(node, "keep_aspect_ratio_policy", "stretch") != "stretch":
+        return
     x, sizes = node.inputs[0], elements(node.inputs[3])
     if constant(node.inputs[3]) is not None or sizes is None or x is None or x.shape is None:
         return
@@ -97,7 +99,7 @@ def elements(value: ir.Value | None) -> list[Dim] | None:
     """What a vector of sizes holds, as far as the shapes of the graph say it."""
     held = constant(value)
     if held is not None:
-        return [int(v) for v in held.reshape(-1)]
+        return [int(v) for v in held.reshape(-1)] if held.dtype.kind == "i" else None
     node = value.producer() if value is not None else None
     if node is None:
         return None
@@ -112,6 +114,8 @@ def elements(value: ir.Value | None) -> list[Dim] | None:
     first, *rest = [part for part in parts if part is not None]
     if node.op_type == "Concat":
         return [size for part in (first, *rest) for size in part]
+    if node.op_type == "Cast" and attribute(node, "to") not in (int(ir.DataType.INT64), int(ir.DataType.INT32)):
+        return None  # a size times a fraction is rounded somewhere, and where is not known here
     if node.op_type in ("Squeeze", "Unsqueeze", "Reshape", "Cast", "Identity"):
         return first
     if node.op_type == "Slice":

@@ -182,11 +182,13 @@ def _fold_integers(graph: ir.Graph, name: str, p: Preprocess, spec: QuantSpec) -
         return "not every operator that reads it is a convolution"
     how = affine(p)
     zero = np.asarray(how.zero, np.uint8)
+    parts = []
     for node, _ in readers:
-        weight = _dequantized(node.inputs[1])
-        if weight is None:
-            return "the weights of a convolution that reads it are no constants"
-        folded = fold(weight, _bias(node), attribute(node, "group", 1), how)
+        weight, source = _dequantized(node.inputs[1]), node.inputs[1].producer() if node.inputs[1] is not None else None
+        if weight is None or source is None:
+            return "a convolution that reads it has no integer weights"
+        parts.append((node, fold(weight, _bias(node), attribute(node, "group", 1), how)))
+    for node, folded in parts:
         w, b = folded.weight.astype(np.float32), folded.bias.astype(np.float32)
         scale = weight_scale(w, 0, spec, b, 1.0)
         names = f"{node.name}.weight_pixels", f"{node.name}.bias_pixels"

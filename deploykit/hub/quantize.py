@@ -113,7 +113,7 @@ def quantize(
     for node in made.stored:
         _store_weights(g, node, spec, shared)
     drop_unused(g)
-    weights = {name_of(dq.producer().inputs[0]): name for (name, _, _), dq in shared.items()}  # type: ignore[union-attr]
+    weights = {name_of(_stored(value)): name for (name, _, _), value in shared.items()}
     return Hub(graph, spec, model, ranges, tuple(made.decisions), weights)
 
 
@@ -342,6 +342,12 @@ def _store_weights(
         node.replace_input_with(position, shared[key])
 
 
+def _stored(value: ir.Value) -> ir.Value | None:
+    """The integers: the value itself, or what its DequantizeLinear reads."""
+    dq = value.producer()
+    return value if dq is None else dq.inputs[0]
+
+
 def _store_table(
     graph: ir.Graph, node: ir.Node, spec: QuantSpec, shared: dict[tuple[str, int, bytes], ir.Value]
 ) -> None:
@@ -350,9 +356,12 @@ def _store_table(
     weight = constant(table)
     assert table is not None and weight is not None
     scale = weight_scale(weight, 0, replace(spec, weight_granularity="tensor"), None, 1.0)[:1]
-    stored = round_weight(weight, np.repeat(scale, len(weight)), 0, spec)
+    key = (name_of(table), 0, scale.tobytes())
+    if key not in shared:  # tied embeddings: one table, read twice
+        stored = round_weight(weight, np.repeat(scale, len(weight)), 0, spec)
+        shared[key] = add_initializer(graph, f"{table.name}_q", stored)
     readers, outputs = list(result.uses()), [i for i, v in enumerate(graph.outputs) if v is result]
-    node.replace_input_with(0, add_initializer(graph, f"{table.name}_q", stored))
+    node.replace_input_with(0, shared[key])
     name = name_of(result)
     held = add_initializer(graph, f"{table.name}_scale", scale.reshape(()))
     zero = add_initializer(graph, f"{table.name}_zero", np.zeros((), np.int8))

@@ -74,8 +74,9 @@ class Road:
             self.reference = steps.float_graph(model, self.prepared.example)
             self.judge = Judge(self.reference, self.prepared, self.fed, self.settings, self.gate, self.metric)
             self._rehearse(chosen)
-        if module is not None:
-            self.lowering_check = (check_lowering(self.reference, module, self.prepared.example),)
+        original = model.onnx or (model.program.module() if model.program is not None else module)
+        assert original is not None
+        self.lowering_check = (check_lowering(self.reference, original, self.prepared.example),)
         self.judge.check_labels()
         if self.metric is not None:
             self.judge.original()  # a metric that fails is refused before any long work

@@ -73,7 +73,7 @@ def require_fit(program: Program, plan: Plan, flash: int | None, ram: int | None
         layer, most = sizes.most_common(1)[0]
         complaints.append(
             f"flash: {file_size(found.flash)} of {file_size(flash)}, {file_size(found.flash - flash)} too much. Layer "
-            f"{layer} needs most, {file_size(most)}. Fewer channels help (the steps prune and distill)"
+            f"{layer} needs most, {file_size(most)}. A network with fewer channels there helps"
         )
     if ram is not None and found.ram > ram:
         complaints.append(

@@ -194,6 +194,8 @@ class _Lowering:
         known = TABLE.get(node.op_type) if node.domain in ("", "ai.onnx") else None
         given = node.inputs if known is None or known.operands is None else node.inputs[: known.operands]
         if node.op_type == "Cast" and isinstance(view := self._operand(node.inputs[0]), View):
+            if attribute(node, "to") != int(ir.DataType.FLOAT):
+                raise Unsupported("it cuts numbers to another type")
             self.values[node.outputs[0]] = view  # pixels as numbers: what the tensor stands for already
             return
         if node.op_type in ELEMENTWISE:  # exact, where it is a function of one number

@@ -22,9 +22,9 @@ def rewrite(model: ir.Model) -> ir.Model:
     """A changed copy."""
     copy = model.clone()
     _fold_biases(copy.graph)
-    _quantize_once(copy.graph)
     _count_padding(copy.graph)
     _clip_floats(copy.graph)
+    _quantize_once(copy.graph)  # last: it takes away pairs by which the two above know that integers are read
     drop_unused(copy.graph)
     return copy
 

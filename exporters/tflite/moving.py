@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import onnx_ir as ir
 
 from deploykit.exporters.tflite import layout
 from deploykit.exporters.tflite.layout import View, identity, permuted, stored
@@ -60,9 +61,12 @@ def unchanged(op: Operation) -> View:
 
 def cast(op: Operation) -> View:
     """Cast to float32: of pixels, or of what is float32 already."""
-    kind = op.view(0).tensor.dtype
-    if kind == "float32":
-        return op.view(0)
+    view, to = op.view(0), op.attribute("to")
+    kind = view.tensor.dtype
+    if to != int(ir.DataType.FLOAT) and (kind == "float32" or view.tensor.quant is not None):
+        raise Unsupported("it cuts numbers to another type")
+    if kind == "float32" or view.tensor.quant is not None:
+        return view
     return op.elementwise("CAST", inDataType=DTYPES[kind], outDataType=DTYPES["float32"])
 
 
