@@ -170,12 +170,12 @@ def test_inputs_of_different_batch_sizes_are_refused(tmp_path: Path) -> None:
 # ------------------------------------------------------------------ where OpenVINO is wrong if left alone
 
 
-def compare(made: Hub, arrays: Arrays, folder: Path) -> File:
-    """The int8 file is within a step of the hub."""
+def compare(made: Hub, arrays: Arrays, folder: Path, within: int = 1) -> File:
+    """The int8 file is within a step, or so many, of the hub."""
     file = write(made, folder)
     found = to_openvino.load(folder / file.path)(arrays)["y"]
     reference = expected(made.bytes, arrays)["y"]
-    assert np.abs(found - reference).max() <= 1.01 * steps(made)
+    assert np.abs(found - reference).max() <= 1.01 * within * steps(made)
     return file
 
 
@@ -212,23 +212,26 @@ def test_values_that_are_only_moved_stay_integers(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "last", ["AveragePool<kernel_shape=[3,3], pads=[1,1,1,1], count_include_pad=1>(m)", "Clip(m, low, high)"]
+    ("last", "within"),  # a pool may round the other way, and a step of what it reads is three steps of y
+    [("AveragePool<kernel_shape=[3,3], pads=[1,1,1,1], count_include_pad=1>(m)", 3), ("Clip(m, low, high)", 1)],
 )
 @pytest.mark.parametrize(
     "move", ["MaxPool<kernel_shape=[2,2], strides=[2,2]>(a)", "Concat<axis=1>(a, a)", "Slice(a, first, end, axis)"]
 )
-def test_padding_and_limits_stay_right_behind_values_that_are_only_moved(tmp_path: Path, move: str, last: str) -> None:
+def test_padding_and_limits_stay_right_behind_values_that_are_only_moved(
+    tmp_path: Path, move: str, last: str, within: int
+) -> None:
     """The pair that says that integers are read is taken away behind such a value; integers are read all the same."""
     channels = 8 if "Concat" in move else 4
     weights = {"wa": normal(0, 4, 3, 3, 3), "ba": np.full(4, 6, np.float32)}  # zero point far from the integer 0
-    weights["wb"] = np.eye(channels, dtype=np.float32)[..., None, None]  # a step of the pool stays a step
+    weights["wb"] = np.eye(channels, dtype=np.float32)[..., None, None]
     if "Slice" in move:
         weights |= {"first": np.array([1]), "end": np.array([7]), "axis": np.array([2])}
     if "Clip" in last:
         weights |= {"low": np.float32(2.03), "high": np.float32(7.77)}
     text = f"{{ a = Conv<pads=[1,1,1,1]>(x, wa, ba)\n m = {move}\n p = {last}\n y = Conv(p, wb) }}"
     made = graph(f"(float[batch,3,8,8] x) => (float[batch,{channels},h,w] y) {text}", **weights)
-    assert not compare(hub(made, images()), next(images().batches(8)).inputs, tmp_path).islands
+    assert not compare(hub(made, images()), next(images().batches(8)).inputs, tmp_path, within).islands
 
 
 def test_a_pool_of_any_size_that_cannot_be_written_right_is_refused_with_what_to_do(tmp_path: Path) -> None:
