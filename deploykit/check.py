@@ -276,7 +276,8 @@ def check_lowering(graph: FloatGraph, original: torch.nn.Module | Path, example:
     if graph.batch == 1:
         example = {name: array[:1] for name, array in example.items()}
     is_file = isinstance(original, Path)
-    expected = _onnx_outputs(original, example) if isinstance(original, Path) else _torch_outputs(original, example)
+    ordered = {v.name or "": example[v.name or ""] for v in graph.model.graph.inputs}
+    expected = _onnx_outputs(original, example) if isinstance(original, Path) else _torch_outputs(original, ordered)
     outputs = to_onnx.runner(session(graph.bytes))(example).values()
     differences = []
     for ours, theirs in zip(outputs, expected, strict=True):
@@ -293,8 +294,9 @@ def check_lowering(graph: FloatGraph, original: torch.nn.Module | Path, example:
 def _torch_outputs(module: torch.nn.Module, example: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
     import torch
 
-    with torch.no_grad():
-        found = module(**{n: torch.from_numpy(np.ascontiguousarray(a)) for n, a in example.items()})
+    tensors = {n: torch.from_numpy(np.ascontiguousarray(a)) for n, a in example.items()}
+    with torch.no_grad():  # an exported program knows its inputs by their order
+        found = module(*tensors.values()) if isinstance(module, torch.fx.GraphModule) else module(**tensors)
     if isinstance(found, torch.Tensor):
         return [found.numpy()]
     return [value.numpy() for value in (found.values() if isinstance(found, Mapping) else found)]

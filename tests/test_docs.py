@@ -140,6 +140,9 @@ def workplace(granted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     in_turns = timing.in_turns
     monkeypatch.setattr(timing, "in_turns", lambda calls, runs, seconds: in_turns(calls, 3, 0.0))
     monkeypatch.setattr(timing, "peak_megabytes", lambda *_: None)
+    for name, module in list(sys.modules.items()):  # other tests have a net.py of their own
+        if str(getattr(module, "__file__", None) or "").startswith(str(tmp_path.parent)):
+            monkeypatch.delitem(sys.modules, name)
     known = set(sys.modules)
     yield folder
     for name in set(sys.modules) - known:
