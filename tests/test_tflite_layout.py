@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 pytest.importorskip("ai_edge_litert", reason="the extra 'tflite' is not installed")
 
-from deploykit.exporters.tflite import layout
-from deploykit.exporters.tflite.layout import NHWC, View, identity, stored
+from deploykit.exporters import layout
+from deploykit.exporters.layout import NHWC, View, identity, stored
 from deploykit.exporters.tflite.windows import litert_mode, same_padding, used_padding
 from deploykit.exporters.tflite.writer import Tensor
 

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from deploykit.exporters import layout
 from deploykit.exporters.c99 import program
-from deploykit.exporters.c99.operation import Operation, Unsupported, require_room
+from deploykit.exporters.c99.operation import Operation, require_room
 from deploykit.exporters.c99.products import channels_last, image, pads, pair
 from deploykit.exporters.c99.program import Shape, Tensor
 from deploykit.exporters.c99.rounding import folded_half, mean_rescaling
-from deploykit.exporters.tflite import layout
-from deploykit.exporters.tflite.layout import Order, View, identity
+from deploykit.exporters.layout import Order, View, identity
+from deploykit.exporters.one_sample import Unsupported
 
 if TYPE_CHECKING:
     pass

@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from deploykit.exporters.c99.operation import Constant, Curve
 from deploykit.exporters.c99.program import Tensor
-from deploykit.exporters.tflite.layout import View
+from deploykit.exporters.layout import View
 from deploykit.hub.running import session
 
 if TYPE_CHECKING:

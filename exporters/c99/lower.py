@@ -15,14 +15,15 @@ import numpy as np
 import onnx_ir as ir
 
 from deploykit.core.errors import DeploykitError
+from deploykit.exporters import layout
 from deploykit.exporters.c99 import program
 from deploykit.exporters.c99.curves import ELEMENTWISE, Operand, as_curve, curve
-from deploykit.exporters.c99.operation import Builder, Constant, Curve, Operation, Unsupported, static_shape
+from deploykit.exporters.c99.operation import Builder, Constant, Curve, Operation
 from deploykit.exporters.c99.operators import TABLE, Rule
 from deploykit.exporters.c99.program import Port, Program, Quant, Tensor
 from deploykit.exporters.c99.rounding import Rounding
-from deploykit.exporters.tflite import layout
-from deploykit.exporters.tflite.layout import NHWC, Order, View, identity
+from deploykit.exporters.layout import NHWC, Order, View, identity
+from deploykit.exporters.one_sample import Unsupported, static_shape
 from deploykit.hub.graph import attribute, constant
 
 SLIDES = ("Conv", "ConvTranspose", "MaxPool", "AveragePool")

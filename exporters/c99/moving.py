@@ -6,12 +6,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from deploykit.exporters import layout
 from deploykit.exporters.c99 import program
 from deploykit.exporters.c99.curves import as_curve
-from deploykit.exporters.c99.operation import Operation, Unsupported, elements
+from deploykit.exporters.c99.operation import Operation, elements
 from deploykit.exporters.c99.program import Tensor
-from deploykit.exporters.tflite import layout
-from deploykit.exporters.tflite.layout import NHWC, View, identity, permuted
+from deploykit.exporters.layout import NHWC, View, identity, permuted
+from deploykit.exporters.one_sample import Unsupported, pad_amounts, slice_corners, split_corners
 from deploykit.exporters.tflite.windows import COORDINATES, nearest_positions
 
 
@@ -59,17 +60,12 @@ def unchanged(op: Operation) -> View[Tensor]:
 
 def pad(op: Operation) -> View[Tensor]:
     """Pad with zeros."""
-    shape, order = op.shape(0), op.natural(0)
-    amounts, fill, axes = op.parameter(1), op.parameter(2), op.parameter(3)
-    assert amounts is not None
+    shape, order, fill = op.shape(0), op.natural(0), op.parameter(2)
     if op.attribute("mode", "constant") != "constant" or (fill is not None and np.any(fill)):
         raise Unsupported("only padding with zeros has an integer form here")
-    before, grown = [0] * len(shape), list(shape)
-    for i, axis in enumerate(range(len(shape)) if axes is None else axes.tolist()):
-        first, last = int(amounts[i]), int(amounts[i + len(amounts) // 2])
-        if min(first, last) < 0:
-            raise Unsupported("it cuts (negative padding); use slicing")
-        before[axis % len(shape)], grown[axis % len(shape)] = first, shape[axis % len(shape)] + first + last
+    pads = pad_amounts(op.node, shape)
+    before = [first for first, _ in pads]
+    grown = [first + size + last for size, (first, last) in zip(shape, pads, strict=True)]
     y, view = op.result(tuple(grown), order)
     op.emit(
         program.Pad(
@@ -82,31 +78,13 @@ def pad(op: Operation) -> View[Tensor]:
 
 def take(op: Operation) -> View[Tensor]:
     """Slice with constant, forward steps."""
-    shape = op.shape(0)
-    starts, ends, axes, steps = (op.parameter(i) for i in range(1, 5))
-    assert starts is not None and ends is not None
-    begin, end, step = [0] * len(shape), list(shape), [1] * len(shape)
-    for i, start in enumerate(starts):
-        axis = op.axis(i if axes is None else int(axes[i]))
-        begin[axis], end[axis], step[axis] = slice(
-            int(start), int(ends[i]), int(steps[i]) if steps is not None else 1
-        ).indices(shape[axis])
-        if step[axis] < 0:
-            raise Unsupported("it counts backwards")
-    return _cut(op, op.name, begin, end, step)
+    return _cut(op, op.name, *slice_corners(op.node, op.shape(0)))
 
 
 def split(op: Operation) -> list[View[Tensor]]:
     """Split: one slice per part."""
-    shape, axis = op.shape(0), op.axis(op.attribute("axis", 0))
-    parts, start = [], 0
-    for index, output in enumerate(op.node.outputs):
-        size = op.output_shape(index)[axis]
-        begin, end = [0] * len(shape), list(shape)
-        begin[axis], end[axis] = start, start + size
-        parts.append(_cut(op, output.name or op.name, begin, end, [1] * len(shape)))
-        start += size
-    return parts
+    corners = split_corners(op.node, op.shape(0))
+    return [_cut(op, v.name or op.name, *part) for v, part in zip(op.node.outputs, corners, strict=True)]
 
 
 def _cut(op: Operation, name: str, begin: Sequence[int], end: Sequence[int], step: Sequence[int]) -> View[Tensor]:

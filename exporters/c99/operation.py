@@ -9,21 +9,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_ir as ir
 
+from deploykit.exporters import layout
 from deploykit.exporters.c99 import program
 from deploykit.exporters.c99.program import Quant, Shape, Tensor
 from deploykit.exporters.c99.rounding import Rescale, Rounding, folded_half, rescaling
-from deploykit.exporters.tflite import layout
-from deploykit.exporters.tflite.layout import Order, View
-from deploykit.hub.graph import attribute, constant, take_name
+from deploykit.exporters.layout import Order, View
+from deploykit.exporters.one_sample import Unsupported, counted_axis, parameter, static_shape
+from deploykit.hub.graph import attribute, take_name
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 LOWEST, HIGHEST = -128, 127
-
-
-class Unsupported(Exception):
-    """This operator has no integer form here: why, and what would help."""
 
 
 @dataclass(frozen=True)
@@ -131,13 +128,7 @@ class Operation:
         Raises:
             Unsupported: it is computed while the model runs.
         """
-        value = self.node.inputs[index] if index < len(self.node.inputs) else None
-        if value is None:
-            return None
-        found = constant(value)
-        if found is None:
-            raise Unsupported(f"its input {index} is computed at run time; it has to be a constant")
-        return found
+        return parameter(self.node, index)
 
     def axis(self, axis: int) -> int:
         """An axis of operand 0, counted from the front.
@@ -145,11 +136,7 @@ class Operation:
         Raises:
             Unsupported: it is the batch, of which a program holds one sample.
         """
-        rank = len(self.shape(0))
-        value = self.node.inputs[0]
-        if axis % rank == 0 and value is not None and value.shape is not None and not isinstance(value.shape[0], int):
-            raise Unsupported("it works across the batch; integer programs hold one sample")
-        return axis % rank
+        return counted_axis(self.node, axis, len(self.shape(0)))
 
     def shape(self, index: int) -> Shape:
         """The ONNX shape of an operand, batch 1."""
@@ -229,25 +216,6 @@ def require_room(largest: NDArray[np.int64] | int, rescale: Rescale) -> None:
             f"its sums can reach {reached.max():.2e}, more than 32 bits hold; split the layer in two, or give its "
             "output a larger range (other calibration data or thresholds)"
         )
-
-
-def static_shape(value: ir.Value) -> Shape:
-    """A value's shape with batch 1.
-
-    Raises:
-        Unsupported: another dimension is free, or the shape is not known.
-    """
-    if value.shape is None:
-        raise Unsupported(f"the shape of '{value.name}' is not known")
-    for i, size in enumerate(value.shape):
-        if not isinstance(size, int) and i > 0:
-            raise Unsupported(
-                f"dimension {i} of '{value.name}' is free ({size}), and integer programs have fixed shapes; "
-                "export the model with a fixed size"
-            )
-        if size == 0:
-            raise Unsupported(f"'{value.name}' has no elements")
-    return tuple(size if isinstance(size, int) else 1 for size in value.shape)
 
 
 def elements(shape: Shape) -> int:

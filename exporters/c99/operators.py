@@ -21,7 +21,7 @@ from deploykit.exporters.c99.moving import (
 from deploykit.exporters.c99.operation import Operation
 from deploykit.exporters.c99.products import convolution, dense, transposed_convolution
 from deploykit.exporters.c99.program import Tensor
-from deploykit.exporters.tflite.layout import View
+from deploykit.exporters.layout import View
 
 
 @dataclass(frozen=True)

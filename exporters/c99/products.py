@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from deploykit.exporters import layout
 from deploykit.exporters.c99 import program
-from deploykit.exporters.c99.operation import Constant, Operation, Unsupported, require_room
+from deploykit.exporters.c99.operation import Constant, Operation, require_room
 from deploykit.exporters.c99.program import Pair, Shape, Tensor
 from deploykit.exporters.c99.rounding import Rescale
-from deploykit.exporters.tflite import layout
-from deploykit.exporters.tflite.layout import NHWC, Order, View, identity
+from deploykit.exporters.layout import NHWC, Order, View, identity
+from deploykit.exporters.one_sample import Unsupported
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from deploykit.exporters.tflite import layout
-from deploykit.exporters.tflite.layout import Order, View, identity, permuted, stored
-from deploykit.exporters.tflite.operation import Constant, Operation, Unsupported
+from deploykit.exporters import layout
+from deploykit.exporters.layout import Order, View, identity, permuted, stored
+from deploykit.exporters.one_sample import Unsupported
+from deploykit.exporters.tflite.operation import Constant, Operation
 from deploykit.exporters.tflite.writer import Tensor
 
 if TYPE_CHECKING:

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from deploykit.exporters.tflite import layout
-from deploykit.exporters.tflite.layout import NHWC, View, identity, permuted, stored
+from deploykit.exporters import layout
+from deploykit.exporters.layout import NHWC, View, identity, permuted, stored
+from deploykit.exporters.one_sample import Unsupported
 from deploykit.exporters.tflite.operation import (
     Constant,
     Operation,
-    Unsupported,
     as_shape,
     limit,
     limits_of,

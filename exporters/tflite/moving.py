@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from deploykit.exporters.tflite import layout
-from deploykit.exporters.tflite.layout import View, identity, permuted, stored
-from deploykit.exporters.tflite.operation import Operation, Unsupported, canonical, read, requantize
+from deploykit.exporters import layout
+from deploykit.exporters.layout import View, identity, permuted, stored
+from deploykit.exporters.one_sample import Unsupported, pad_amounts, slice_corners, split_corners
+from deploykit.exporters.tflite.operation import Operation, canonical, read, requantize
 from deploykit.exporters.tflite.writer import DTYPES, Tensor
 
 LOWEST = np.finfo(np.float32).min
@@ -73,15 +74,7 @@ def cast(op: Operation) -> View:
 def pad(op: Operation) -> View:
     """PAD with zeros, PADV2 with another constant, MIRROR_PAD."""
     order, shape = op.natural(0), op.shape(0)
-    amounts = op.parameter(1)
-    assert amounts is not None
-    axes = op.parameter(3)
-    pads = [(0, 0)] * len(shape)
-    listed = range(len(shape)) if axes is None else axes.tolist()
-    for i, axis in enumerate(listed):
-        pads[axis % len(shape)] = (int(amounts[i]), int(amounts[i + len(amounts) // 2]))
-    if any(min(p) < 0 for p in pads):
-        raise Unsupported("it cuts (negative padding); use slicing")
+    pads = pad_amounts(op.node, shape)
     mode, fill = op.attribute("mode", "constant"), op.parameter(2)
     x, arranged = op.read(0, order), [pads[a] for a in order]
     if mode == "constant":
@@ -111,31 +104,12 @@ def padded(op: Operation, x: Tensor, pads: Sequence[tuple[int, int]], fill: floa
 
 def take(op: Operation) -> View:
     """Slice: STRIDED_SLICE with constant, forward steps."""
-    shape = op.shape(0)
-    starts, ends, axes, steps = (op.parameter(i) for i in range(1, 5))
-    assert starts is not None and ends is not None
-    begin, end, step = [0] * len(shape), list(shape), [1] * len(shape)
-    for i, start in enumerate(starts):
-        axis = op.axis(i if axes is None else int(axes[i]))
-        begin[axis], end[axis], step[axis] = slice(
-            int(start), int(ends[i]), int(steps[i]) if steps is not None else 1
-        ).indices(shape[axis])
-        if step[axis] < 0:
-            raise Unsupported("it counts backwards")
-    return cropped(op, op.view(0), begin, end, step)
+    return cropped(op, op.view(0), *slice_corners(op.node, op.shape(0)))
 
 
 def split(op: Operation) -> list[View]:
     """Split: one STRIDED_SLICE per part."""
-    shape, axis = op.shape(0), op.axis(op.attribute("axis", 0))
-    parts, start = [], 0
-    for index in range(len(op.node.outputs)):
-        size = op.output_shape(index)[axis]
-        begin, end = [0] * len(shape), list(shape)
-        begin[axis], end[axis] = start, start + size
-        parts.append(cropped(op, op.view(0), begin, end))
-        start += size
-    return parts
+    return [cropped(op, op.view(0), *corners) for corners in split_corners(op.node, op.shape(0))]
 
 
 def cropped(op: Operation, view: View, begin: Sequence[int], end: Sequence[int], step: Sequence[int] = ()) -> View:

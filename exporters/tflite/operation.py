@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import inf, prod
@@ -11,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_ir as ir
 
-from deploykit.exporters.tflite import layout
-from deploykit.exporters.tflite.layout import Order, View
+from deploykit.exporters import layout
+from deploykit.exporters.layout import Order, View
+from deploykit.exporters.one_sample import Unsupported, counted_axis, parameter, static_shape
 from deploykit.hub.graph import attribute, constant
 
 if TYPE_CHECKING:
@@ -25,10 +25,6 @@ Limits = tuple[float, float]
 
 FUSED_ACTIVATION: dict[Limits, str] = {(0.0, inf): "RELU", (0.0, 6.0): "RELU6", (-1.0, 1.0): "RELU_N1_TO_1"}
 HALF_MAX = float(np.finfo(np.float16).max)
-
-
-class Unsupported(Exception):
-    """This operator cannot be written: why, and what would help."""
 
 
 @dataclass(frozen=True)
@@ -75,13 +71,7 @@ class Operation:
         Raises:
             Unsupported: it is computed while the model runs.
         """
-        value = self.node.inputs[index] if index < len(self.node.inputs) else None
-        if value is None:
-            return None
-        found = constant(value)
-        if found is None:
-            raise Unsupported(f"its input {index} is computed at run time; it has to be a constant")
-        return found
+        return parameter(self.node, index)
 
     def parameter_or_none(self, index: int) -> NDArray[Any] | None:
         """The constant behind an input; None where it is computed."""
@@ -93,11 +83,7 @@ class Operation:
         Raises:
             Unsupported: it is the batch, of which the file holds one sample.
         """
-        rank = len(self.shape(0))
-        value = self.node.inputs[0]
-        if value is not None and value.shape is not None and not isinstance(value.shape[axis % rank], int):
-            raise Unsupported("it works across the batch; .tflite files hold one sample")
-        return axis % rank
+        return counted_axis(self.node, axis, len(self.shape(0)))
 
     def shape(self, index: int) -> tuple[int, ...]:
         """The ONNX shape of an operand, batch 1."""
@@ -189,39 +175,6 @@ class Operation:
         """Writes an operator on the one operand, however that is arranged."""
         view = self.view(0)
         return view.on(self.writer.write(kind, [view.tensor], self.name, view.tensor.shape, quant, **options))
-
-
-def static_shape(value: ir.Value) -> tuple[int, ...]:
-    """A value's shape with batch 1.
-
-    Raises:
-        Unsupported: another dimension is free, or the shape is not known.
-    """
-    if value.shape is None:
-        raise Unsupported(f"the shape of '{value.name}' is not known")
-    batch = _batch(value)
-    for i, size in enumerate(value.shape):
-        if not isinstance(size, int) and i > 0 and _times(size, batch) is None:
-            raise Unsupported(
-                f"dimension {i} of '{value.name}' is free ({size}); .tflite shapes are fixed but for the batch"
-            )
-        if size == 0:
-            raise Unsupported(f"'{value.name}' has no elements")
-    return tuple(size if isinstance(size, int) else _times(size, batch) or 1 for size in value.shape)
-
-
-def _times(size: object, batch: str) -> int | None:
-    """How often the batch goes into a free dimension: 1 for ``"batch"``, 2 for ``"2*batch"``."""
-    found = re.fullmatch(rf"(?:(\d+)\*)?{re.escape(batch)}", str(size)) if batch else None
-    return int(found[1] or 1) if found else None
-
-
-def _batch(value: ir.Value) -> str:
-    """What the graph calls its free batch dimension; sequences have it on their second axis inside a network."""
-    producer = value.producer()
-    graph = producer.graph if producer is not None else value.graph
-    inputs = [] if graph is None else [v.shape for v in graph.inputs]
-    return next((str(s[0]) for s in inputs if s is not None and len(s) > 0 and not isinstance(s[0], int)), "")
 
 
 def read(writer: Writer, view: View, order: Order) -> Tensor:

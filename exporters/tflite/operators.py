@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from deploykit.exporters.layout import View
 from deploykit.exporters.tflite.composed import batch_normalization, layer_normalization, norm, power, product, rows
 from deploykit.exporters.tflite.computing import (
     PROBABILITY,
@@ -23,7 +24,6 @@ from deploykit.exporters.tflite.computing import (
     softmax,
     unary,
 )
-from deploykit.exporters.tflite.layout import View
 from deploykit.exporters.tflite.moving import (
     cast,
     concat,

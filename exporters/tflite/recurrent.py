@@ -13,9 +13,10 @@ from operator import itemgetter
 
 import numpy as np
 
+from deploykit.exporters.layout import View, stored
+from deploykit.exporters.one_sample import Unsupported
 from deploykit.exporters.tflite.composed import Steps
-from deploykit.exporters.tflite.layout import View, stored
-from deploykit.exporters.tflite.operation import Constant, Operation, Unsupported
+from deploykit.exporters.tflite.operation import Constant, Operation
 from deploykit.exporters.tflite.writer import Tensor
 
 LONGEST = 256

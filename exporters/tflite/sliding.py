@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from deploykit.exporters.tflite import layout
-from deploykit.exporters.tflite.layout import NHWC, View
+from deploykit.exporters import layout
+from deploykit.exporters.layout import NHWC, View
+from deploykit.exporters.one_sample import Unsupported
 from deploykit.exporters.tflite.moving import cropped, padded
-from deploykit.exporters.tflite.operation import Constant, Operation, Unsupported
+from deploykit.exporters.tflite.operation import Constant, Operation
 from deploykit.exporters.tflite.windows import Pads, same_padding, used_padding
 from deploykit.exporters.tflite.writer import Quant, Tensor
 from deploykit.hub.graph import attribute

@@ -12,18 +12,10 @@ import onnx_ir as ir
 
 from deploykit.core.artifact import Island, Port
 from deploykit.core.errors import DeploykitError
-from deploykit.exporters.tflite import layout
-from deploykit.exporters.tflite.layout import NHWC, View, identity, stored
-from deploykit.exporters.tflite.operation import (
-    Constant,
-    Limits,
-    Operation,
-    Unsupported,
-    limits_of,
-    read,
-    requantize,
-    static_shape,
-)
+from deploykit.exporters import layout
+from deploykit.exporters.layout import NHWC, View, identity, stored
+from deploykit.exporters.one_sample import Unsupported, static_shape
+from deploykit.exporters.tflite.operation import Constant, Limits, Operation, limits_of, read, requantize
 from deploykit.exporters.tflite.operators import PRODUCT_OF_ACTIVATIONS, TABLE, Rule
 from deploykit.exporters.tflite.runner import METADATA
 from deploykit.exporters.tflite.writer import Quant, Tensor, Writer
