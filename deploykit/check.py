@@ -25,8 +25,9 @@ from deploykit.core.request import MAX_DROP
 from deploykit.core.request import Gate as Gate
 from deploykit.core.target import Target
 from deploykit.core.user_code import call
-from deploykit.exporters import Exporter, to_onnx
+from deploykit.exporters import Exporter, max_mismatch, to_onnx
 from deploykit.hub.graph import Decision, FloatGraph, Hub
+from deploykit.hub.operators import PRODUCTS
 from deploykit.hub.running import exposing, session
 from deploykit.hub.slices import OperatorSlice, operator_slices
 
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 BATCH = 16
-PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 TIE = 1 / 32
 """Of a step: so near to a tie, kernels may round either way. Those that round twice (TFLM) are off by up to 2^-(s+1)
 behind a shift of s bits, 4 and more in products; those that round half up differ from half to even on ties themselves.
@@ -84,7 +84,7 @@ def check_operators(
     ]  # fmt: skip
     if products:
         worst = max(products, key=lambda e: e.mismatch)
-        bound = max(gate.max_mismatch, exporter.runtime().max_mismatch)
+        bound = max(gate.max_mismatch, max_mismatch(exporter, target))
         checks.append(
             Check(
                 "operators: differing outputs (%)", "int8", worst.mismatch, bound,

@@ -8,7 +8,13 @@ Every exporter module has the same three functions and nothing is inherited:
 * ``load(path, threads) -> Runner`` opens a file in its real runtime: float arrays in, float arrays out.
 * ``runtime() -> Runtime`` names that runtime, and says so where times taken in it mean nothing for the device.
 
-A module may also have ``checks(hub, target, folder, file) -> tuple[Check, ...]``: what only it can compare.
+A module may also have
+
+* ``checks(hub, target, folder, file) -> tuple[Check, ...]``: what only it can compare;
+* ``max_mismatch(target) -> float``: how many percent of a product's outputs may be one step off the hub because its
+  kernels round otherwise by design;
+* ``rehearse(hub, target, precisions, final)``: refuses what ``export`` would refuse, where that can be had for less
+  than an export; ``final``: the model will be exported as large as it is here.
 
 Heavy tools are imported inside the functions; a missing one raises `MissingExtra`.
 """
@@ -16,6 +22,7 @@ Heavy tools are imported inside the functions; a missing one raises `MissingExtr
 from __future__ import annotations
 
 import importlib
+import tempfile
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -65,6 +72,30 @@ def own_checks(exporter: Exporter, hub: Hub, target: Target, folder: Path, file:
     """What only this exporter can compare about a file it wrote; most have nothing of their own."""
     checks = getattr(exporter, "checks", None)
     return tuple(checks(hub, target, folder, file)) if checks is not None else ()
+
+
+def max_mismatch(exporter: Exporter, target: Target) -> float:
+    """Percent of a product's outputs that may be one step off the hub by design; 0 for most exporters."""
+    found = getattr(exporter, "max_mismatch", None)
+    return float(found(target)) if found is not None else 0.0
+
+
+def rehearse(exporter: Exporter, hub: Hub, target: Target, precisions: Sequence[Precision], final: bool) -> None:
+    """Refuses what an export would refuse, and leaves nothing behind.
+
+    Args:
+        exporter: of the target.
+        hub: of the model as it came in.
+        target: its options are validated too.
+        precisions: what would be written.
+        final: no step will make the model smaller, so that a budget it exceeds now is exceeded for good.
+    """
+    own = getattr(exporter, "rehearse", None)
+    if own is not None:
+        own(hub, target, precisions, final)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        exporter.export(hub, target, Path(folder), precisions)
 
 
 def open_artifact(folder: str | Path) -> Artifact:

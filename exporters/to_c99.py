@@ -15,19 +15,16 @@ import numpy as np
 from deploykit.core.artifact import Check, File, Runner, Runtime
 from deploykit.core.errors import DeploykitError
 from deploykit.core.target import Precision, Target
-from deploykit.exporters.c99.budget import require_fit
+from deploykit.exporters.c99.budget import Footprint, require_fit
 from deploykit.exporters.c99.compiled import PARTS, Compiled, compiler, compiler_version, open_runner
 from deploykit.exporters.c99.emit import SOURCE, emit, flash_note, ram_note, stored
 from deploykit.exporters.c99.golden import golden
 from deploykit.exporters.c99.lower import Lowered, lower
-from deploykit.exporters.c99.memory import plan
+from deploykit.exporters.c99.memory import Plan, plan
 from deploykit.exporters.c99.options import options
+from deploykit.exporters.c99.program import Program
+from deploykit.exporters.c99.rounding import MAX_MISMATCH
 from deploykit.hub.graph import Hub
-
-ROUNDS_TWICE = 10.0
-"""Percent of a product's outputs, ties aside: TFLM's rescaling rounds its multiplication and its shift, and behind a
-shift of one or two bits (channels with almost no weights) that is off by a quarter of a step. 4.2 % seen on trained
-networks, one dead channel of 24. It is why the files agree with TFLM bit for bit, and with the hub to one step."""
 
 
 def export(hub: Hub, target: Target, out_dir: Path, precisions: Sequence[Precision]) -> tuple[File, ...]:
@@ -37,19 +34,22 @@ def export(hub: Hub, target: Target, out_dir: Path, precisions: Sequence[Precisi
         DeploykitError: a precision other than int8, no calibration, wrong options, operators without an integer form
             (all are named), or a budget of the target that is exceeded (the layer that needs most is named).
     """
-    settings = options(target)
-    if tuple(precisions) != ("int8",):
-        raise DeploykitError(
-            f"target {target.name}: integer C is written in int8 only; asked for {', '.join(precisions)}"
-        )
+    _refuse_floats(precisions, target)
     lowered = _lowered(hub, target)
-    arena = plan(lowered.program)
-    size = require_fit(lowered.program, arena, settings.flash_bytes, settings.ram_bytes, target.name)
+    arena, size = _fitted(lowered.program, target)
     emit(lowered.program, arena, golden(lowered.program, hub.samples), size, out_dir)
     notes = flash_note(size), ram_note(size, arena)
     takes, gives = (tuple(map(stored, side)) for side in (lowered.program.inputs, lowered.program.outputs))
     file = File(SOURCE, "int8", lowered.operators, (), notes, PARTS, bytes=size.flash, inputs=takes, outputs=gives)
     return (file,)
+
+
+def rehearse(hub: Hub, target: Target, precisions: Sequence[Precision], final: bool) -> None:
+    """What `export` refuses, without computing golden outputs and spelling C; budgets only if the size is ``final``."""
+    _refuse_floats(precisions, target)
+    lowered = _lowered(hub, target)
+    if final:
+        _fitted(lowered.program, target)
 
 
 def load(path: Path, threads: int = 1) -> Runner:
@@ -68,7 +68,12 @@ def runtime() -> Runtime:
         DeploykitError: there is none.
     """
     untimed = "compiled for this machine: times say nothing about the board"
-    return Runtime(compiler_version(compiler()), untimed, max_mismatch=ROUNDS_TWICE)
+    return Runtime(compiler_version(compiler()), untimed)
+
+
+def max_mismatch(target: Target) -> float:
+    """What the target's rounding costs; see `MAX_MISMATCH`."""
+    return MAX_MISMATCH[options(target).rounding]
 
 
 def checks(hub: Hub, target: Target, folder: Path, file: File) -> tuple[Check, ...]:
@@ -81,6 +86,19 @@ def checks(hub: Hub, target: Target, folder: Path, file: File) -> tuple[Check, .
     samples = len(next(iter(vectors.inputs.values())))
     detail = f"{count} values of {samples} golden samples"
     return (Check("C equals the integer oracle (differing values)", "int8", float(wrong), 0.0, wrong == 0, detail),)
+
+
+def _refuse_floats(precisions: Sequence[Precision], target: Target) -> None:
+    if tuple(precisions) != ("int8",):
+        raise DeploykitError(
+            f"target {target.name}: integer C is written in int8 only; asked for {', '.join(precisions)}"
+        )
+
+
+def _fitted(program: Program, target: Target) -> tuple[Plan, Footprint]:
+    """Where everything lies and what it takes, if the target has that much."""
+    settings, arena = options(target), plan(program)
+    return arena, require_fit(program, arena, settings.flash_bytes, settings.ram_bytes, target.name)
 
 
 def _lowered(hub: Hub, target: Target) -> Lowered:

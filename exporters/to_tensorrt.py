@@ -34,13 +34,13 @@ from deploykit.core.target import Precision, Target
 from deploykit.exporters.half import bake_half
 from deploykit.exporters.tensorrt import lint as trt_lint
 from deploykit.exporters.tensorrt.golden import golden_inputs, least, signal_to_noise, write_arrays
-from deploykit.exporters.tensorrt.lint import LINEAR, Finding, lint, runs_in_int8
+from deploykit.exporters.tensorrt.lint import Finding, lint, runs_in_int8
 from deploykit.exporters.tensorrt.opset import lower_opset, verify_opset
 from deploykit.exporters.tensorrt.options import Options, options
 from deploykit.exporters.tensorrt.parsers import FLOAT16_WEIGHTS, unread
 from deploykit.exporters.tensorrt.shapes import bind_batch
 from deploykit.hub.graph import Hub, serialize, specs
-from deploykit.hub.operators import CANNOT_BE_STORED
+from deploykit.hub.operators import CANNOT_BE_STORED, PRODUCTS
 
 DEVICE_FILES = ("build.py", "build.sh", "BUILD.md")
 
@@ -230,7 +230,7 @@ def _integer_operators(
     counts: Counter[str] = Counter()
     islands = [Island(d.operator, d.layer, d.why) for d in hub.decisions if d.why == CANNOT_BE_STORED]
     for node in trt_lint.read(proto).graph:
-        if node.op_type not in LINEAR:
+        if node.op_type not in PRODUCTS:
             continue
         layer = trt_lint.name(node)
         if runs_in_int8(node):

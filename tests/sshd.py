@@ -47,13 +47,14 @@ class Server:
             self.kill()
 
 
-def start(folder: Path, before: str = "", port: int = 0) -> Server:
+def start(folder: Path, before: str = "", port: int = 0, shell: str = "") -> Server:
     """Starts a server; its keys are made where the folder holds none yet.
 
     Args:
         folder: for keys, configuration and log.
         before: a line of shell that it and its children inherit from, like ``ulimit -f 8``.
         port: 0 takes a free one.
+        shell: a program that is given every command, as a login shell would be; the user's own without.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("host_key", "user_key"):
@@ -75,6 +76,7 @@ def start(folder: Path, before: str = "", port: int = 0) -> Server:
         f"AuthorizedKeysFile {folder}/authorized_keys\nStrictModes no\nUsePAM no\n"
         "PasswordAuthentication no\nKbdInteractiveAuthentication no\nPermitRootLogin prohibit-password\n"
         "SetEnv SHLVL=2\n"  # bash then leaves out ~/.bashrc, whatever the tester has in it
+        + (f'ForceCommand exec {shell} -c "$SSH_ORIGINAL_COMMAND"\n' if shell else "")
     )
     if os.getuid() == 0:
         Path("/run/sshd").mkdir(exist_ok=True)  # where sshd, as root, locks its helper in

@@ -10,7 +10,9 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +26,12 @@ from graphs import conv_relu_conv, graph, normal, residual
 from PIL import Image
 from safetensors.torch import save_file
 
-from deploykit import export
+from deploykit import export, targets
 from deploykit.core.errors import DeploykitError
+from deploykit.core.target import QuantSpec
+from deploykit.exporters import to_tflite
+from deploykit.exporters.tflite import runner
+from deploykit.hub.graph import Hub
 
 FACTORIES = """
 import torch
@@ -665,6 +671,67 @@ def test_verify_as_json_names_the_problems_too(here: Path, tmp_path: Path) -> No
     said = enter(f"verify {broken} --json")
     assert said.code == 2
     assert "300 bytes" in json.loads(said.out)["problems"][0]
+
+
+# ------------------------------------------------------------------ what a runtime says on file descriptor 2
+
+
+GREETS = b"INFO: Created TensorFlow Lite XNNPACK delegate for CPU.\n"
+
+
+@pytest.fixture
+def unmet(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """A process that has not been greeted yet."""
+    monkeypatch.setattr(runner, "_greeted", threading.Event())
+    return runner._greeted
+
+
+def test_a_runtimes_error_comes_through_without_its_greeting_also_where_it_raises(
+    unmet: threading.Event, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def fail() -> None:
+        os.write(2, GREETS + b"ERROR: tensor 3 is no tensor\n")
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        runner.ungreeted(fail)
+    os.write(2, b"afterwards\n")
+    assert capfd.readouterr().err == "ERROR: tensor 3 is no tensor\nafterwards\n"
+    assert unmet.is_set()
+
+
+def test_once_greeted_files_are_opened_without_touching_the_descriptor(
+    unmet: threading.Event, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (file,) = to_tflite.export(Hub(residual(), QuantSpec()), targets.load("mobile-arm"), tmp_path, ["fp32"])
+    unmet.set()
+    monkeypatch.setattr(runner, "ungreeted", None)
+    assert to_tflite.load(tmp_path / file.path)({"x": normal(0, 1, 3, 8, 8)})["y"].shape == (1, 4)
+
+
+def test_threads_that_open_files_at_once_do_not_lose_each_others_errors(
+    unmet: threading.Event, capfd: pytest.CaptureFixture[str]
+) -> None:
+    before = os.fstat(2)
+
+    def speak(i: int) -> None:
+        runner.ungreeted(lambda: os.write(2, f"ERROR: {i}\n".encode()))
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(speak, range(50)))
+    assert sorted(capfd.readouterr().err.split()[1::2], key=int) == [str(i) for i in range(50)]
+    assert os.path.samestat(os.fstat(2), before)
+
+
+def test_a_process_without_stderr_opens_files_too(unmet: threading.Event) -> None:
+    kept, called = os.dup(2), []
+    os.close(2)
+    try:
+        runner.ungreeted(lambda: called.append(True))
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+    assert called == [True]
 
 
 # ------------------------------------------------------------------ from Python

@@ -265,7 +265,7 @@ def test_a_float_front_of_pixels_becomes_one_table_per_channel(tmp_path: Path) -
     prepared = Preprocess(scale=1 / 255, mean=tuple(mean.tolist()), std=tuple(std.tolist()))
     fronted, _ = take_pixels(hub, prepared, ["x"], fold=False)
     file = exported(replace(fronted, samples={"x": pixels}), FPGA, tmp_path)
-    assert "dk_table(x_q_table, 3, 1, 108" in (tmp_path / "model.c").read_text()
+    assert "_table, 3, 1, 108" in (tmp_path / "model.c").read_text()
     found = to_c99.load(tmp_path / file.path)({"x": pixels})["y"]
     assert np.abs(found - reference(fronted.bytes, {"x": pixels})["y"]).max() <= 1.01 * steps(fronted)
 
@@ -325,8 +325,11 @@ def test_a_residual_block_takes_two_images_because_the_sum_takes_the_place_of_a_
 @pytest.mark.parametrize(
     ("budget", "said"),
     [
-        ({"flash_bytes": 1500}, ["flash", "of 1.50 kB", "too much", "Layer b needs most", "fewer channels"]),
-        ({"ram_bytes": 1000}, ["RAM: 1.28 kB of 1.00 kB, 280 B too much", "Layer b needs most", "512 B in and 512 B"]),
+        ({"flash_bytes": 1500}, ["flash", "of 1.50 kB", "too much", "Layer b_node needs most", "fewer channels"]),
+        (
+            {"ram_bytes": 1000},
+            ["RAM: 1.28 kB of 1.00 kB, 280 B too much", "Layer b_node needs most", "512 B in and 512 B"],
+        ),
     ],
 )
 def test_a_budget_that_is_exceeded_is_refused_naming_the_layer(
@@ -337,6 +340,31 @@ def test_a_budget_that_is_exceeded_is_refused_naming_the_layer(
         to_c99.export(residual_hub(), small, tmp_path, ["int8"])
     assert all(part in str(refused.value) for part in said), str(refused.value)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_layer_bears_the_name_of_the_operator_with_the_weights_not_of_what_is_fused_with_it() -> None:
+    nodes: list[Node] = [
+        ("Conv", ["x", "w"], ["a"], {}),
+        ("Relu", ["a"], ["r"], {}),
+        ("Sigmoid", ["r"], ["s"], {}),
+        ("Flatten", ["s"], ["f"], {}),
+        ("MatMul", ["f", "v"], ["m"], {}),
+        ("Add", ["m", "b"], ["n"], {}),
+        ("Relu", ["n"], ["y"], {}),
+    ]
+    constants = {"w": normal(1, 4, 3, 1, 1), "v": normal(2, 4 * 36, 5), "b": normal(3, 5)}
+    hub = quantized(graph(nodes, {"x": (3, 6, 6)}, constants), {"x": normal(0, 4, 3, 6, 6)})
+    assert hub.quantized is not None
+    program = lower(hub.quantized, "tflm_double").program
+    assert [op.layer for op in program.operations] == ["a_node", "s_node", "m_node"]
+
+
+def test_every_layer_is_one_that_the_model_has() -> None:
+    nodes, inputs, _ = whole_network()
+    hub, _ = whole_hub(MCU)
+    assert hub.quantized is not None
+    program = lower(hub.quantized, "tflm_double").program
+    assert {op.layer for op in program.operations} <= {f"{outputs[0]}_node" for _, _, outputs, _ in nodes} | set(inputs)
 
 
 # ------------------------------------------------------------------ refusals

@@ -10,7 +10,7 @@ import onnx
 import pytest
 import torch
 
-from deploykit import exporters
+from deploykit import exporters, pipeline
 from deploykit.check import (
     Answers,
     Gate,
@@ -21,11 +21,16 @@ from deploykit.check import (
     score,
     sqnr_db,
 )
-from deploykit.core.errors import DeploykitError
+from deploykit.core.artifact import Check
+from deploykit.core.errors import DeploykitError, GateFailed
+from deploykit.core.manifest import Manifest, OperatorError
+from deploykit.core.request import Request
 from deploykit.core.target import QuantSpec
 from deploykit.exporters import to_onnx
 from deploykit.hub.lower import read_onnx
 from deploykit.hub.quantize import quantize
+from deploykit.models import load_model
+from deploykit.report.advice import mend
 from deploykit.targets import load
 from tests.graphs import images, measured, normal, residual
 
@@ -122,6 +127,34 @@ def test_an_onnx_file_that_fails_on_the_samples_is_the_users_error(tmp_path: Pat
     onnx.save(onnx.parser.parse_model(text), tmp_path / "bad.onnx")
     with pytest.raises(DeploykitError, match=r"fails on the sample inputs|cannot open"):
         check_lowering(residual(), tmp_path / "bad.onnx", {"x": np.ones((2, 4), np.float32)})
+
+
+def test_what_is_done_about_a_failed_check_fits_the_file() -> None:
+    """Nothing to quantize better where nothing is quantized, nothing to keep in float where nothing may be float."""
+    quantizing, keeping = "--thresholds mse", "--keep-float stem"
+
+    def advised(precision: str, exporter: str = "onnx") -> str:
+        worst = OperatorError("stem", "Conv", 1.0, 0.0, 10.0)
+        made = Manifest("t", exporter, "m", Request("m", "t"), (), "0", (), (), (), (), operators=(worst,))
+        return mend(Check("agrees with the original model (%)", precision, 80.0, 90.0, False), made)
+
+    assert quantizing in advised("int8") and keeping in advised("int8")
+    assert quantizing in advised("int8", "c99") and keeping not in advised("int8", "c99")
+    for precision in ("fp32", "fp16"):
+        assert quantizing not in advised(precision) and keeping not in advised(precision)
+
+
+def test_an_export_whose_float_file_fails_gets_no_advice_on_integers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "net.onnx").write_bytes(residual().bytes)
+    prepared = pipeline.prepare(load_model(str(tmp_path / "net.onnx")), {"calibration": images(20)}, None)
+    open_file = to_onnx.load
+    monkeypatch.setattr(to_onnx, "load", lambda *a: lambda x: {n: -y for n, y in open_file(*a)(x).items()})
+    settings = pipeline.Settings(precisions=("fp32",), benchmark=False)
+    with pytest.raises(GateFailed, match="Nothing in this file is quantized") as failed:
+        pipeline.export(prepared, [load("x86")], [tmp_path / "out"], settings, Gate())
+    assert "--thresholds" not in str(failed.value) and "int8" not in str(failed.value)
 
 
 def test_a_runtime_that_answers_nan_for_an_operator_fails_the_check(monkeypatch: pytest.MonkeyPatch) -> None:

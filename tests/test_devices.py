@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 import textwrap
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,14 @@ from small_artifact import small_artifact
 
 from deploykit import asked, targets, trial
 from deploykit.bench.drift import Drift
-from deploykit.bench.there import lacks
+from deploykit.bench.there import lacks, send_all
 from deploykit.check import Answers
 from deploykit.core.data import DataSet
 from deploykit.core.device import Facts
 from deploykit.core.errors import DeploykitError
 from deploykit.core.manifest import load_intact, load_manifest
 from deploykit.core.request import Gate, Request
-from deploykit.devices import connect, parse, read_facts, run_infer, run_tflite
+from deploykit.devices import connect, parse, read_facts, run_infer, run_tflite, stand_in
 from deploykit.devices.work import Window
 from deploykit.exporters import open_artifact
 
@@ -144,6 +145,15 @@ def test_a_python_that_is_not_there_is_named(tmp_path: Path) -> None:
         read_facts(device)
 
 
+def test_a_python_that_cannot_be_run_is_named_with_its_own_words(tmp_path: Path) -> None:
+    broken = tmp_path / "python"
+    broken.write_text("#!/bin/sh\necho no libpython here >&2; exit 1\n")
+    broken.chmod(0o755)
+    with connect(parse(f"local?dir={tmp_path}&python={broken}")) as device, pytest.raises(DeploykitError) as error:
+        read_facts(device)
+    assert f"'{broken}' cannot be run there as a Python interpreter: no libpython here" in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("exporter", "target", "changes", "said"),
     [
@@ -162,6 +172,34 @@ def test_what_a_device_lacks_is_named_with_the_way_to_get_it(
 ) -> None:
     assert said in lacks(facts(**changes), exporter, target)
     assert lacks(facts(), exporter, target) == ""
+
+
+@pytest.mark.parametrize(
+    ("machine", "target", "knows", "capability", "said"),
+    [
+        ("x86_64", "mobile-arm", {"architecture": "aarch64"}, "", "x86_64 stands in for mobile-arm (aarch64)"),
+        ("aarch64", "mobile-arm", {"architecture": "aarch64"}, "", ""),
+        ("arm64", "mobile-arm", {"architecture": "aarch64"}, "", ""),
+        ("x86_64", "mobile-arm", {}, "", ""),
+        ("x86_64", "cortex-m4", {}, "", "x86_64 stands in for cortex-m4"),
+        ("x86_64", "gpu-t4", {"compute_capability": "7.5"}, "9.0", "compute capability 9.0 stands in for gpu-t4 (7.5)"),
+        ("x86_64", "gpu-t4", {"compute_capability": "7.5"}, "7.5", ""),
+        ("x86_64", "gpu-t4", {"compute_capability": "7.5"}, "", ""),
+        ("x86_64", "nobody's", {}, "", ""),
+    ],
+)
+def test_a_device_that_is_not_the_target_stands_in_for_it(
+    machine: str, target: str, knows: dict[str, str], capability: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stand_in, "fact", lambda of, name: knows.get(name, ""))
+    exporter = targets.load(target).exporter if target in targets.names() else "onnx"
+    assert stand_in.stand_in(facts(machine=machine), exporter, target, capability) == said
+
+
+def test_what_a_target_says_of_its_hardware_is_read_from_its_profile() -> None:
+    assert stand_in.fact("jetson", "architecture") == "aarch64"
+    assert stand_in.fact("gpu-t4", "compute_capability") == "7.5"
+    assert stand_in.fact("nobody's", "architecture") == ""
 
 
 # ------------------------------------------------------------------ what runs there
@@ -225,6 +263,30 @@ def test_a_copy_that_breaks_off_leaves_what_was_there(tmp_path: Path, monkeypatc
     with connect(parse("local")) as device, pytest.raises(OSError, match="full"):
         device.get(str(tmp_path / "source"), tmp_path / "kept")
     assert [p.read_text() for p in tmp_path.iterdir()] == ["whole"]
+
+
+def test_what_a_killed_run_left_behind_is_swept_a_day_later(artifact: Path, tmp_path: Path) -> None:
+    with connect(parse(f"local?dir={tmp_path}")) as device:
+        known = read_facts(device)
+        (work,) = send_all(device, known, [artifact])
+        folder = Path(work.remote)
+        (folder / "answers").mkdir()
+        yesterday = time.time() - 25 * 3600
+        left = [".model.int8.onnx.7.part", "answers/0f.int8.7.part", ".build.7.part/model.o", "0f.samples.npz"]
+        for age, paths in (
+            (yesterday, [*(folder / name for name in left), tmp_path / "mine.part"]),
+            (time.time(), [folder / f"new{name.replace('/', '_')}" for name in left]),
+        ):
+            for path in paths:
+                path.parent.mkdir(exist_ok=True)
+                path.touch()
+                os.utime(path, (age, age))
+        os.utime(folder / ".build.7.part", (yesterday, yesterday))
+        os.utime(folder / "infer.py", (yesterday, yesterday))
+        before = set(tmp_path.rglob("*"))
+        send_all(device, known, [artifact])
+    swept = {*(folder / name for name in left), folder / ".build.7.part"}
+    assert before - set(tmp_path.rglob("*")) == swept
 
 
 def test_times_of_two_artifacts_on_a_device_are_taken_in_turns(tmp_path: Path) -> None:

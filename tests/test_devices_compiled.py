@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 import textwrap
@@ -14,12 +15,15 @@ from commands import enter
 from small_artifact import small_artifact
 
 from deploykit import targets, trial
+from deploykit.bench.there import send_all
 from deploykit.core.data import DataSet
 from deploykit.core.device import Facts
 from deploykit.core.errors import DeploykitError
-from deploykit.devices import Device, run_c99
+from deploykit.core.manifest import load_manifest
+from deploykit.devices import Device, connect, parse, read_facts, run_c99, run_tensorrt
 from deploykit.devices.work import Work
 from deploykit.exporters import open_artifact
+from deploykit.exporters.c99.golden import described, to_integers
 
 needs_compiler = pytest.mark.skipif(
     not any(map(shutil.which, ("cc", "gcc", "clang"))), reason="no C compiler here: apt-get install gcc"
@@ -51,7 +55,56 @@ def test_integer_c_is_compiled_there_and_answers_as_here_bit_for_bit(target: str
     (timing,) = found.benchmark.timings if found.benchmark else ()
     assert timing.measurement.runs == 20 and timing.measurement.cpu_ms is not None
     assert "compiled there by" in timing.measurement.where
-    assert not list((tmp_path / "work").rglob("*.part")) and not list((tmp_path / "work").rglob("*.raw"))
+    assert not list((tmp_path / "work").rglob("*.part")) and not list((tmp_path / "work").rglob("*.samples*"))
+
+
+@pytest.fixture
+def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The real compiler under a name and version of ours, which stands in the file that is returned."""
+    real = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    tool = tmp_path / "bin" / "cc"
+    tool.parent.mkdir()
+    tool.write_text(f'#!/bin/sh\n[ "$1" = --version ] && exec cat {tool}.version\nexec {real} "$@"\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tool.parent}:/usr/bin:/bin")
+    return Path(f"{tool}.version")
+
+
+@needs_compiler
+def test_answers_of_another_compiler_are_not_taken_for_those_of_this_one(compiler: Path, tmp_path: Path) -> None:
+    small_artifact(tmp_path / "out", "cortex-m4")
+    address, exam = f"local?dir={tmp_path / 'work'}", trial.Exam(data(3), "samples")
+    seen = []
+    for version in ("1", "1", "2"):
+        compiler.write_text(f"our cc {version}\n")
+        trial.try_out(address, [tmp_path / "out"], exams=[exam], time=False)
+        (harness,) = (tmp_path / "work").rglob("harness")
+        answered = {p: p.stat().st_mtime_ns for p in (tmp_path / "work").rglob("answers/*")}
+        seen.append((harness.stat().st_mtime_ns, answered))
+    assert seen[0] == seen[1]
+    assert seen[2][0] > seen[1][0]
+    assert len(seen[2][1]) == 2 and seen[2][1].items() > seen[1][1].items()
+
+
+@needs_compiler
+def test_times_of_a_microcontrollers_files_say_what_stands_in_for_it(tmp_path: Path) -> None:
+    small_artifact(tmp_path / "out", "cortex-m4")
+    said = enter(f"benchmark --runs 10 --record --device local?dir={tmp_path / 'work'}", tmp_path / "out")
+    assert said.code == 0, said.err
+    mark = f"this machine ({os.uname().machine} stands in for cortex-m4), not the device: "
+    assert mark in " ".join(said.out.split())
+    assert load_manifest(tmp_path / "out").measurements[0].where.startswith(mark)
+
+
+def test_pixels_are_taken_as_they_are_from_whole_numbers_of_any_width() -> None:
+    port = described(
+        {"name": "x", "shape": [1, 3, 2, 2], "order": [0, 2, 3, 1], "batched": True, "dtype": "uint8", "scale": 1.0,
+         "zero_point": 0}
+    )  # fmt: skip
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 3, 2, 2))
+    expected = pixels.astype(np.uint8).transpose(0, 2, 3, 1).reshape(5, 12).view(np.int8)
+    for dtype in (np.uint8, np.int32, np.int64):
+        assert np.array_equal(to_integers(port, pixels.astype(dtype)), expected)
 
 
 @needs_compiler
@@ -135,6 +188,7 @@ def jetson(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
             import json, shutil, sys
             flags = dict(a.split("=", 1) if "=" in a else (a, "") for a in sys.argv[1:])
             print("&&&& RUNNING TensorRT.trtexec [TensorRT v100300]")
+            print("[I] Compute Capability: 8.7")
             if "--saveEngine" in flags:
                 shutil.copy(flags["--onnx"], flags["--saveEngine"])
             if "--loadEngine" in flags and "--exportOutput" in flags:
@@ -178,7 +232,25 @@ def test_a_bundle_is_built_timed_and_asked_there(jetson: str, tmp_path: Path) ->
     assert (measured["int8"].p50_ms, measured["fp32"].p50_ms, measured["int8"].runs) == (1.0, 2.0, 7)
     assert "TensorRT 10.3.0, engine int8-weak, GPU time" in measured["int8"].where
     assert [c.value for c in found.checks[0]] == 4 * [100.0]
-    assert not list((tmp_path / "work").rglob("*.part")) and not list((tmp_path / "work").rglob("*.raw"))
+    assert not list((tmp_path / "work").rglob("*.part")) and not list((tmp_path / "work").rglob("*.samples*"))
+
+    tool = tmp_path / "bin" / "trtexec"
+    with connect(parse(f"local?dir={tmp_path / 'work'}")) as device:  # neither its engines nor its answers outlive it
+        known = read_facts(device)
+        (work,) = send_all(device, known, [folder])
+        assert run_tensorrt.computed_by(device, known, work) == "TensorRT 10.3.0"
+        assert run_tensorrt._built(device, known, work) is not None
+        tool.write_text(tool.read_text().replace("v100300", "v100400"))
+        assert run_tensorrt.computed_by(device, known, work) == "TensorRT 10.4.0"
+        assert run_tensorrt._built(device, known, work) is None
+
+
+def test_times_of_another_gpu_than_the_targets_say_so(jetson: str, tmp_path: Path) -> None:
+    small_artifact(tmp_path / "out", "gpu-t4")
+    said = enter(f"benchmark --runs 3 --json --device local?dir={tmp_path / 'work'}", tmp_path / "out")
+    assert said.code == 0, said.err
+    places = {f["where"].partition(": ")[0] for f in json.loads(said.out)["files"]}
+    assert places == {"this machine (compute capability 8.7 stands in for gpu-t4 (7.5)), not the device"}
 
 
 def test_an_engine_that_cannot_be_built_is_not_measured_and_says_why(jetson: str, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -21,7 +22,7 @@ from deploykit import trial
 from deploykit.core.data import DataSet
 from deploykit.core.errors import DeploykitError
 from deploykit.core.manifest import load_manifest
-from deploykit.devices import Lost, answers, connect, parse
+from deploykit.devices import Lost, answers, connect, parse, read_facts
 from deploykit.devices.on_ssh import Ssh
 
 pytestmark = [pytest.mark.ssh, pytest.mark.skipif(bool(sshd.WHY_NOT), reason=sshd.WHY_NOT)]
@@ -174,6 +175,57 @@ def test_two_artifacts_are_timed_there_in_one_run(
     result = json.loads(said.out)
     assert len(result["files"]) == 4
     assert {"of": "out int8", "over": "other int8"}.items() <= result["ratios"][-1].items()
+
+
+# ------------------------------------------------------------------ shells
+
+PICKY = """\
+#!/bin/sh
+# stand-in for csh and fish: refuses what they read otherwise than sh between quotes
+case $2 in
+    *'!'*) echo "x: Event not found." >&2; exit 1;;
+    *'
+'*) echo "Unmatched '." >&2; exit 1;;
+    *'\\\\'*) echo "two backslashes" >&2; exit 1;;
+esac
+exec sh "$@"
+"""
+COMMANDS = (
+    "echo one; echo 'two'\necho \"three\" >&2\nexit 3",
+    "printf '%s\\n' 'a\\\\b' \"it's\" '!x !! a!b' '$HOME `id`' 'tab\there ü € 100%d' '{a,b} ~ * [x (y) ^a^b #no;&|<>'",
+    "# a comment\nset -e\nfalse\necho not here",
+    "cat",
+)
+
+
+@pytest.mark.parametrize("shell", ["csh", "tcsh", "fish", "stand-in"])
+def test_commands_mean_the_same_whatever_shell_the_user_logs_in_with(
+    shell: str, there: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = shutil.which(shell)
+    if shell == "stand-in":
+        (tmp_path / "picky").write_text(PICKY)
+        (tmp_path / "picky").chmod(0o755)
+        program = str(tmp_path / "picky")
+    if program is None:
+        pytest.skip(f"no {shell} here")
+    server = sshd.start(tmp_path / "sshd", shell=program)
+    monkeypatch.setenv("DEPLOYKIT_SSH", server.client)
+    try:
+        with connect(parse(server.address(there, python=sys.executable))) as device:
+            for command in COMMANDS:
+                expected = subprocess.run(["sh", "-c", command], input=b"fed", capture_output=True)
+                ran = device.run(command, b"fed")
+                assert (ran.code, ran.out, ran.err) == (
+                    expected.returncode, expected.stdout.decode(), expected.stderr.decode()
+                )  # fmt: skip
+            assert read_facts(device).python == sys.executable
+            (tmp_path / "sent").write_bytes(bytes(range(256)))
+            device.put(tmp_path / "sent", f"{there}/it's there! \\\\")
+            device.get(f"{there}/it's there! \\\\", tmp_path / "back")
+            assert (tmp_path / "back").read_bytes() == bytes(range(256))
+    finally:
+        server.stop()
 
 
 # ------------------------------------------------------------------ doors that do not open

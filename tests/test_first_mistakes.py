@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import TinyCNN
+from conftest import TinyCNN, TinyMLP
 from graphs import normal
 from torch import Tensor, nn
 
@@ -113,6 +114,61 @@ def test_what_several_targets_cannot_take_is_said_at_once(tmp_path: Path) -> Non
     assert str(error.value).count("cannot be written as .tflite") == 1, "two targets, one and the same reason"
     assert "TensorRT" in str(error.value)
     assert not any(f.exists() for f in folders)
+
+
+class Normed(nn.Module):
+    """A network with a layer that integer C does not have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.last(self.norm(self.first(x)))
+        return found
+
+
+TIGHT = {"rounding": "tflm_double", "flash_bytes": 100}
+
+
+@pytest.mark.parametrize(
+    ("module", "options", "keep", "said"),
+    [
+        (Normed, {"rounding": "tflm_double"}, (), r"norm \(LayerNormalization\)"),
+        (TinyMLP, {"rounding": "tflm_double"}, ("hidden",), r"hidden \(Gemm\): kept in float on request"),
+        (TinyMLP, {"rounding": "tflm_double", "flahs_bytes": 5}, (), "Did you mean 'flash_bytes'"),
+        (TinyMLP, TIGHT, (), r"does not fit target 'cortex-m4'.*\n.*Layer hidden needs most"),
+    ],
+)
+def test_what_integer_c_cannot_take_is_said_before_the_calibration_data_is_read(
+    module: type[nn.Module], options: dict[str, object], keep: tuple[str, ...], said: str, tmp_path: Path
+) -> None:
+    rows, read = normal(0, 40, 8 if module is Normed else 4), set()
+
+    def sample(i: int) -> dict[str, np.ndarray]:
+        read.add(i)
+        return {"x": rows[i]}
+
+    prepared = pipeline.prepare(
+        accept_module(module().eval()), {"calibration": DataSet(sample, tuple(range(40)))}, None
+    )
+    target = replace(targets.load("cortex-m4"), options=options)
+    with pytest.raises(DeploykitError, match=said):
+        pipeline.export(prepared, [target], [tmp_path / "out"], Settings(keep_float=keep), Gate())
+    assert len(read) <= 4
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_budget_is_not_held_against_a_model_that_steps_may_still_make_smaller(
+    tiny_mlp: TinyMLP, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prepared = pipeline.prepare(accept_module(tiny_mlp), {"calibration": DataSet.of({"x": normal(0, 40, 4)})}, None)
+    settings = Settings(recipe=Recipe((Step("prune", {"sparsity": 0.5}),)))
+    with pytest.raises(DeploykitError, match="does not fit target"):
+        pipeline.export(
+            prepared, [replace(targets.load("cortex-m4"), options=TIGHT)], [tmp_path / "out"], settings, Gate()
+        )
+    assert "running Prune" in capsys.readouterr().err
 
 
 def test_the_plan_lists_passes_by_stage_and_what_they_need(capsys: pytest.CaptureFixture[str]) -> None:

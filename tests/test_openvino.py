@@ -234,19 +234,30 @@ def test_padding_and_limits_stay_right_behind_values_that_are_only_moved(
     assert not compare(hub(made, images()), next(images().batches(8)).inputs, tmp_path, within).islands
 
 
-def test_a_pool_of_any_size_that_cannot_be_written_right_is_refused_with_what_to_do(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("shape", "operator"),
+    [
+        ("3,h,w", "AveragePool<kernel_shape=[3,3], pads=[1,1,1,1], count_include_pad=1>(d)"),
+        ("1,4,4", "Pad(d, p)"),
+    ],
+)
+def test_what_openvino_computes_wrong_and_cannot_be_written_otherwise_is_refused(
+    shape: str, operator: str, tmp_path: Path
+) -> None:
     made = onnx.parser.parse_model(
-        """<ir_version: 10, opset_import: ["" : 20]> test (float[batch,3,h,w] x) => (float[batch,3,h,w] y)
-        <float s = {0.1}, uint8 z = {100}> {
+        f"""<ir_version: 10, opset_import: ["" : 20]> test (float[batch,{shape}] x) => (float[batch,c,h,w] y)
+        <float s = {{0.1}}, uint8 z = {{100}}, int64[8] p = {{0,1,0,0,0,0,0,0}}> {{
             q = QuantizeLinear(x, s, z)
             d = DequantizeLinear(q, s, z)
-            y = AveragePool<kernel_shape=[3,3], pads=[1,1,1,1], count_include_pad=1>(d)
-        }"""
+            y = {operator}
+        }}"""
     )
     for node in made.graph.node:
         node.name = node.output[0]
     model = ir.from_proto(onnx.shape_inference.infer_shapes(made))
-    with pytest.raises(DeploykitError, match=r"AveragePool 'y' wrong in int8.*--keep-float y"):
+    with pytest.raises(
+        DeploykitError, match=rf"{operator.partition('<')[0].partition('(')[0]} 'y' wrong.*--keep-float y"
+    ):
         write(Hub(FloatGraph(model), TARGET.quant, model), tmp_path)
 
 

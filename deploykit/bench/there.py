@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deploykit import exporters, targets
+from deploykit import exporters
 from deploykit.bench.compare import Benchmark, Timing
 from deploykit.bench.drift import Drift
 from deploykit.bench.timing import RUNS, SECONDS, feed
@@ -16,6 +16,7 @@ from deploykit.core.manifest import load_intact
 from deploykit.core.progress import status
 from deploykit.devices import Device
 from deploykit.devices.kinds import kind
+from deploykit.devices.stand_in import fact, other_machine
 from deploykit.devices.work import Asked, Work
 
 if TYPE_CHECKING:
@@ -85,10 +86,9 @@ def lacks(facts: Facts, exporter: str, target: str) -> str:
 
 
 def _wrong_machine(facts: Facts, exporter: str, target: str) -> str:
-    machine = targets.load(target).facts.get("architecture") if target in targets.names() else None
-    if exporter != "tensorrt" or machine is None or machine.value == facts.machine:
+    if exporter != "tensorrt" or not other_machine(facts, target):
         return ""
     return (
-        f"an engine is built for the device that builds it; target '{target}' is {machine.value}, this device is "
-        f"{facts.machine}"
+        f"an engine is built for the device that builds it; target '{target}' is {fact(target, 'architecture')}, this "
+        f"device is {facts.machine}"
     )

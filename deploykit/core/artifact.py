@@ -128,9 +128,6 @@ class Runtime:
     untimed: str = ""
     """Why times taken in it say nothing about the device, e.g. ``"needs TensorRT on the device (run build.sh
     there)"``; empty where they may be taken."""
-    max_mismatch: float = 0.0
-    """Percent of a product's outputs that may be one step off the hub because its kernels round twice by design; the
-    gate's bound where that is higher."""
 
 
 @dataclass(frozen=True, repr=False)

@@ -40,13 +40,14 @@ def answers(
         Lost: the connection ended; run again, finished chunks are not computed again.
     """
     how = kind(work.manifest.exporter)
+    by = f"{how.computed_by(device, facts, work)} on {facts.machine} {facts.cpu}"  # homes may be shared
     folder = work.path("answers")
     done = _listed(device, folder)
     parts: dict[str, list[dict[str, NDArray[Any]]]] = {f.precision: [] for f in work.manifest.files}
     with tempfile.TemporaryDirectory() as here:
         fetched = Path(here) / "outputs"
         for arrays in track(chunks(data), f"answering on {facts.name}"):
-            key = _key(arrays, facts)
+            key = _key(arrays, by)
             tasks = [Task(work, f, f"{folder}/{key}.{f.precision}") for f in work.manifest.files]
             open_tasks = [t for t in tasks if t.outputs.rpartition("/")[2] not in done]
             if open_tasks:
@@ -75,9 +76,9 @@ def _listed(device: Device, folder: str) -> set[str]:
     return set(ran.out.split())
 
 
-def _key(arrays: Arrays, facts: Facts) -> str:
-    """Of the samples and of what will run them: another runtime there may answer otherwise."""
-    digest = hashlib.sha256(repr(sorted(facts.packages.items())).encode())
+def _key(arrays: Arrays, by: str) -> str:
+    """Of the samples and of what computes the answers: another version of it may answer otherwise."""
+    digest = hashlib.sha256(by.encode())
     for name, array in sorted(arrays.items()):
         digest.update(f"{name} {array.dtype} {array.shape}".encode())
         digest.update(np.ascontiguousarray(array).data)

@@ -37,6 +37,12 @@ def read_facts(device: Device) -> Facts:
         )
     if address.python and "python" not in said:
         raise DeploykitError(f"{address.text} has no Python interpreter '{address.python}'")
+    if address.python and "python_version" not in said:
+        words = ran.err.strip().splitlines() or ["it said nothing"]
+        raise DeploykitError(
+            f"{address.text}: '{address.python}' cannot be run there as a Python interpreter: {words[-1]}. "
+            "Name another: --device ADDRESS?python=PATH"
+        )
     clocks = [float(c) / 1e3 for c in said["clock_khz"]]
     return Facts(
         address=address.text,

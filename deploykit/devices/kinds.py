@@ -6,6 +6,7 @@ Every such module has the same functions:
 * ``mute(facts, exporter) -> str``: why the files cannot answer samples there; empty: they can.
 * ``send(device, facts, folder, manifest) -> Work`` copies the artifact.
 * ``measure(device, facts, works, asked, feeds) -> Found`` times all files of all the artifacts in turns.
+* ``computed_by(device, facts, work) -> str``: what computes the answers there, with its version.
 * ``answer(device, facts, tasks, arrays, key, threads)`` runs a chunk of samples and leaves every task's outputs in its
   file there, whole or not at all; ``read(path, work) -> arrays`` reads such a file, once fetched.
 """
@@ -60,6 +61,10 @@ class Kind(Protocol):
         self, device: Device, facts: Facts, works: Sequence[Work], asked: Asked, feeds: Sequence[Arrays]
     ) -> Found:
         """Times the files."""
+        ...
+
+    def computed_by(self, device: Device, facts: Facts, work: Work) -> str:
+        """What computes the answers there, with its version."""
         ...
 
     def answer(

@@ -148,8 +148,13 @@ def _said(words: str) -> str:
 
 
 def _shell(command: str) -> str:
-    """The command for whichever shell the user has there: they all read this."""
-    return f"exec sh -c {shlex.quote(command)}"
+    """The command as a line that sh, csh and fish read alike, whichever the user logs in with.
+
+    Between single quotes csh still takes ``!`` for history and refuses a new line, fish still reads backslashes: these
+    travel as octal numbers, and sh makes the command of them.
+    """
+    plain = (chr(b) if 32 <= b < 127 and chr(b) not in "'\\!" else f"\\0{b:03o}" for b in command.encode())
+    return f"""exec sh -c 'eval "$(printf %b "$1")"' sh '{"".join(plain)}'"""
 
 
 def receive(destination: str, size: int) -> str:

@@ -19,8 +19,9 @@ from deploykit.core.device import Facts
 from deploykit.core.errors import DeploykitError
 from deploykit.core.manifest import Manifest
 from deploykit.devices.device import Device
-from deploykit.devices.work import Asked, Found, Work, put, timed
+from deploykit.devices.work import SAMPLES, Asked, Found, Work, put, timed
 from deploykit.devices.work import send as send_files
+from deploykit.exporters.c99.golden import described, to_integers, to_reals
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -34,13 +35,14 @@ BURSTS = 10
 BUILD = """
 set -e
 command -v cc > /dev/null 2>&1 && c=cc || c=gcc; command -v $c > /dev/null 2>&1 || c=clang
-$c --version | head -n 1
-[ -x harness ] && exit 0
-d=.build.$$.part; mkdir $d; trap 'rm -rf $d' EXIT
+v=$($c --version | head -n 1); echo "$v"
+by="$v for $(uname -m)"
+[ -x harness ] && [ "$(cat harness.by 2> /dev/null)" = "$by" ] && exit 0
+d=.build.$$.part; rm -rf $d; mkdir $d; trap 'rm -rf $d' EXIT
 for f in model dk_kernels; do $c -std=c99 -O3 -ffreestanding -c -o $d/$f.o $f.c; done
 for f in selftest harness; do $c -std=c99 -O2 -I. -o $d/$f $f.c $d/model.o $d/dk_kernels.o; done
 $d/selftest
-mv $d/harness harness
+rm -f harness.by; mv $d/harness harness; echo "$by" > harness.by
 """
 
 
@@ -86,10 +88,15 @@ def measure(
         if len(mine) != BURSTS * calls:
             raise DeploykitError(f"{facts.address}: {work.local} answered {len(mine)} of {BURSTS * calls} timed calls")
         elapsed, worked = zip(*mine, strict=True)
-        runtime = f"compiled there by {compiler}, -O3"
+        runtime = f"compiled there by {compiler} -O3"
         (file,) = work.manifest.files
         found.append((timed(work, file, facts, runtime, asked, elapsed, worked),))
     return Found(tuple(found))
+
+
+def computed_by(device: Device, facts: Facts, work: Work) -> str:
+    """The compiler, which has compiled the harness by then."""
+    return _built(device, facts, work)
 
 
 def answer(device: Device, facts: Facts, tasks: Sequence[Task], arrays: Arrays, key: str, threads: int) -> None:
@@ -99,8 +106,8 @@ def answer(device: Device, facts: Facts, tasks: Sequence[Task], arrays: Arrays, 
     _built(device, facts, work)
     about = _about(work.local)
     count = len(next(iter(arrays.values())))
-    stored = [_integers(port, arrays[port["name"]]) for port in about["inputs"]]
-    inputs = work.path(f"{key}.raw")
+    stored = [to_integers(described(port), arrays[port["name"]]) for port in about["inputs"]]
+    inputs = work.path(f"{key}.{SAMPLES}")
     put(device, np.concatenate([s.reshape(count, -1) for s in stored], axis=1).tobytes(), inputs)
     spots = [[f"{p['offset']}:{int(np.prod(p['shape']))}" for p in about[side]] for side in ("inputs", "outputs")]
     words = " ".join([str(count), *spots[0], "--", *spots[1]])
@@ -118,7 +125,7 @@ def read(path: Path, work: Work) -> dict[str, NDArray[Any]]:
     sizes = [int(np.prod(port["shape"])) for port in about["outputs"]]
     stored = np.frombuffer(path.read_bytes(), np.int8).reshape(-1, sum(sizes))
     parts = np.split(stored, np.cumsum(sizes)[:-1], axis=1)
-    return {port["name"]: _reals(port, part) for port, part in zip(about["outputs"], parts, strict=True)}
+    return {port["name"]: to_reals(described(port), part) for port, part in zip(about["outputs"], parts, strict=True)}
 
 
 @cache
@@ -127,27 +134,8 @@ def _about(folder: Path) -> Any:
     return json.loads((folder / ABOUT).read_text(encoding="utf-8"))
 
 
-def _integers(port: Mapping[str, Any], samples: NDArray[Any]) -> NDArray[np.int8]:
-    """Real samples ``[n, ...]`` as stored: ``integer = round(real / scale) + zero point``, axes in the C's order."""
-    shape = port["shape"]
-    arranged = np.asarray(samples).reshape(len(samples), *shape).transpose(0, *(a + 1 for a in port["order"]))
-    if arranged.dtype.kind in "ui":
-        return np.ascontiguousarray(arranged.astype(port["dtype"])).view(np.int8)
-    steps = np.rint(arranged / np.float32(port["scale"])) + port["zero_point"]
-    integers: NDArray[np.int8] = np.clip(steps, -128, 127).astype(np.int8)
-    return integers
-
-
-def _reals(port: Mapping[str, Any], stored: NDArray[np.int8]) -> NDArray[np.float32]:
-    shape, order = port["shape"], port["order"]
-    real = (stored.astype(np.int32) - port["zero_point"]).astype(np.float32) * np.float32(port["scale"])
-    arranged = real.reshape(len(real), *(shape[a] for a in order))
-    restored: NDArray[np.float32] = arranged.transpose(0, *(int(a) + 1 for a in np.argsort(order)))
-    return restored.reshape(len(real), *(shape[1:] if port["batched"] else shape))
-
-
 def _built(device: Device, facts: Facts, work: Work) -> str:
-    """Compiles once, runs the self-test, returns what the compiler calls itself."""
+    """Compiles once per compiler, runs the self-test, returns what the compiler calls itself."""
     return _checked(device, facts, f"cd {shlex.quote(work.remote)}\n{BUILD}").splitlines()[0]
 
 

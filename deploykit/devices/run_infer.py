@@ -19,7 +19,7 @@ from deploykit.core.device import Facts
 from deploykit.core.errors import DeploykitError
 from deploykit.core.manifest import Manifest
 from deploykit.devices.device import Device
-from deploykit.devices.work import Asked, Found, Timed, Window, Work, keep, put, timed
+from deploykit.devices.work import SAMPLES, Asked, Found, Timed, Window, Work, keep, put, timed
 from deploykit.devices.work import send as send_files
 
 if TYPE_CHECKING:
@@ -94,10 +94,15 @@ def measure(
     return Found(tuple(found), windows)
 
 
+def computed_by(device: Device, facts: Facts, work: Work) -> str:
+    """The interpreter and its packages."""
+    return f"Python {facts.python_version}, {sorted(facts.packages.items())}"
+
+
 def answer(device: Device, facts: Facts, tasks: Sequence[Task], arrays: Arrays, key: str, threads: int) -> None:
     """Copies the samples there, runs them through every file, removes them."""
     work = tasks[0].work
-    inputs = work.path(f"{key}.inputs.npz")
+    inputs = work.path(f"{key}.{SAMPLES}.npz")
     put(device, packed(arrays), inputs)
     files = [{"folder": t.work.remote, "path": t.file.path, "outputs": t.outputs} for t in tasks]
     _run(device, facts, work, {"do": "answer", "files": files, "inputs": inputs, "threads": threads}, inputs)

@@ -20,7 +20,7 @@ from deploykit.core.errors import DeploykitError
 from deploykit.core.manifest import Manifest
 from deploykit.core.progress import say
 from deploykit.devices.device import Device, Lost
-from deploykit.devices.work import Asked, Found, Timed, Work, put, timed
+from deploykit.devices.work import SAMPLES, Asked, Found, Timed, Work, put, timed
 from deploykit.devices.work import send as send_files
 
 if TYPE_CHECKING:
@@ -29,6 +29,11 @@ if TYPE_CHECKING:
     from deploykit.devices.kinds import Arrays, Task
 
 SCRIPT = "engine.py"
+VERSION = """
+import subprocess, sys, build
+banner = subprocess.run([sys.argv[1], "--help"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT).stdout
+print(build.dotted(build.tensorrt_version(banner.decode("utf-8", "replace"))))
+"""
 WARM_UP_MS = 500.0
 """build.py's; calls that started earlier do not count."""
 
@@ -65,14 +70,19 @@ def measure(
     return Found(tuple(tuple(_timed(device, facts, w, asked, _build(device, facts, w, asked.runs))) for w in works))
 
 
+def computed_by(device: Device, facts: Facts, work: Work) -> str:
+    """TensorRT, whose engines are built by then or by the first answer."""
+    return f"TensorRT {_version(device, facts, work)}"
+
+
 def answer(device: Device, facts: Facts, tasks: Sequence[Task], arrays: Arrays, key: str, threads: int) -> None:
     """Copies the samples there, runs them through the engines, removes them."""
     work = tasks[0].work
-    built = _built(device, work) or _build(device, facts, work, Asked().runs)
+    built = _built(device, facts, work) or _build(device, facts, work, Asked().runs)
     raw = {}
     for number, spec in enumerate(work.manifest.inputs):
         array = np.ascontiguousarray(arrays[spec.name], spec.dtype)
-        raw[spec.name] = work.path(f"{key}.input{number}.raw")
+        raw[spec.name] = work.path(f"{key}.{SAMPLES}{number}")
         put(device, array.astype(array.dtype.newbyteorder("<")).tobytes(), raw[spec.name])
     try:
         for task in tasks:
@@ -105,21 +115,27 @@ def read(path: Path, work: Work) -> dict[str, NDArray[Any]]:
 def _build(device: Device, facts: Facts, work: Work, runs: int) -> dict[str, Any]:
     say(f"building engines on {facts.name}; this takes minutes")
     _python(device, facts, work, "build.py", "--runs", str(runs), "--trtexec", facts.tools["trtexec"])
-    built = _built(device, work)
+    built = _built(device, facts, work)
     assert built is not None
     say(f"the fastest engine is {work.path('model.engine')} on {facts.name}")
     return built
 
 
-def _built(device: Device, work: Work) -> dict[str, Any] | None:
-    """``engine.json``, which build.py writes last."""
+def _built(device: Device, facts: Facts, work: Work) -> dict[str, Any] | None:
+    """``engine.json``, which build.py writes last; None: there is none by the TensorRT that is there now."""
     ran = device.run(f"cat {shlex.quote(work.path('engine.json'))}")
     found: dict[str, Any] | None = None if ran.code else json.loads(ran.out)
-    return found
+    return found if found and found["tensorrt"] == _version(device, facts, work) else None
+
+
+def _version(device: Device, facts: Facts, work: Work) -> str:
+    """Of the TensorRT that is there now, as build.py reads it."""
+    return _python(device, facts, work, "-c", VERSION, facts.tools["trtexec"]).strip()
 
 
 def _timed(device: Device, facts: Facts, work: Work, asked: Asked, built: dict[str, Any]) -> list[Timed]:
     found = []
+    capability = _capability(device, work)
     for file in work.manifest.files:
         best = _best(built, file)
         if best is None:
@@ -129,8 +145,15 @@ def _timed(device: Device, facts: Facts, work: Work, asked: Asked, built: dict[s
             continue
         times = _times(device, work.path(f"build/{best['variant']}.times.json"))
         runtime = f"TensorRT {built['tensorrt']}, engine {best['variant']}, GPU time"
-        found.append(timed(work, file, facts, runtime, asked, times))
+        found.append(timed(work, file, facts, runtime, asked, times, capability=capability))
     return found
+
+
+def _capability(device: Device, work: Work) -> str:
+    """Compute capability of the GPU that was timed, as trtexec logs it; empty where it does not."""
+    ran = device.run(f"cat {shlex.quote(work.path('build'))}/*.time.log")
+    found = re.search(r"Compute Capability: ([\d.]+)", ran.out)
+    return found[1] if found else ""
 
 
 def _times(device: Device, path: str) -> list[float]:
@@ -161,9 +184,10 @@ def _why(built: dict[str, Any], file: File) -> str:
     return "; ".join(r["trouble"] for r in _of(built, file)) or "this TensorRT cannot build it"
 
 
-def _python(device: Device, facts: Facts, work: Work, script: str, *arguments: str) -> None:
+def _python(device: Device, facts: Facts, work: Work, script: str, *arguments: str) -> str:
     words = " ".join(map(shlex.quote, [facts.python, script, *arguments]))
     ran = device.run(f"cd {shlex.quote(work.remote)} && exec {words}")
     if ran.code:
         said = ran.err.strip().splitlines() or ran.out.strip().splitlines()
         raise DeploykitError(f"{facts.address}: {said[-1] if said else f'{script} ended with code {ran.code}'}")
+    return ran.out

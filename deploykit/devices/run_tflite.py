@@ -17,6 +17,7 @@ from deploykit.core.errors import DeploykitError
 from deploykit.devices import run_infer
 from deploykit.devices.device import Device
 from deploykit.devices.run_infer import answer as answer
+from deploykit.devices.run_infer import computed_by as computed_by
 from deploykit.devices.run_infer import read as read
 from deploykit.devices.run_infer import send as send
 from deploykit.devices.work import Asked, Found, Timed, Work, where
@@ -80,7 +81,7 @@ def _timed(device: Device, facts: Facts, work: Work, file: File, asked: Asked) -
     if ran.code or found is None:
         said = (ran.err or ran.out).strip().splitlines()
         raise DeploykitError(f"{facts.address}: {TOOL} failed on {file.path}: {said[-1] if said else ran.code}")
-    place = where(facts, TOOL)
+    place = where(work, facts, TOOL)
     place += "" if found.p50_ms is not None else f", which tells only the mean: {found.mean_ms:.3g} ms"
     measurement = Measurement(
         file.precision, 1, asked.threads, found.runs, found.p50_ms, None, None, 1000.0 / found.mean_ms, None,

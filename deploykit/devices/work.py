@@ -18,9 +18,15 @@ from deploykit.core.errors import DeploykitError
 from deploykit.core.manifest import Manifest
 from deploykit.core.progress import track
 from deploykit.devices.device import Device
+from deploykit.devices.stand_in import stand_in
 
 ROOM = 1.1
 """Files need a little more than their bytes on a disk."""
+SAMPLES = "samples"
+"""Samples that are removed once they are answered are named ``KEY.samples...``."""
+SWEEP = f"find . '(' -name '*.part' -o -name '*.{SAMPLES}*' ')' -mtime +0 -prune -exec rm -rf {{}} + 2> /dev/null"
+"""Removes what a run that was killed could not: nothing is written for a day. The process ids in the names do not tell,
+some are of another machine."""
 
 
 @dataclass(frozen=True)
@@ -88,20 +94,24 @@ def timed(
     ms: Iterable[float],
     cpu: Iterable[float] = (),
     peak_mb: float | None = None,
+    capability: str = "",
 ) -> Timed:
     """A file's calls as a measurement."""
     times, cpu_times = np.asarray(list(ms), np.float64), list(cpu)
     p50, p90, p99 = (float(v) for v in np.percentile(times, [50, 90, 99]))
     measurement = Measurement(
         file.precision, 1, asked.threads, len(times), p50, p90, p99, 1000.0 * len(times) / float(times.sum()), peak_mb,
-        file.size(work.local), where(facts, runtime), float(np.median(cpu_times)) if cpu_times else None,
+        file.size(work.local), where(work, facts, runtime, capability),
+        float(np.median(cpu_times)) if cpu_times else None,
     )  # fmt: skip
     return Timed(measurement, times)
 
 
-def where(facts: Facts, runtime: str) -> str:
-    """The device and what ran the file there."""
-    return f"{facts.text}, {runtime}"
+def where(work: Work, facts: Facts, runtime: str, capability: str = "") -> str:
+    """The device and what ran the file there. One that is not the target's is marked as times of this machine are."""
+    why = stand_in(facts, work.manifest.exporter, work.manifest.target, capability)
+    mark = f" ({why}), not the device" if why else ""
+    return f"{facts.name}{mark}{facts.text.removeprefix(facts.name)}, {runtime}"
 
 
 def send(
@@ -144,9 +154,11 @@ def send(
 
 
 def _sizes(device: Device, work: Work, folders: Iterable[str]) -> dict[str, int]:
-    """Makes the folders and says which files are in them already."""
+    """Makes the folders, removes old leftovers and says which files are there already."""
     names = " ".join(map(shlex.quote, folders))
-    script = f"mkdir -p {names} && cd {shlex.quote(work.remote)} && find . -type f -exec wc -c {{}} \\;"
+    script = (
+        f"mkdir -p {names} && cd {shlex.quote(work.remote)} || exit 1\n{SWEEP}\nfind . -type f -exec wc -c {{}} \\;"
+    )
     ran = device.run(script)
     if ran.code:
         raise DeploykitError(f"{device.address.text}: {ran.err.strip()}")

@@ -63,11 +63,14 @@ ROLES: dict[str, Role] = {
     "Clip": "activation",
 }
 
+PRODUCTS = tuple(operator for operator, its_role in ROLES.items() if its_role == "linear")
+"""Convolutions and matrix products: what a network spends its time on, so what has to be integer."""
+
 FIXED_OUTPUT = {"Softmax": (0.0, 1.0), "Sigmoid": (0.0, 1.0), "HardSigmoid": (0.0, 1.0), "Tanh": (-1.0, 1.0)}
 """Operators whose output range is known without data. Integer kernels want it in exactly 2^bits steps, the largest of
 which falls one step short of 1."""
 
-FUSES_ACTIVATION = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul", "Add", "Sub", "Mul"})
+FUSES_ACTIVATION = frozenset({*PRODUCTS, "Add", "Sub", "Mul"})
 """Operators that integer kernels run together with a Relu or Clip that follows."""
 
 WHY_FLOAT = {

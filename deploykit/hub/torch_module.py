@@ -18,11 +18,12 @@ from torch import Tensor, nn
 
 from deploykit.core.errors import DeploykitError
 from deploykit.hub.graph import Hub
+from deploykit.hub.operators import PRODUCTS
 from deploykit.hub.quantize import round_bias
 from deploykit.hub.torch_operators import MEANING, Attributes
 
 STORED = {"int8": (-128, 127), "uint8": (0, 255)}
-PARAMETER_READERS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul", "LayerNormalization", "Add", "Mul"})
+PARAMETER_READERS = frozenset({*PRODUCTS, "LayerNormalization", "Add", "Mul"})
 
 
 def round_through(x: Tensor) -> Tensor:
@@ -154,7 +155,7 @@ def _integer_weights(
         held = [name for name in inputs if name in dequantizers]
         if op == "Add":  # the bias of a MatMul
             held = [name for name in held if arrays[dequantizers[name][1][0]].dtype == np.int32]
-        elif op in ("Conv", "ConvTranspose", "Gemm", "MatMul"):
+        elif op in PRODUCTS:
             held = [name for name in held if name != inputs[0]]
         else:
             continue

@@ -19,6 +19,7 @@ from deploykit.pipeline.prepared import Prepared, prepare
 from deploykit.pipeline.road import Road
 from deploykit.pipeline.steps import calibrate, compress, float_graph, insist
 from deploykit.planning import plan, precisions
+from deploykit.report.advice import mend
 from deploykit.trainer import require_accelerate
 from deploykit.trial import Exam
 
@@ -85,6 +86,7 @@ def export(
         manifests = trial.finish(device, folders, road.fed.example, road.judge.exam(), settings, gate)
     artifacts = []
     failed: list[str] = []
+    mends: dict[str, None] = {}
     for target, folder, manifest in zip(chosen, folders, manifests, strict=True):
         exporter = exporters.load(target.exporter)
         artifacts.append(
@@ -92,19 +94,15 @@ def export(
                 folder, target.name, target.exporter, manifest.files, manifest.inputs, manifest.outputs, exporter.load
             )
         )
-        failed += [
-            f"{folder}: {c.name} {c.value:.4g}, bound {c.bound:.4g} ({c.precision}; {c.detail})"
-            for c in manifest.checks
-            if c.passed is False and c.value is not None and c.bound is not None
-        ]
-        if not manifest.passed and manifest.operators:
+        missed = [c for c in manifest.checks if c.passed is False and c.value is not None and c.bound is not None]
+        failed += [f"{folder}: {c.name} {c.value:.4g}, bound {c.bound:.4g} ({c.precision}; {c.detail})" for c in missed]
+        mends |= dict.fromkeys(text for c in missed if (text := mend(c, manifest)))
+        if manifest.operators and any("int8" in c.precision for c in missed):
             worst = ", ".join(f"{o.layer} ({o.operator}, {o.sqnr_db:.1f} dB)" for o in manifest.operators[:3])
             failed.append(f"{folder}: layers that lose most in int8: {worst}")
     if failed:
-        raise GateFailed(
-            "the files were written but failed their checks:\n  " + "\n  ".join(failed)
-            + "\nTry --thresholds mse, more calibration data, the step qat, or --keep-float NAME for a bad layer."
-        )  # fmt: skip
+        listed = "\n  ".join(["the files were written but failed their checks:", *failed])
+        raise GateFailed("\n".join([listed, *mends]))
     return artifacts
 
 

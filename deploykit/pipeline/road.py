@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -73,7 +72,8 @@ class Road:
         with self._phase("lower"), status("lowering to ONNX"):
             self.reference = steps.float_graph(model, self.prepared.example)
             self.judge = Judge(self.reference, self.prepared, self.fed, self.settings, self.gate, self.metric)
-            self._rehearse(chosen)
+        with self._phase("rehearse"):
+            self._rehearse(chosen, final=not model_steps)
         original = model.onnx or (model.program.module() if model.program is not None else module)
         assert original is not None
         self.lowering_check = (check_lowering(self.reference, original, self.prepared.example),)
@@ -106,25 +106,35 @@ class Road:
             with self._phase("calibrate"):
                 self.ranges = steps.calibrate(self.graph, self.prepared.data["calibration"], self.settings.thresholds)
 
-    def _rehearse(self, chosen: Sequence[Target]) -> None:
-        """Writes the float files of the original model and throws them away: operators, operator sets and options that
-        an exporter cannot serve are refused before anything is trained or calibrated."""
+    def _rehearse(self, chosen: Sequence[Target], final: bool) -> None:
+        """Exports the original model and throws the files away: operators, operator sets, options and budgets that an
+        exporter cannot serve are refused before anything is trained or calibrated.
+
+        Float files show it, where a target takes some. ``final``: no step will make the model smaller.
+        """
         from deploykit.hub.graph import Hub
 
         problems: dict[str, None] = {}  # of all the targets, so that one look is enough
         for target in chosen:
-            floats = [p for p in self.settings.precisions or target.precisions if "int8" not in p]
-            floats = floats or [p for p in target.precisions if p == "fp32"]
-            if not floats:
-                continue
+            asked = self.settings.precisions or target.precisions
+            floats = [p for p in asked if "int8" not in p] or [p for p in target.precisions if p == "fp32"]
             try:
-                hub, _, _ = self._take_pixels(Hub(self.reference, target.quant), target)
-                with tempfile.TemporaryDirectory() as folder:
-                    exporters.load(target.exporter).export(hub, target, Path(folder), floats)
+                hub = Hub(self.reference, target.quant) if floats else self._stand_in(target)
+                hub, _ = self._take_pixels(hub, target)
+                exporters.rehearse(exporters.load(target.exporter), hub, target, floats or asked, final)
             except DeploykitError as error:
                 problems[str(error)] = None
         if problems:
             raise DeploykitError("\n".join(problems))
+
+    def _stand_in(self, target: Target) -> Hub:
+        """The original model in integers, by the ranges of two samples: what an exporter refuses hardly depends on
+        scales, and a real sample gives scales that fit each other."""
+        from deploykit.hub.quantize import quantize
+
+        data = self.prepared.data.get("calibration") or self.prepared.judged
+        ranges = steps.calibrate(self.reference, data.spread(2))
+        return quantize(self.reference, ranges, target.quant, keep_float=self.settings.keep_float)
 
     def write(self, target: Target, folder: Path, request: Request) -> Manifest:
         """Everything for one target, into an empty folder."""
@@ -136,7 +146,8 @@ class Road:
         exporter = exporters.load(target.exporter)
         chosen, notes = precisions(target, self.settings.precisions, self.ranges is not None)
         hub, hub_steps = self._hub(target, any("int8" in p for p in chosen))
-        hub, border, why = self._take_pixels(hub, target)
+        hub, why = self._take_pixels(hub, target)
+        border = () if hub.quantized is None or why else self._border(hub, target)
         source = self.fed.data.get("calibration")
         samples = next(source.batches(GOLDEN)).inputs if source is not None else {}
         with self._phase(f"write {target.name}"):
@@ -218,22 +229,32 @@ class Road:
             self.hubs[target.quant, done] = hub
         return self.hubs[target.quant, done], done
 
-    def _take_pixels(self, hub: Hub, target: Target) -> tuple[Hub, tuple[Check, ...], tuple[str, ...]]:
-        """The hub as the files are written from it, what folding costs, and what the user should know."""
-        from deploykit.check import check_border
-        from deploykit.hub.pixels import folded_floats, take_pixels
+    def _take_pixels(self, hub: Hub, target: Target) -> tuple[Hub, tuple[str, ...]]:
+        """The hub as the files are written from it, and what the user should know."""
+        from deploykit.hub.pixels import take_pixels
 
         if not self.settings.uint8_input:
-            return hub, (), ()
-        p, data = self.prepared.preprocess, self.fed.evaluation or self.fed.data["calibration"]
-        assert p is not None
-        images = [name for name, array in self.fed.example.items() if array.dtype == np.uint8 and array.ndim == 4]
-        fed, notes = take_pixels(hub, p, images, fold=target.pixels == "folded")
-        if hub.quantized is None or target.pixels != "folded" or notes:
-            return fed, (), notes
-        folded = folded_floats(self.graph, p, images)
+            return hub, ()
+        assert self.prepared.preprocess is not None
+        return take_pixels(hub, self.prepared.preprocess, self._images, fold=target.pixels == "folded")
+
+    def _border(self, fed: Hub, target: Target) -> tuple[Check, ...]:
+        """What folding the preprocessing of pixels costs, where it was folded."""
+        from deploykit.check import check_border
+        from deploykit.hub.pixels import folded_floats
+
+        if not self.settings.uint8_input or target.pixels != "folded":
+            return ()
+        data = self.fed.evaluation or self.fed.data["calibration"]
+        assert self.prepared.preprocess is not None
+        folded = folded_floats(self.graph, self.prepared.preprocess, self._images)
         assert folded is not None
-        return fed, (check_border(fed.graph, folded, data.spread(HUB_SAMPLES)),), notes
+        return (check_border(fed.graph, folded, data.spread(HUB_SAMPLES)),)
+
+    @property
+    def _images(self) -> list[str]:
+        """The inputs that take pixels."""
+        return [name for name, array in self.fed.example.items() if array.dtype == np.uint8 and array.ndim == 4]
 
     def _run(self, step: Pass, subject: Any, context: Context) -> Any:
         say(f"running {step!r}")

@@ -23,10 +23,16 @@ STRETCHED = 3.0
 SATURATED = 5.0
 """Percent of the samples whose two best classes may be equal."""
 
+LOSSY = "Try --thresholds mse, more calibration samples or the step qat{worst}."
+IN_FLOATS = (
+    "Nothing in this file is quantized: ask the steps of the recipe, where there are some, for less; or take another "
+    "precision, or another version of the runtime."
+)
+
 CHECKS = {
-    "lost accuracy": "Try --thresholds mse, more calibration samples or the step qat; {worst}.",
-    "agrees with the original": "Try --thresholds mse, more calibration samples or the step qat; {worst}.",
-    "signal to noise": "Try --thresholds mse, more calibration samples or the step qat; {worst}.",
+    "lost accuracy": LOSSY,
+    "agrees with the original": LOSSY,
+    "signal to noise": LOSSY,
     "operators:": "The runtime computes this operator differently: keep it in float (--keep-float NAME), or take "
     "another version of the runtime.",
     "file agrees with the hub": "The runtime computes something else than was quantized: look at the operators below.",
@@ -76,8 +82,15 @@ def advice(manifest: Manifest, ranges: Ranges | None) -> tuple[Advice, ...]:
 def _failed(manifest: Manifest) -> Iterator[Advice]:
     for check in manifest.checks:
         if check.passed is False:
-            mend = next((m for start, m in CHECKS.items() if check.name.startswith(start)), "")
-            yield Advice("failed", outcome(check), mend.format(worst=_keep_worst(manifest)))
+            yield Advice("failed", outcome(check), mend(check, manifest))
+
+
+def mend(check: Check, manifest: Manifest) -> str:
+    """What to do about a check of an artifact that failed; empty: nothing is known."""
+    found = next((m for start, m in CHECKS.items() if check.name.startswith(start)), "")
+    if found is LOSSY and "int8" not in check.precision:
+        return IN_FLOATS
+    return found.format(worst=_keep_worst(manifest))
 
 
 def outcome(check: Check) -> str:
@@ -89,10 +102,12 @@ def outcome(check: Check) -> str:
 
 
 def _keep_worst(manifest: Manifest) -> str:
+    if manifest.exporter == "c99":  # nothing may stay in float there
+        return ""
     names = [o.layer for o in manifest.operators[:2]]
     if not names:
-        return "or keep a layer in float (--keep-float NAME)"
-    return "or keep the worst layers in float: " + " ".join(f"--keep-float {name}" for name in names)
+        return "; or keep a layer in float (--keep-float NAME)"
+    return "; or keep the worst layers in float: " + " ".join(f"--keep-float {name}" for name in names)
 
 
 def _data(manifest: Manifest) -> Iterator[Advice]:
@@ -128,17 +143,18 @@ def _numbers(manifest: Manifest, ranges: Ranges | None) -> Iterator[Advice]:
 
 def _times(manifest: Manifest) -> Iterator[Advice]:
     untimed: dict[str, list[str]] = {}
-    elsewhere = []
+    elsewhere: dict[str, list[str]] = {}
     for row in rows(manifest):
         if row.measurement is not None and row.measurement.p50_ms is None:
             untimed.setdefault(row.measurement.where, []).append(row.precision)
         elif row.measurement is not None and NOT_THE_DEVICE in row.measurement.where:
-            elsewhere.append(row.precision)
+            place = row.measurement.where.partition(":")[0]
+            elsewhere.setdefault(place, []).append(row.precision)
     there = "Where Linux or Android runs there: deploykit benchmark FOLDER --device ssh://user@host (or adb://SERIAL)."
     for where, names in untimed.items():
         yield Advice("warning", f"{_listed(names)} not timed: {where}.", there)
-    if elsewhere:
-        what = f"{_listed(elsewhere)} timed on this machine, not on {manifest.target}."
+    for place, names in elsewhere.items():
+        what = f"{_listed(names)} timed on {place.removesuffix(NOT_THE_DEVICE)}, not on {manifest.target}."
         yield Advice("warning", what, there)
 
 

@@ -20,8 +20,7 @@ import numpy as np
 from deploykit.core.artifact import Arrays, Runner
 from deploykit.core.errors import DeploykitError
 from deploykit.exporters.c99.emit import ABOUT, FORMAT, SOURCE
-from deploykit.exporters.c99.golden import to_integers, to_reals
-from deploykit.exporters.c99.program import Port, Quant, Tensor
+from deploykit.exporters.c99.golden import described, to_integers, to_reals
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -64,8 +63,8 @@ class Compiled:
             DeploykitError: no such file, no compiler, or it does not compile.
         """
         about = _about(path)
-        self.inputs = [(_port(p), int(p["offset"])) for p in about["inputs"]]
-        self.outputs = [(_port(p), int(p["offset"])) for p in about["outputs"]]
+        self.inputs = [(described(p), int(p["offset"])) for p in about["inputs"]]
+        self.outputs = [(described(p), int(p["offset"])) for p in about["outputs"]]
         self.arena = np.zeros(int(about["arena_bytes"]), np.int8)
         self._run = ctypes.CDLL(str(_library(path.parent))).model_run
         self._run.argtypes, self._run.restype = [ctypes.c_void_p], None
@@ -116,14 +115,6 @@ def _about(path: Path) -> Any:
     except (OSError, ValueError, AttributeError):
         pass
     raise DeploykitError(f"{path.parent} does not hold {SOURCE} and {ABOUT} as the c99 exporter writes them")
-
-
-def _port(described: dict[str, Any]) -> Port:
-    shape, order = tuple(described["shape"]), tuple(described["order"])
-    unsigned = described["dtype"] == "uint8"
-    quant = Quant(described["scale"], described["zero_point"] - 128 * unsigned)
-    tensor = Tensor(described["name"], tuple(shape[a] for a in order), quant)
-    return Port(described["name"], tensor, shape, order, described["batched"], unsigned)
 
 
 def _library(folder: Path) -> Path:

@@ -53,7 +53,7 @@ def add(subtract: bool) -> Callable[[Operation], View[Tensor]]:
         low, high = op.clamp
         op.emit(
             program.Add(
-                op.name, a, b, y, a_shape, b_shape, y_shape, lift, a_rescale, b_rescale, y_rescale, int(half[0]),
+                op.layer, a, b, y, a_shape, b_shape, y_shape, lift, a_rescale, b_rescale, y_rescale, int(half[0]),
                 subtract, low, high,
             )
         )  # fmt: skip
@@ -68,7 +68,7 @@ def multiply(op: Operation) -> View[Tensor]:
     rescale, half = op.rescaling(a.quant.scale * b.quant.scale / op.quant.scale)
     require_room(SPAN**2 + int(half[0]), rescale)
     low, high = op.clamp
-    op.emit(program.Multiply(op.name, a, b, y, a_shape, b_shape, y_shape, rescale, int(half[0]), low, high))
+    op.emit(program.Multiply(op.layer, a, b, y, a_shape, b_shape, y_shape, rescale, int(half[0]), low, high))
     return view
 
 
@@ -102,7 +102,7 @@ def max_pool(op: Operation) -> View[Tensor]:
     y, view = op.result(op.output_shape(), order)
     op.emit(
         program.MaxPool(
-            op.name, op.read(0, order), y, image(op.shape(0)), image(op.output_shape()), pair(op, "kernel_shape"),
+            op.layer, op.read(0, order), y, image(op.shape(0)), image(op.output_shape()), pair(op, "kernel_shape"),
             pair(op, "strides"), pair(op, "dilations"), pads(op)[:2],
         )
     )  # fmt: skip
@@ -121,7 +121,7 @@ def average_pool(op: Operation) -> View[Tensor]:
     y, view = op.result(op.output_shape(), order)
     op.emit(
         program.AveragePool(
-            op.name, op.read(0, order), y, image(op.shape(0)), image(op.output_shape()), pair(op, "kernel_shape"),
+            op.layer, op.read(0, order), y, image(op.shape(0)), image(op.output_shape()), pair(op, "kernel_shape"),
             pair(op, "strides"), pads(op), bool(op.attribute("count_include_pad", 0)),
         )
     )  # fmt: skip
@@ -144,7 +144,7 @@ def mean(op: Operation) -> View[Tensor]:
     y, view = op.result(kept, order)
     offset = int(folded_half(rescale, op.builder.rounding)[0])
     require_room(SPAN * sizes[1] + offset, rescale)
-    op.emit(program.Mean(op.name, x, y, sizes, rescale, offset))
+    op.emit(program.Mean(op.layer, x, y, sizes, rescale, offset))
     found = layout.reshape(view, op.output_shape())
     assert found is not None
     return found
@@ -164,7 +164,7 @@ def softmax(op: Operation) -> View[Tensor]:
         )
     exponentials = np.rint(np.exp(-np.arange(256) * x.quant.scale) * 2**bits).astype(np.uint32)
     y, view = op.result(op.shape(0), order)
-    op.emit(program.Softmax(op.name, x, y, sizes, exponentials, int(one)))
+    op.emit(program.Softmax(op.layer, x, y, sizes, exponentials, int(one)))
     return view
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from deploykit.exporters.c99.execute import execute
 from deploykit.exporters.c99.memory import Plan
 from deploykit.exporters.c99.names import comment
-from deploykit.exporters.c99.program import Port, Program
+from deploykit.exporters.c99.program import Port, Program, Quant, Tensor
 from deploykit.exporters.c99.spell import declaration
 
 if TYPE_CHECKING:
@@ -50,13 +50,21 @@ def golden(program: Program, samples: Mapping[str, NDArray[Any]]) -> Golden:
     return Golden(inputs, execute(program, inputs))
 
 
+def described(port: Mapping[str, Any]) -> Port:
+    """A port as ``model.json`` describes it."""
+    shape, order, unsigned = tuple(port["shape"]), tuple(port["order"]), port["dtype"] == "uint8"
+    quant = Quant(port["scale"], port["zero_point"] - 128 * unsigned)
+    tensor = Tensor(port["name"], tuple(shape[a] for a in order), quant)
+    return Port(port["name"], tensor, shape, order, port["batched"], unsigned)
+
+
 def to_integers(port: Port, samples: NDArray[Any]) -> NDArray[Any]:
     """Real samples (or pixels) ``[n, ...]`` in ONNX's layout as the program takes them: ``[n, elements]``."""
     sample_shape = tuple(port.shape[1:]) if port.batched else port.shape
     batch = samples.reshape(len(samples), *(port.shape if not port.batched else (1, *sample_shape)))
     stored = batch.transpose(0, *(a + 1 for a in port.order)).reshape(len(samples), -1)
     if stored.dtype.kind in "ui":
-        return np.ascontiguousarray(stored).view(np.int8)
+        return stored.astype(np.int8)  # bytes as they are
     integers: NDArray[Any] = np.clip(port.tensor.quant.integer(stored), -128, 127).astype(np.int8)
     return integers
 

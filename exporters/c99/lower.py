@@ -109,7 +109,7 @@ class _Lowering:
         if unsigned:
             moved = self.builder.tensor(f"{name}_int8", tensor.shape, quant)
             flipped = (np.arange(256) - 128).astype(np.uint8) ^ 0x80  # the byte read as int8 -> byte - 128
-            self.builder.operations.append(program.Table(moved.name, tensor, moved, flipped.view(np.int8)[None]))
+            self.builder.operations.append(program.Table(name, tensor, moved, flipped.view(np.int8)[None]))
             view = view.on(moved)
         self.values[value] = view
         return Port(name, tensor, shape, order, _batched(value), unsigned)
@@ -127,16 +127,18 @@ class _Lowering:
         rank = len(operand.shape)
         if order is None or order not in (identity(rank), NHWC, (0, 2, 1)):
             order = NHWC if rank == 4 else identity(rank)
+        self.builder.layer = name
         tensor = self.builder.read(operand, order)
         if tensor in taken or tensor.data is not None:
             copy = self.builder.tensor(f"{tensor.name}_copy", tensor.shape, tensor.quant)
-            self.builder.operations.append(program.Transpose(copy.name, tensor, copy, (tensor.size,), (0,)))
+            self.builder.operations.append(program.Transpose(name, tensor, copy, (tensor.size,), (0,)))
             tensor = copy
         return Port(name, tensor, operand.shape, order, _batched(value))
 
     # ------------------------------------------------------------------ operators
 
     def _node(self, node: ir.Node) -> None:
+        self.builder.layer = layer_of(node)
         try:
             if any(value in self.lost for value in node.inputs if value is not None):
                 self._lose(node)
@@ -148,7 +150,7 @@ class _Lowering:
                 self._operation(node)  # the others compute shapes, which are known here
         except Unsupported as error:
             why = self.reasons.get(node.name or "") or error
-            self.complaints.append(f"{node.name or node.outputs[0].name} ({node.op_type}): {why}")
+            self.complaints.append(f"{named(node)} ({node.op_type}): {why}")
             self._lose(node)
 
     def _lose(self, node: ir.Node) -> None:
@@ -276,6 +278,21 @@ def _tail(node: ir.Node) -> tuple[ir.Node, tuple[float, float]]:
                 return node, (-inf, inf)
             limits[i] = float(found.item())
     return readers[0], (limits[0], limits[1])
+
+
+def named(node: ir.Node) -> str:
+    """A node's name, or that of its result."""
+    return node.name or node.outputs[0].name or ""
+
+
+def layer_of(node: ir.Node) -> str:
+    """The operator that a node belongs to: itself, or the one whose result it quantizes; or the input."""
+    while node.op_type in ("QuantizeLinear", "DequantizeLinear") and (value := node.inputs[0]) is not None:
+        producer = value.producer()
+        if producer is None:
+            return value.name or named(node)
+        node = producer
+    return named(node)
 
 
 def quant_of(node: ir.Node) -> Quant:

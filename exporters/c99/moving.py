@@ -69,7 +69,7 @@ def pad(op: Operation) -> View[Tensor]:
     y, view = op.result(tuple(grown), order)
     op.emit(
         program.Pad(
-            op.name, op.read(0, order), y, permuted(shape, order), permuted(tuple(before), order),
+            op.layer, op.read(0, order), y, permuted(shape, order), permuted(tuple(before), order),
             permuted(tuple(grown), order),
         )
     )  # fmt: skip
@@ -94,7 +94,7 @@ def _cut(op: Operation, name: str, begin: Sequence[int], end: Sequence[int], ste
     y = op.builder.tensor(name, permuted(cut, order), x.quant)
     op.emit(
         program.Slice(
-            y.name, x, y, permuted(shape, order), permuted(tuple(begin), order), permuted(tuple(step), order),
+            op.layer, x, y, permuted(shape, order), permuted(tuple(begin), order), permuted(tuple(step), order),
             permuted(cut, order),
         )
     )  # fmt: skip
@@ -113,7 +113,7 @@ def concat(op: Operation) -> View[Tensor]:
         parts.append(op.builder.read(view, order))
     y, result = op.result(shape, order)
     stored = permuted(shape, order)
-    op.emit(program.Concat(op.name, tuple(parts), y, elements(stored[: order.index(axis)])))
+    op.emit(program.Concat(op.layer, tuple(parts), y, elements(stored[: order.index(axis)])))
     return result
 
 
@@ -133,5 +133,5 @@ def resize(op: Operation) -> View[Tensor]:
         for size, made, scale in zip(shape[2:], out[2:], scales, strict=True)
     )
     y, view = op.result(out, NHWC)
-    op.emit(program.Resize(op.name, op.read(0, NHWC), y, (shape[2], shape[3], shape[1]), rows, columns))
+    op.emit(program.Resize(op.layer, op.read(0, NHWC), y, (shape[2], shape[3], shape[1]), rows, columns))
     return view

@@ -59,6 +59,8 @@ class Builder:
     """The program as far as it has been lowered."""
 
     rounding: Rounding
+    layer: str = ""
+    """The operator that is being lowered, under the name its user knows."""
     operations: list[program.Operation] = field(default_factory=list)
     names: set[str | None] = field(default_factory=set)
 
@@ -73,7 +75,7 @@ class Builder:
         taken, axes = layout.movement(view, order)
         x = view.tensor
         y = self.tensor(f"{x.name}_transposed", layout.permuted(view.shape, order), x.quant)
-        self.operations.append(program.Transpose(y.name, x, y, taken, axes))
+        self.operations.append(program.Transpose(self.layer, x, y, taken, axes))
         return y
 
     def table(self, curve: Curve, quant: Quant, name: str) -> View[Tensor]:
@@ -91,7 +93,7 @@ class Builder:
             inner = prod(view.shape[a] for a in order[order.index(curve.axis) + 1 :])
         x = view.tensor
         y = self.tensor(name, x.shape, quant)
-        self.operations.append(program.Table(y.name, x, y, np.ascontiguousarray(found), inner))
+        self.operations.append(program.Table(self.layer, x, y, np.ascontiguousarray(found), inner))
         return view.on(y)
 
 
@@ -108,6 +110,11 @@ class Operation:
     """Of the result."""
     limits: tuple[float, float] = (-inf, inf)
     """Smallest and largest real value that the fused Relu or Clip lets through."""
+
+    @property
+    def layer(self) -> str:
+        """The operator's own name. What it is fused with has the result, and so its name, but not the weights."""
+        return self.builder.layer
 
     @property
     def clamp(self) -> tuple[int, int]:

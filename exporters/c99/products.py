@@ -31,7 +31,7 @@ def convolution(op: Operation) -> View[Tensor]:
     x_shape, y_shape = image(op.shape(0)), image(op.output_shape())
     low, high = op.clamp
     made = program.Conv(
-        op.name, x, y, x_shape, y_shape, weights, bias, rescale, pair(op, "strides"), pair(op, "dilations"),
+        op.layer, x, y, x_shape, y_shape, weights, bias, rescale, pair(op, "strides"), pair(op, "dilations"),
         pads(op)[:2], op.attribute("group", 1), low, high,
     )  # fmt: skip
     require_room(largest_sums(weights, bias, x), rescale)
@@ -56,7 +56,7 @@ def transposed_convolution(op: Operation) -> View[Tensor]:
     require_room(largest_sums(weights, bias, x), rescale)
     op.emit(
         program.ConvTranspose(
-            op.name, x, y, image(op.shape(0)), image(op.output_shape()), weights, bias, rescale,
+            op.layer, x, y, image(op.shape(0)), image(op.output_shape()), weights, bias, rescale,
             pair(op, "strides"), pair(op, "dilations"), pads(op)[:2], groups, low, high,
         )
     )  # fmt: skip
@@ -85,7 +85,7 @@ def dense(op: Operation) -> View[Tensor]:
     y, result = op.result(shape, order)
     low, high = op.clamp
     require_room(largest_sums(weights, bias, x), rescale)
-    op.emit(program.Dense(op.name, x, y, y.size // len(weights), weights, bias, rescale, low, high))
+    op.emit(program.Dense(op.layer, x, y, y.size // len(weights), weights, bias, rescale, low, high))
     return result
 
 

@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,6 +25,14 @@ if TYPE_CHECKING:
 Rounding = Literal["tflm_double", "floor_folded_half"]
 
 LARGEST_SHIFT = 31
+
+MAX_MISMATCH: Mapping[Rounding, float] = {"tflm_double": 10.0, "floor_folded_half": 0.0}
+"""Percent of a product's outputs that may be one step off the hub, ties aside.
+
+Two roundings are off by a quarter of a step behind a shift of one or two bits, which channels with almost no weights
+have: 4.2 % seen on trained networks, one dead channel of 24. It is why the files agree with TFLM bit for bit, and with
+the hub to one step. One shift is exact: half up differs from half to even on ties themselves and nowhere else, and no
+other difference was seen on the 23 families of networks in the tests that lower."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,11 +10,11 @@ from typing import Any
 from deploykit.core.artifact import Island
 from deploykit.exporters.openvino.convert import WITHOUT_BIAS
 from deploykit.hub.graph import Decision
+from deploykit.hub.operators import PRODUCTS
 
 INTEGERS = ("u8", "i8")
 APPENDED = (WITHOUT_BIAS, "/Dequantization")
 """What the frontend and the plugin hang on to the names of operators they split."""
-PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 
 @dataclass(frozen=True)

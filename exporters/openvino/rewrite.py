@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from deploykit.core.errors import DeploykitError
+from deploykit.exporters.one_sample import pad_amounts
 from deploykit.hub.graph import add_initializer, attribute, constant, drop_unused, fresh_name
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ def rewrite(model: ir.Model) -> ir.Model:
     copy = model.clone()
     _fold_biases(copy.graph)
     _count_padding(copy.graph)
+    _refuse_padded_channel(copy.graph)
     _clip_floats(copy.graph)
     _quantize_once(copy.graph)  # last: it takes away pairs by which the two above know that integers are read
     drop_unused(copy.graph)
@@ -88,6 +90,15 @@ def _count_padding(graph: ir.Graph) -> None:
         times = _behind(graph, node, "Mul", output, share[None].astype(np.float32), f"{node.name}.share")
         for user, position in readers:
             user.replace_input_with(position, times)
+
+
+def _refuse_padded_channel(graph: ir.Graph) -> None:
+    """The CPU plugin (2026.4) pads a single channel with the integer 0, whatever its zero point is."""
+    for node in graph:
+        if node.op_type != "Pad" or not _reads_integers(node) or _shape(node)[1:2] != [1]:
+            continue
+        if any(pad_amounts(node, tuple(_shape(node)))[1]):
+            raise _wrong(node, "it adds channels to a single one")
 
 
 def _clip_floats(graph: ir.Graph) -> None:

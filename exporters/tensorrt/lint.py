@@ -18,9 +18,9 @@ import onnx_ir as ir
 from deploykit.exporters.tensorrt.device.build import Version, dotted
 from deploykit.exporters.tensorrt.parsers import FIRST_READ, SCATTER_REDUCTION, UINT8_INPUTS
 from deploykit.hub.graph import attribute, constant
+from deploykit.hub.operators import PRODUCTS
 
 Severity = Literal["E", "S", "I"]
-LINEAR = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 FUSES_WITH_LINEAR = ("BatchNormalization", "Relu", "Clip", "LeakyRelu", "PRelu", "Sigmoid", "HardSwish", "HardSigmoid")
 """What TensorRT's builder runs in one kernel with the linear operator before it."""
 UNKNOWN_TO_TENSORRT = (
@@ -198,7 +198,7 @@ def _q7_int32(node: ir.Node) -> Iterator[str]:
 
 
 def _q7_int8(node: ir.Node) -> Iterator[str]:
-    if node.op_type in LINEAR and len(node.inputs) > 2:
+    if node.op_type in PRODUCTS and len(node.inputs) > 2:
         bias = _dequantize(node.inputs[2])
         if bias is not None and _stored(bias) != ir.DataType.INT32:
             yield "its bias is quantized, which loses precision and gains nothing"
@@ -234,7 +234,7 @@ def _q9_linear(node: ir.Node) -> Iterator[str]:
 
 
 def _q10(node: ir.Node) -> Iterator[str]:
-    weight = _weight(node) if node.op_type in LINEAR else None
+    weight = _weight(node) if node.op_type in PRODUCTS else None
     scales = _scales(weight) if weight is not None else None
     if weight is None or scales is None or scales.size == 1 or attribute(weight, "block_size", 0):
         return
@@ -250,7 +250,7 @@ def _q10(node: ir.Node) -> Iterator[str]:
 
 
 def _q11(node: ir.Node) -> Iterator[str]:
-    if node.op_type not in LINEAR:
+    if node.op_type not in PRODUCTS:
         return
     data, weight = (_dequantize(value) is not None for value in node.inputs[:2])
     if weight and not data:
@@ -273,15 +273,15 @@ def _q14(node: ir.Node) -> Iterator[str]:
     fusing = "the output of a linear operator is quantized, which keeps TensorRT from fusing"
     if node.op_type in FUSES_WITH_LINEAR:
         before = _behind_pair(node.inputs[0])
-        if before is not None and before.op_type in (*LINEAR, "BatchNormalization"):
+        if before is not None and before.op_type in (*PRODUCTS, "BatchNormalization"):
             yield f"{fusing} it with {before.op_type} '{name(before)}': move the pair behind it"
     if node.op_type == "Add":
         quantized = [before for value in node.inputs if (before := _behind_pair(value)) is not None]
         direct = [p for value in node.inputs if (p := _producer(value)) is not None]
-        linear = [before for before in quantized if before.op_type in (*LINEAR, "BatchNormalization")]
-        if linear and not any(p.op_type in (*LINEAR, "BatchNormalization") for p in direct):
+        linear = [before for before in quantized if before.op_type in (*PRODUCTS, "BatchNormalization")]
+        if linear and not any(p.op_type in (*PRODUCTS, "BatchNormalization") for p in direct):
             yield f"{fusing} it with {linear[0].op_type} '{name(linear[0])}': quantize only the skip branch"
-    if node.op_type in LINEAR:
+    if node.op_type in PRODUCTS:
         for dq in _dequantized_outputs(node):
             yield f"its output is quantized by '{name(dq)}' though it is an output of the model"
 

@@ -6,9 +6,10 @@ import importlib
 import json
 import os
 import struct
-import sys
 import tempfile
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,7 +49,10 @@ def open_runner(path: Path, threads: int) -> Runner:
     described = _described(data, path)
     try:
         interpreter = _interpreter_class()(model_content=data, num_threads=threads)
-        ungreeted(interpreter.allocate_tensors)
+        if _greeted.is_set():
+            interpreter.allocate_tensors()
+        else:
+            ungreeted(interpreter.allocate_tensors)
     except (ValueError, RuntimeError) as error:
         raise DeploykitError(f"{path}: the LiteRT runtime refuses this file: {error}") from None
     inputs = list(zip(described["inputs"], interpreter.get_input_details(), strict=True))
@@ -76,18 +80,47 @@ def open_runner(path: Path, threads: int) -> Runner:
 
 
 def ungreeted(call: Callable[[], object]) -> None:
-    """LiteRT announces its delegate on file descriptor 2; all else that it writes there meanwhile comes through."""
-    sys.stderr.flush()
-    stderr = os.dup(2)
-    with tempfile.TemporaryFile() as said:
-        os.dup2(said.fileno(), 2)
-        try:
-            call()
-        finally:
-            os.dup2(stderr, 2)
-            os.close(stderr)
-            said.seek(0)
-            os.write(2, b"".join(line for line in said if GREETING not in line))
+    """Runs the call without LiteRT's greeting.
+
+    LiteRT says once per process, on file descriptor 2, that it created its delegate, and nothing keeps it from that:
+    it exports no switch and does not heed TF_CPP_MIN_LOG_LEVEL. The descriptor is the whole process's, so files are
+    opened this way only until the greeting was heard, and by one thread at a time: two that exchange the descriptor
+    would put back each other's.
+    """
+    with _redirecting, _without_greeting():
+        call()
+
+
+_redirecting, _greeted = threading.Lock(), threading.Event()
+
+
+@contextmanager
+def _without_greeting() -> Iterator[None]:
+    """Holds back what is written to file descriptor 2 in the block; behind it all but the greeting comes through, also
+    where the block raises."""
+    try:
+        stderr = os.dup(2)
+    except OSError:
+        stderr = None
+    if stderr is None:  # closed: there is nobody to be spared
+        yield
+        return
+    try:
+        with tempfile.TemporaryFile() as said:
+            os.dup2(said.fileno(), 2)
+            try:
+                yield
+            finally:
+                os.dup2(stderr, 2)
+                said.seek(0)
+                lines = said.readlines()
+                rest = [line for line in lines if GREETING not in line]
+                if len(rest) < len(lines):
+                    _greeted.set()
+                with suppress(OSError):  # whoever listened has gone; what the block raised counts
+                    os.write(2, b"".join(rest))
+    finally:
+        os.close(stderr)
 
 
 def _to_integer(array: NDArray[Any], tensor: dict[str, Any]) -> NDArray[Any]:

@@ -33,7 +33,6 @@ if trouble=$(mkdir -p "$folder" 2>&1) && [ -w "$folder" ]; then
     folder=$(cd "$folder" && pwd)
     say folder "$folder"
     say free_kb "$(df -Pk "$folder" 2>/dev/null | tail -n 1 | awk '{print $4}')"
-    find "$folder" -name '.*.part' -mtime +1 -exec rm -f {} + 2>/dev/null  # left by a power cut
 else
     say trouble "${trouble:-$folder is not writable}"
 fi
