@@ -22,6 +22,7 @@ from deploykit.core.user_code import load_function, source_files
 from deploykit.devices import Lost
 from deploykit.models import factory_of, input_specs, load_model
 from deploykit.pipeline import Prepared
+from deploykit.planning import precisions
 from deploykit.sources import load_data
 from deploykit.trial import Exam, Trial
 
@@ -58,6 +59,9 @@ def export(requests: Sequence[Request], folders: Sequence[Path], device: str | N
     chosen = [targets.load(asked.target) for asked in requests]
     for folder in folders:
         refuse_existing(folder, request.settings.overwrite)
+    calibrated = "calibration" in request.data or request.ranges is not None
+    for target in chosen:  # missing sample data is said before the shapes that it would show are asked for
+        precisions(target, request.settings.precisions, calibrated)
     prepared = prepare(request)
     ranges = None if request.ranges is None else load_ranges(Path(request.ranges))
     metric = None if request.metric is None else load_function(request.metric, "metric")

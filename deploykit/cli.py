@@ -97,12 +97,15 @@ def export(
     precision: Annotated[
         list[str] | None, typer.Option("--precision", help="Write only fp32, fp16, int8 or int8-fp16; may be repeated")
     ] = None,
-    bias_correction: Annotated[bool, typer.Option(help="Correct biases after quantizing")] = True,
+    correction: Annotated[bool, typer.Option(help="Make good what rounding costs (weight_correct or gptq)")] = True,
     keep_float: Annotated[list[str] | None, typer.Option(help="Layer that stays in float, by name")] = None,
     uint8_input: Annotated[
         bool, typer.Option("--uint8-input", help="Files take raw uint8 images [n, h, w, c] and normalise themselves")
     ] = False,
-    max_drop: Annotated[float | None, typer.Option(help="Gate: largest loss of accuracy, in points")] = None,
+    max_drop: Annotated[
+        float | None,
+        typer.Option(help="Gate: largest loss of accuracy, in points, plus one standard error of the samples"),
+    ] = None,
     benchmark: Annotated[bool, typer.Option(help="Time the files on this machine")] = True,
     threads: Annotated[int, typer.Option(min=1, help="Threads for evaluation and timing")] = 1,
     device: Device = None,
@@ -126,7 +129,7 @@ def export(
         recipe=read_recipe(recipe),
         thresholds=known_name("threshold method", thresholds, threshold_methods()),
         precisions=tuple(known_name("precision", p, PRECISIONS) for p in precision or ()),  # type: ignore[misc]
-        bias_correction=bias_correction,
+        correction=correction,
         keep_float=tuple(keep_float or ()),
         seed=seed,
         force=force,
@@ -221,9 +224,9 @@ def compress(
 
 @app.command()
 def benchmark(
-    artifact: Annotated[Path, typer.Argument(help="A folder that `export` wrote")],
+    artifact: Annotated[list[Path], typer.Argument(help="Folders that `export` wrote; several are timed in turns")],
     against: Annotated[list[Path] | None, typer.Option(help="Another artifact, timed in the same run")] = None,
-    runs: Annotated[int, typer.Option(min=1, help="Timed runs of every file, after warm-up")] = 100,
+    runs: Annotated[int, typer.Option(min=1, help="Timed runs at least; fast files go on for 5 s, up to 1000")] = 100,
     batch: Annotated[int, typer.Option(min=1)] = 1,
     threads: Annotated[int, typer.Option(min=1)] = 1,
     device: Device = None,
@@ -240,7 +243,7 @@ def benchmark(
     as_json: Json = False,
 ) -> None:
     """Time the files of an artifact on this machine or a device, all files interleaved in one run."""
-    folders = [artifact, *(against or [])]
+    folders = [*artifact, *(against or [])]
     if device is None and not (sustained or evaluation or record):
         from deploykit import bench
 
@@ -463,6 +466,7 @@ def _card(target: Target, base: Target | None) -> str:
 
 
 def _show(finished: list[tuple[Path, Any]], as_json: bool) -> None:
+    from deploykit.check import narrow
     from deploykit.report import result_table, summary_json
 
     if as_json:
@@ -470,7 +474,7 @@ def _show(finished: list[tuple[Path, Any]], as_json: bool) -> None:
         return
     _print_table(result_table(finished))
     for folder, manifest in finished:
-        for note in (*manifest.notes, *manifest.advice):
+        for note in (*manifest.notes, *manifest.advice, *narrow(manifest.checks, manifest.request.gate)):
             print(f"{folder.name}: {note}")
         for island in [i for f in manifest.files for i in f.islands][:5]:
             print(f"{folder.name}: {island.operator} {island.layer} stays in float: {island.why}")
@@ -487,5 +491,9 @@ def _print_benchmark(result: Any, values: dict[str, Any], as_json: bool) -> None
 
 def _print_table(table: Any) -> None:
     from rich.console import Console
+    from rich.measure import Measurement
 
-    Console(width=None if sys.stdout.isatty() else 140).print(table)
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    if Measurement.get(console, console.options.update(max_width=1000), table).maximum > console.width:
+        table.padding, table.show_edge = 0, False  # air goes before letters do
+    console.print(table)

@@ -91,7 +91,7 @@ class Diagnosis:
         width = max(len(f.name) for f in everything)
         found += ["", *(f"{f.name:{width}}  {f.found}" for f in here)]
         if missing:
-            found += ["", "not here:"]
+            found += ["", "not here (pip adds an extra to the deploykit of this environment, from any folder):"]
             found += [f"{f.name:{width}}  {f.enables}: {f.get}" for f in missing]
         return found
 

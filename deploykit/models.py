@@ -90,6 +90,8 @@ def load_model(spec: str, weights: Path | None = None) -> Model:
         return Model(spec, module=_load_compressed(path), compressed=True)
     if path.suffix == ".pt2":
         return Model(spec, program=_read_program(path))
+    if not path.stat().st_size:
+        raise DeploykitError(f"{spec} is empty: export the model again")
     return Model(spec, onnx=path)
 
 

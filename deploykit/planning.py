@@ -10,7 +10,7 @@ from deploykit.core.context import Role
 from deploykit.core.data import DataSet
 from deploykit.core.errors import DeploykitError
 from deploykit.core.recipe import STAGES, Pass, Recipe, Stage, Step
-from deploykit.core.target import PRECISIONS, Need, Precision, Target
+from deploykit.core.target import PRECISIONS, Need, Precision, QuantSpec, Target
 
 NEEDS: Mapping[Need, str] = {
     "data": "--calib",
@@ -18,6 +18,10 @@ NEEDS: Mapping[Need, str] = {
     "train": "--train",
     "teacher": "a model that PyTorch runs (an .onnx has no teacher)",
 }
+
+
+CORRECTIONS = ("bias_correct", "weight_correct", "gptq")
+"""Steps that correct what rounding costs; one of them runs without being asked."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,7 @@ def plan(
         recipe: every step is built, so a wrong name or option raises before anything runs.
         target: its ``profits`` decide.
         available: which of data, labels, train, teacher there is.
-        automatic: whether bias correction is added in front of the hub steps.
+        automatic: whether `correction` is added in front of the hub steps, unless the recipe has one.
         enters: where the model comes in: a PyTorch module at ``model``, a .pt2 or .onnx at ``graph``.
 
     Raises:
@@ -55,11 +59,22 @@ def plan(
             )
     planned = [Planned(step, refusal(step, target, available, enters)) for step in steps]
     named = {step.name for step in recipe.steps}
-    if automatic and "bias_correct" not in named and "int8" in "".join(target.precisions):
+    if automatic and not named & set(CORRECTIONS) and "int8" in "".join(target.precisions):
         first_hub = next((i for i, s in enumerate(steps) if s.stage == "hub"), len(steps))
-        step = passes.build(Step("bias_correct"))
-        planned.insert(first_hub, Planned(step, refusal(step, target, available), automatic=True))
+        added = [passes.build(Step(name)) for name in correction(target.quant) if name not in named]
+        planned[first_hub:first_hub] = [Planned(s, refusal(s, target, available), automatic=True) for s in added]
     return tuple(planned)
+
+
+def correction(spec: QuantSpec) -> tuple[str, ...]:
+    """The steps that make good, without being asked, what rounding costs.
+
+    With fewer than 7 bits integers have to be chosen. So they have with one scale for all channels, whose ranges are
+    evened out before.
+    """
+    if spec.weight_granularity == "tensor":
+        return "equalize", "gptq"
+    return ("weight_correct",) if spec.weight_bits >= 7 else ("gptq",)
 
 
 def refusal(step: Pass | type[Pass], target: Target, available: Sequence[str], enters: Stage = "model") -> str:

@@ -11,6 +11,7 @@ import msgspec
 
 from deploykit import check, exporters, targets
 from deploykit.bench import Benchmark, measure_there
+from deploykit.bench.compare import short
 from deploykit.bench.there import lacks, refuse_lacking, send_all
 from deploykit.bench.timing import RUNS
 from deploykit.core.artifact import Check, Measurement
@@ -24,7 +25,7 @@ from deploykit.core.progress import say
 from deploykit.core.request import Gate, Settings
 from deploykit.core.target import Target
 from deploykit.devices import Device, connect, parse, read_facts
-from deploykit.devices.answers import answers
+from deploykit.devices.answers import answers, room
 from deploykit.devices.kinds import kind
 from deploykit.sources import check_labels
 
@@ -62,12 +63,13 @@ class Trial:
         """Scores and checks for the terminal."""
         found = []
         for folder, scores, checks in zip(folders, self.scores, self.checks, strict=False):
+            name = short(folder, folders)
             values = {s.precision: s for s in scores}
             for c in checks:
                 score = values.get(c.precision)
                 metric = f"{number(score.metric)} %, " if score is not None and score.metric is not None else ""
                 state = f"{c.name}: not run, {c.detail}" if c.value is None else f"{c.name} {number(c.value)}"
-                found.append(f"{folder.name} {c.precision}: {metric}{state}")
+                found.append(f"{name} {c.precision}: {metric}{state}")
         return found
 
     def refuse_failed(self, folders: Sequence[Path]) -> None:
@@ -164,6 +166,8 @@ def try_out(
     with connect(parse(address)) as device:
         facts = read_facts(device)
         refuse_lacking(facts, folders)
+        if exams:  # a disk too small for the samples is refused before the files are timed
+            send_all(device, facts, folders, max(room(exam.data) for exam in exams))
         benchmark = None
         if time:
             benchmark = measure_there(

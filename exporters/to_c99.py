@@ -37,7 +37,7 @@ def export(hub: Hub, target: Target, out_dir: Path, precisions: Sequence[Precisi
     _refuse_floats(precisions, target)
     lowered = _lowered(hub, target)
     arena, size = _fitted(lowered.program, target)
-    emit(lowered.program, arena, golden(lowered.program, hub.samples), size, out_dir)
+    emit(lowered.program, arena, golden(lowered.program, hub.samples), size, options(target), out_dir)
     notes = flash_note(size), ram_note(size, arena)
     takes, gives = (tuple(map(stored, side)) for side in (lowered.program.inputs, lowered.program.outputs))
     file = File(SOURCE, "int8", lowered.operators, (), notes, PARTS, bytes=size.flash, inputs=takes, outputs=gives)
@@ -67,8 +67,7 @@ def runtime() -> Runtime:
     Raises:
         DeploykitError: there is none.
     """
-    untimed = "compiled for this machine: times say nothing about the board"
-    return Runtime(compiler_version(compiler()), untimed)
+    return Runtime(compiler_version(compiler()), "needs the board; the C was checked on this machine")
 
 
 def max_mismatch(target: Target) -> float:
@@ -98,7 +97,7 @@ def _refuse_floats(precisions: Sequence[Precision], target: Target) -> None:
 def _fitted(program: Program, target: Target) -> tuple[Plan, Footprint]:
     """Where everything lies and what it takes, if the target has that much."""
     settings, arena = options(target), plan(program)
-    return arena, require_fit(program, arena, settings.flash_bytes, settings.ram_bytes, target.name)
+    return arena, require_fit(program, arena, settings, target.name)
 
 
 def _lowered(hub: Hub, target: Target) -> Lowered:

@@ -47,7 +47,10 @@ def export(hub: Hub, target: Target, out_dir: Path, precisions: Sequence[Precisi
         openvino().save_model(made, str(path), compress_to_fp16=precision == "fp16")
         takes, gives = ports(made)
         weights = path.with_suffix(".bin").name
-        file = File(path.name, precision, parts=(weights,), untimed=settings.untimed, inputs=takes, outputs=gives)
+        file = File(
+            path.name, precision, notes=settings.notes, parts=(weights,), untimed=settings.untimed, inputs=takes,
+            outputs=gives,
+        )  # fmt: skip
         if precision == "int8":
             counts, islands = judge(hub.decisions, kernels(compile_for_cpu(read_file(path), path, threads=1)))
             file = replace(file, quantized=counts, islands=islands)

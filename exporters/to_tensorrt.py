@@ -33,6 +33,7 @@ from deploykit.core.errors import DeploykitError
 from deploykit.core.target import Precision, Target
 from deploykit.exporters.half import bake_half
 from deploykit.exporters.tensorrt import lint as trt_lint
+from deploykit.exporters.tensorrt.device.build import PLANS, legal_plans
 from deploykit.exporters.tensorrt.golden import golden_inputs, least, signal_to_noise, write_arrays
 from deploykit.exporters.tensorrt.lint import Finding, lint, runs_in_int8
 from deploykit.exporters.tensorrt.opset import lower_opset, verify_opset
@@ -42,7 +43,15 @@ from deploykit.exporters.tensorrt.shapes import bind_batch
 from deploykit.hub.graph import Hub, serialize, specs
 from deploykit.hub.operators import CANNOT_BE_STORED, PRODUCTS
 
-DEVICE_FILES = ("build.py", "build.sh", "BUILD.md")
+DEVICE_FILES = ("build.py", "build.sh")
+GUIDE = "BUILD.md"
+HOLDS = {
+    "fp32": "float32",
+    "fp16": "float16 between float32 inputs and outputs",
+    "int8": "Q/DQ in a float32 graph",
+    "int8-fp16": "Q/DQ in a float16 graph",
+}
+"""What the file of a precision holds, for the guide."""
 
 
 def export(hub: Hub, target: Target, out_dir: Path, precisions: Sequence[Precision]) -> tuple[File, ...]:
@@ -79,13 +88,18 @@ def export(hub: Hub, target: Target, out_dir: Path, precisions: Sequence[Precisi
         counts, islands = _integer_operators(proto, found, hub) if precision.startswith("int8") else ({}, ())
         in_islands = {island.layer for island in islands}
         notes += [str(f) for f in found if f.node not in in_islands]
-        if precision == "fp16" and settings.newest < FLOAT16_WEIGHTS:
+        unreadable = precision == "fp16" and settings.newest < FLOAT16_WEIGHTS
+        if unreadable:
             notes.append(
                 f"TensorRT {settings.trt[1]} reads no float16 weights: build.py builds fp16 from the fp32 file"
             )
         bound = (_bound(takes, batch), _bound(gives, batch))
+        instead = "model.fp32.onnx" if unreadable else ""
         files.append(
-            File(path.name, precision, counts, islands, tuple(notes), inputs=bound[0], outputs=bound[1])
+            File(
+                path.name, precision, counts, islands, tuple(notes), inputs=bound[0], outputs=bound[1],
+                read_instead=instead,
+            )
         )  # fmt: skip
         expected = signal_to_noise(load(path), inputs, golden)
         models[precision] = {
@@ -114,7 +128,7 @@ def export(hub: Hub, target: Target, out_dir: Path, precisions: Sequence[Precisi
         ],
         "lint": findings,
     }
-    _write_bundle(out_dir, about, [f.path for f in files])
+    _write_bundle(out_dir, about, [f.path for f in files], settings)
     return tuple(files)
 
 
@@ -241,14 +255,29 @@ def _integer_operators(
     return dict(sorted(counts.items())), tuple(islands)
 
 
-def _write_bundle(out_dir: Path, about: dict[str, Any], models: list[str]) -> None:
+def _write_bundle(out_dir: Path, about: dict[str, Any], models: list[str], settings: Options) -> None:
     """The scripts, then ``bundle.json`` with the checksums of everything else."""
     device = resources.files("deploykit.exporters.tensorrt.device")
     for name in DEVICE_FILES:
         (out_dir / name).write_bytes((device / name).read_bytes())
+    guide = (device / GUIDE).read_text(encoding="utf-8")
+    (out_dir / GUIDE).write_bytes(_guide(guide, about, settings).encode())
     (out_dir / "build.sh").chmod(0o755)
     golden = [path for run in about["golden"] for paths in run.values() for path in paths.values()]
     about["sha256"] = {
         name: hashlib.sha256((out_dir / name).read_bytes()).hexdigest() for name in sorted([*models, *golden])
     }
     (out_dir / "bundle.json").write_text(json.dumps(about, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _guide(text: str, about: dict[str, Any], settings: Options) -> str:
+    """``BUILD.md``: the files of this bundle, and what the releases of this device build of them."""
+    releases = settings.oldest, settings.newest
+    legal = {plan.variant for release in releases for plan in legal_plans(about, release)[0]}
+    rows = []
+    for precision, model in about["models"].items():
+        built = [f"`{p.variant}`" for p in PLANS if p.precision == precision and p.variant in legal]
+        none = f"nothing: TensorRT {settings.trt[1]} cannot read it; it shows what {precision} costs"
+        rows.append(f"| `{model['file']}` | {HOLDS[precision]} | {', '.join(built) or none} |")
+    some = next(plan.variant for plan in reversed(PLANS) if plan.variant in legal)
+    return text.replace("@FILES@", "\n".join(rows)).replace("@VARIANT@", some)

@@ -41,6 +41,8 @@ def _path(name: str) -> Path:
     if name.endswith(".toml"):
         return Path(name)
     if name not in names():
+        if Path(f"{name}.toml").is_file():
+            raise DeploykitError(f"no target '{name}', but there is a file: --target {name}.toml")
         raise unknown("target", name, names())
     return _folder() / f"{name}.toml"
 

@@ -144,6 +144,7 @@ def write_arrays() -> None:
     np.save("calib.npy", good)
     np.save("empty.npy", good[:0])
     np.save("one.npy", good[:1])
+    np.save("one_image.npy", good[0])
     np.save("large.npy", normal(0, 10, 3, 9, 9))
     np.save("last.npy", good.transpose(0, 2, 3, 1))
     np.save("grey.npy", good[:, :1])
@@ -269,6 +270,7 @@ EXPORT: dict[str, tuple[str, ...]] = {
     "net.onnx --calib calib.npy --target files.toml": ("target files.toml", "precisions must name at least one"),
     "net.onnx --calib calib.npy --target options.toml": ("target options", "no options", "delegate"),
     f"net.onnx {GOOD} --target x86": ("--target x86 is given twice",),
+    "net.onnx --calib calib.npy --target typo": ("no target 'typo', but there is a file: --target typo.toml",),
     # passes and options
     f"net.onnx {GOOD} --recipe pass.toml": ("no pass 'prun'", "Did you mean 'prune'?"),
     f"net.onnx {GOOD} --recipe option.toml": ("step 'prune': no key 'sparsty'", "Did you mean 'sparsity'?"),
@@ -308,7 +310,7 @@ EXPORT: dict[str, tuple[str, ...]] = {
     f"nets.py {GOOD} --weights wrong.safetensors": ("name the function that makes the model too", "nets.py:build"),
     f"wrong.safetensors {GOOD}": ("holds weights, not a model", "--weights wrong.safetensors"),
     f"half.onnx {GOOD}": ("half.onnx is not a valid ONNX model",),
-    f"void.onnx {GOOD}": ("void.onnx is not a valid ONNX model",),
+    f"void.onnx {GOOD}": ("void.onnx is empty: export the model again",),
     f"program.pt2 {GOOD}": ("program.pt2 is damaged or no exported program",),
     f"artifact/model.int8.onnx {GOOD}": ("already quantized", "starts from the float model"),
     f"four.onnx {GOOD}": ("takes exactly 4 samples at once", "free batch dimension"),
@@ -376,6 +378,11 @@ EXPORT: dict[str, tuple[str, ...]] = {
     f"net.onnx {GOOD} --metric nets.py:no_number": ("the metric returned str", "a number is expected"),
     "net.onnx --target x86 --precision int8": ("target 'x86': int8 needs sample data; give --calib",),
     "nets.py:build --target x86": ("what does 'x' look like?", "--calib", "--input x=1x3x224x224"),
+    "nets.py:build --target cortex-m4": ("target 'cortex-m4': int8 needs sample data; give --calib",),
+    "nets.py:build --target x86 --calib one_image.npy": (
+        "3 samples of 'x', each 8 x 8. If that is one image, the axis of the samples is missing",
+    ),
+    f"net.onnx {GOOD} --max-drop -5": ("--max-drop -5",),
     "nets.py:build --target x86 --input x=1x3": ("forward fails on the sample inputs (x (2, 3)",),
     "nets.py:build --target x86 --input image=1x3x8x8": ("forward takes x", "missing: x"),
     "nets.py:build --target x86 --input x=0x3x8x8": ("--input takes NAME=1x3x224x224", "x=0x3x8x8"),

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from commands import enter
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
@@ -19,7 +20,7 @@ from small_artifact import small_artifact
 from deploykit.bench import Benchmark, Timing, measure, measure_artifact
 from deploykit.bench.compare import ratio
 from deploykit.bench.memory import peak_megabytes
-from deploykit.bench.timing import feed, in_turns, processor
+from deploykit.bench.timing import MOST_RUNS, SECONDS, feed, in_turns, processor
 from deploykit.core.artifact import Artifact, File, Measurement, TensorSpec
 from deploykit.core.errors import DeploykitError
 from deploykit.exporters import to_onnx
@@ -95,6 +96,11 @@ def test_fast_files_are_run_more_often_than_asked() -> None:
 
 def test_at_least_fifty_rounds_unless_fewer_are_asked_for(folder: Path) -> None:
     assert {t.measurement.runs for t in measure([folder], seconds=0.0, memory=False).timings} == {50}
+
+
+def test_the_help_says_that_runs_are_the_fewest() -> None:
+    said = " ".join(enter("benchmark --help").out.split())
+    assert f"at least; fast files go on for {SECONDS:g} s, up to {MOST_RUNS}" in said
 
 
 @pytest.mark.parametrize("what", ["batch", "threads", "runs"])

@@ -16,17 +16,20 @@ from numpy.typing import NDArray
 from tflite_graphs import Node, graph, quantized, reference, steps
 
 from deploykit import targets
+from deploykit.core.artifact import Port
 from deploykit.core.data import DataSet, Preprocess
 from deploykit.core.errors import DeploykitError
 from deploykit.core.target import Target
 from deploykit.exporters import to_c99
+from deploykit.exporters.c99 import program
 from deploykit.exporters.c99.compiled import Compiled
 from deploykit.exporters.c99.execute import execute
 from deploykit.exporters.c99.golden import golden
 from deploykit.exporters.c99.lower import lower
 from deploykit.exporters.c99.memory import plan
 from deploykit.exporters.c99.names import identifier
-from deploykit.exporters.c99.program import Program, reads
+from deploykit.exporters.c99.program import Program, Quant, Tensor, reads
+from deploykit.exporters.c99.spell import port_names
 from deploykit.hub.graph import Hub
 from deploykit.hub.pixels import take_pixels
 from deploykit.hub.quantize import quantize
@@ -157,6 +160,51 @@ def test_the_makefile_runs_the_self_test(folder: Path, tmp_path: Path) -> None:
     assert ran.returncode == 0 and "pass: 0 of" in ran.stdout, ran.stderr
 
 
+def test_make_compiles_again_for_another_compiler_or_other_flags(folder: Path, tmp_path: Path) -> None:
+    if not shutil.which("make"):
+        pytest.skip("no make: the Makefile is not run here")
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+
+    def made(*given: str) -> str:
+        return subprocess.run(["make", *given], cwd=copy, capture_output=True, text=True, check=True).stdout
+
+    made("test")
+    assert "-O1 -DBOARD" in made("CFLAGS=-O1 -DBOARD", "libmodel.a")
+    assert "-O1" not in made("CFLAGS=-O1 -DBOARD", "libmodel.a")
+    assert "pass: 0 of" in made("test")
+
+
+def snippet(folder: Path) -> str:
+    """The C of FIRMWARE.md, its statements in a function."""
+    code = (folder / "FIRMWARE.md").read_text().partition("```c\n")[2].partition("```")[0]
+    head, _, body = code.partition("int8_t *input")
+    return f"{head}int32_t answer(void);\nint32_t answer(void) {{\nint8_t *input{body}(void)input;\nreturn best;\n}}\n"
+
+
+def test_the_snippet_of_the_guide_compiles_without_a_warning(tmp_path: Path) -> None:
+    exported(whole_hub(MCU)[0], MCU, tmp_path)
+    (tmp_path / "main.c").write_text(snippet(tmp_path))
+    built = subprocess.run([CC, *STRICT, "-c", "-o", tmp_path / "main.o", tmp_path / "main.c"], capture_output=True)
+    assert (built.returncode, built.stderr) == (0, b"")
+    assert "-ffreestanding" in (tmp_path / "FIRMWARE.md").read_text()
+
+
+def test_every_target_gets_the_guide_and_the_compiler_of_its_own_device(tmp_path: Path) -> None:
+    guides = {}
+    for name in ("cortex-m4", "cortex-m7", "fpga-int8"):
+        target = targets.load(name)
+        file = exported(whole_hub(target)[0], target, tmp_path / name)
+        guides[name] = "\n".join(
+            [(tmp_path / name / part).read_text() for part in ("FIRMWARE.md", "Makefile")] + list(file.notes)
+        )
+        assert "@" not in re.sub(r"\$@|\t@echo", "", guides[name])
+    assert "AR=arm-none-eabi-ar" in guides["cortex-m4"] and "-mcpu=cortex-m4" in guides["cortex-m4"]
+    assert "-mcpu=cortex-m7" in guides["cortex-m7"] and "-mcpu=cortex-m4" not in guides["cortex-m7"]
+    assert "synthesized" in guides["fpga-int8"]
+    assert not re.search("firmware|Cortex|stack|flash", guides["fpga-int8"], re.IGNORECASE)
+
+
 def test_cmake_builds_it_and_ctest_runs_the_self_test(folder: Path, tmp_path: Path) -> None:
     if not shutil.which("cmake") or not (shutil.which("make") or shutil.which("ninja")):
         pytest.skip("no cmake: the CMakeLists.txt is not run here")
@@ -200,6 +248,12 @@ def test_names_that_are_no_identifiers_become_some_and_stay_apart() -> None:
     made = [identifier(name, taken) for name in names]
     assert made[:7] == ["n_int", "a_b", "a_b_2", "n_7up", "n", "Gr_e", "x"]
     assert len(set(made)) == len(made) and all(name.isidentifier() and len(name) < 50 for name in made)
+
+
+def test_a_macro_is_in_capitals_whatever_the_tensor_is_called() -> None:
+    ports = [Tensor(name, (1,), Quant(1.0, 0)) for name in ("2nd é*/ x", "n_2nd x", "7")]
+    names = port_names([program.Port(t.name, t, (1,), (0,), True) for t in ports])
+    assert names == [name.upper() for name in names] and len(set(names)) == 3
 
 
 def test_a_network_with_hostile_names_compiles(tmp_path: Path) -> None:
@@ -250,6 +304,9 @@ def test_pixels_go_in_as_they_are(tmp_path: Path) -> None:
     assert not notes
     file = exported(replace(folded, samples={"x": pixels}), MCU, tmp_path)
     assert '"dtype": "uint8"' in (tmp_path / "model.json").read_text()
+    assert file.inputs == (Port("x", (1, 6, 6, 3), "uint8"),), "a rule with a zero point would move every pixel"
+    header = (tmp_path / "model.h").read_text()
+    assert "(int8_t)pixel" in header and "MODEL_INPUT_X_ZERO" not in header and "MODEL_OUTPUT_Y_ZERO" in header
     found = to_c99.load(tmp_path / file.path)({"x": pixels})["y"]
     assert np.abs(found - reference(folded.bytes, {"x": pixels})["y"]).max() <= 1.01 * steps(folded)
 
@@ -505,7 +562,7 @@ def test_a_folder_that_is_not_whole_is_refused(tmp_path: Path) -> None:
 
 
 def test_times_here_say_nothing_about_the_board() -> None:
-    assert "nothing about the board" in to_c99.runtime().untimed
+    assert to_c99.runtime().untimed.startswith("needs the board")
 
 
 def test_the_microcontrollers_share_the_hub_of_x86() -> None:

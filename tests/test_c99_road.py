@@ -64,9 +64,10 @@ def test_an_export_is_compiled_checked_and_scored_against_the_original(workplace
     checked = {c.name: c for c in manifest.checks}
     assert checked["C equals the integer oracle (differing values)"].value == 0.0
     assert all(c.passed is not False for c in manifest.checks)
-    assert all(m.p50_ms is None and "nothing about the board" in m.where for m in manifest.measurements)
+    assert all(m.p50_ms is None and "needs the board" in m.where for m in manifest.measurements)
     readme = (workplace / "out" / "README.md").read_text()
     assert "make test" in readme and "FIRMWARE.md" in readme and "Flash: " in readme
+    assert readme.index("| in | `input` | 1 × ") < readme.index("- `input`: batch × "), "first what the buffer takes"
     assert not (workplace / "out" / "infer.py").exists()
     assert enter("report out").code == 0
 

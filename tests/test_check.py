@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +13,20 @@ import torch
 
 from deploykit import exporters, pipeline
 from deploykit.check import (
+    LOST,
     Answers,
     Gate,
     check_file_against_hub,
     check_lowering,
     check_operators,
     check_score,
+    narrow,
     score,
     sqnr_db,
 )
 from deploykit.core.artifact import Check
 from deploykit.core.errors import DeploykitError, GateFailed
-from deploykit.core.manifest import Manifest, OperatorError
+from deploykit.core.manifest import Manifest, OperatorError, Score
 from deploykit.core.request import Request
 from deploykit.core.target import QuantSpec
 from deploykit.exporters import to_onnx
@@ -55,6 +58,23 @@ def test_a_second_output_that_is_wrong_fails_although_the_classes_agree(spoilt) 
     checks = check_score(score(bad, good, "int8", "eval"), baseline, Gate())
     assert [c.passed for c in checks] == [True, False]
     assert [c.passed for c in check_file_against_hub(bad, good, "int8", Gate())] == [True, False]
+
+
+def test_a_loss_that_passes_by_the_standard_error_alone_is_said_aloud() -> None:
+    before = Score("original", 200, "eval", 97.5, 100.0, None, {})
+    found = check_score(replace(before, precision="int8", metric=96.0, agreement=96.0), before, Gate(max_drop=0.5))
+    (lost,) = [c for c in found if c.name == LOST]
+    assert lost.passed and "97.50 -> 96.00, allowed 0.5 and one standard error of 1.41" in lost.detail
+    assert narrow(found, Gate(max_drop=0.5)) == [
+        "int8 lost 1.50 points of accuracy, more than 0.5; it passes because one standard error of the samples is "
+        "added to that bound (1.91)"
+    ]
+    assert narrow(found, Gate(max_drop=1.5)) == []
+
+
+def test_a_negative_bound_on_lost_accuracy_is_refused() -> None:
+    with pytest.raises(DeploykitError, match="--max-drop -5: a loss of accuracy is bounded by 0 points or more"):
+        Gate(max_drop=-5)
 
 
 def test_a_lowered_graph_that_computes_something_else_fails() -> None:

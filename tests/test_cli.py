@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,11 @@ import pytest
 from commands import artifact, enter
 from graphs import normal, residual
 
-from deploykit import bench, load, pipeline, targets
+from deploykit import bench, cli, load, pipeline, targets
 from deploykit.bench import timing
+from deploykit.core.figures import file_size
+from deploykit.core.manifest import load_manifest
+from deploykit.report import result_table
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = (
@@ -198,7 +202,8 @@ def test_a_failed_gate_is_3_names_the_worst_and_still_writes() -> None:
     command = "export nets.py:build --target x86 --calib wild.npy --eval table.npz --no-benchmark --json -o poor"
     said = enter(command)
     assert said.code == 3
-    assert said.err.startswith("deploykit: the files were written but failed their checks:\n")
+    assert "\ndeploykit: the files were written but failed their checks:\n" in said.err
+    assert said.err.startswith("warning: 'x' lies between ")
     assert re.search(r"poor: agrees with the original model \(%\) [\d.]+, bound [\d.]+ \(int8; 60 samples", said.err)
     assert re.search(r"layers that lose most in int8: (hidden|out) \(Gemm, -?[\d.]+ dB\)", said.err)
     assert "--thresholds mse" in said.err
@@ -318,6 +323,27 @@ def test_benchmark_prints_a_table_or_json(x86: Path, brief: None) -> None:
     assert all(f["p50_ms"] > 0 for f in found["files"])
 
 
+def test_folders_side_by_side_are_timed_in_one_run(x86: Path, brief: None) -> None:
+    found = json.loads(enter("benchmark x86 x86 --json").out)
+    assert [f["precision"] for f in found["files"]] == ["fp32", "int8", "fp32", "int8"]
+
+
+def test_a_narrow_terminal_shows_every_name_and_size_in_full(
+    x86: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TERM", "dumb")
+    manifest = replace(load_manifest(x86), target="jetson-agx-xavier")
+    cli._print_table(result_table([(x86, manifest)]))
+    lines = capsys.readouterr().out.splitlines()
+    sizes = [file_size(f.size(x86)) for f in manifest.files]
+    assert max(map(len, lines)) <= 80
+    assert all(any(line.startswith(f"jetson-agx-xavier {p}") and s in line for line in lines)
+               for p, s in zip(("fp32", "int8"), sizes, strict=True))  # fmt: skip
+    assert "[1] not measured" in [line.strip() for line in lines]
+
+
 def test_plan_says_which_steps_apply_and_why_the_others_do_not() -> None:
     said = enter("plan nets.py:build --target x86 --calib calib.npy")
     assert said.code == 0
@@ -332,7 +358,7 @@ def test_plan_of_a_recipe_lists_its_steps_in_order() -> None:
     Path("steps.toml").write_text('[[step]]\nname = "equalize"\n[[step]]\nname = "qat"\nsteps = 5\n')
     found = json.loads(enter("plan --target x86 --recipe steps.toml --json").out)
     assert [(f["step"].split("(")[0], f["applies"]) for f in found] == [
-        ("Equalize", True), ("BiasCorrect", True), ("Qat", True),
+        ("Equalize", True), ("WeightCorrect", True), ("Qat", True),
     ]  # fmt: skip
 
 

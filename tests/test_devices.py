@@ -9,6 +9,7 @@ import shutil
 import sys
 import textwrap
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,14 @@ from deploykit import asked, targets, trial
 from deploykit.bench.drift import Drift
 from deploykit.bench.there import lacks, send_all
 from deploykit.check import Answers
+from deploykit.core.artifact import Check
 from deploykit.core.data import DataSet
 from deploykit.core.device import Facts
 from deploykit.core.errors import DeploykitError
 from deploykit.core.manifest import load_intact, load_manifest
 from deploykit.core.request import Gate, Request
 from deploykit.devices import connect, parse, read_facts, run_infer, run_tflite, stand_in
+from deploykit.devices.answers import room
 from deploykit.devices.work import Window
 from deploykit.exporters import open_artifact
 
@@ -371,7 +374,24 @@ def test_a_disk_without_room_is_refused_before_anything_is_copied(
     said = enter(f"benchmark --device local?dir={tmp_path / 'work'}", artifact)
     assert said.code == 2
     assert "0.0 MB free" in said.err and "?dir=PATH" in said.err
-    assert [p for p in (tmp_path / "work").rglob("*") if p.is_file()] == []
+    assert list((tmp_path / "work").rglob("*")) == []
+
+
+def test_a_disk_with_room_for_the_files_but_not_for_the_samples_is_refused_before_anything_is_copied(
+    artifact: Path, tmp_path: Path
+) -> None:
+    with connect(parse(f"local?dir={tmp_path}")) as device:
+        known = replace(read_facts(device), free_mb=0.1)
+        with pytest.raises(DeploykitError, match=r"0\.1 MB free in .* needs 0\.2 MB there, 0\.2 of them for samples"):
+            send_all(device, known, [artifact], room(samples(800)))
+        assert list(tmp_path.iterdir()) == []
+        send_all(device, known, [artifact])
+
+
+def test_scores_of_artifacts_in_folders_of_one_name_are_told_apart() -> None:
+    checks = tuple((Check(trial.SAME_HERE, "fp32", 100.0, 96.0, True),) for _ in range(2))
+    found = trial.Trial(facts(), None, ((), ()), checks).lines([Path("one/x86"), Path("two/x86")])
+    assert [line.partition(" fp32")[0] for line in found] == ["one/x86", "two/x86"]
 
 
 def test_a_file_that_fails_there_is_an_error_with_the_devices_words(artifact: Path, tmp_path: Path) -> None:

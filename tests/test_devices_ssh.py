@@ -315,7 +315,7 @@ def test_a_full_disk_there_is_an_error_and_keeps_no_part(
     monkeypatch.setenv("DEPLOYKIT_SSH", server.client)
     try:
         refused(
-            server.address(there, python=sys.executable), artifact, tmp_path, "cannot take", "Nothing was left behind"
+            server.address(there, python=sys.executable), artifact, tmp_path, "cannot take", "No part of it stays there"
         )
     finally:
         server.stop()

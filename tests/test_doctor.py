@@ -67,7 +67,9 @@ def test_what_is_missing_comes_with_what_it_enables_and_how_to_get_it(monkeypatc
     monkeypatch.setattr(doctor.shutil, "which", lambda _: None)
     said = enter("doctor")
     assert said.code == 0
-    _, _, missing = said.out.partition("not here:\n")
+    _, _, missing = said.out.partition(
+        "\nnot here (pip adds an extra to the deploykit of this environment, from any folder):\n"
+    )
     assert len(missing.splitlines()) == len(PACKAGES) + len(TOOLS)
     assert any(line.startswith("adb ") and line.endswith(": apt install adb") for line in missing.splitlines())
     assert any("accelerate" in line and "pip install 'deploykit[train]'" in line for line in missing.splitlines())
@@ -80,6 +82,12 @@ def test_every_extra_that_is_named_exists() -> None:
     for wanted in PACKAGES:
         _, _, extra = wanted.get.partition("deploykit[")
         assert not extra or f"\n{extra.rstrip(chr(39)).rstrip(']')} = [" in project
+
+
+def test_every_extra_that_is_named_is_in_the_table_of_the_readme() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    extras = [w.get.partition("deploykit[")[2].partition("]")[0] for w in PACKAGES if "deploykit[" in w.get]
+    assert [e for e in extras if f"| `{e}` | " not in readme] == []
 
 
 def test_any_name_of_a_tool_will_do(monkeypatch: pytest.MonkeyPatch) -> None:

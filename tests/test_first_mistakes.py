@@ -36,6 +36,22 @@ def test_calibration_and_evaluation_data_of_different_shapes_are_refused(tiny_cn
         pipeline.prepare(accept_module(tiny_cnn), data, None)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(("factor", "warned"), [(60.0, True), (2.0, False)])
+def test_data_sets_whose_values_differ_many_fold_get_a_warning(
+    factor: float, warned: bool, tiny_cnn: TinyCNN, capsys: pytest.CaptureFixture[str]
+) -> None:
+    x = normal(1, 20, 3, 16, 16)
+    data = {
+        "calibration": DataSet.of({"x": x * factor}, None, "calibration data a.npz"),
+        "eval": images(20, origin="eval data b.npz"),
+    }
+    pipeline.prepare(accept_module(tiny_cnn), data, None)  # type: ignore[arg-type]
+    said = capsys.readouterr().err
+    assert (
+        "warning: 'x' lies between -" in said and "in eval data b.npz: prepare both as in training" in said
+    ) == warned
+
+
 def test_a_bound_on_lost_accuracy_without_labels_is_refused(tiny_cnn: TinyCNN, tmp_path: Path) -> None:
     data = {"calibration": images(20), "eval": images(20, labels=False)}
     prepared = pipeline.prepare(accept_module(tiny_cnn), data, None)  # type: ignore[arg-type]

@@ -244,7 +244,7 @@ def test_prune_equalize_and_train_at_four_bits_in_one_recipe(tmp_path: Path, tin
             recipe=recipe(tmp_path, f"{steps}[train]\nbatch = 32\n"),
         )  # fmt: skip
     manifest = load_manifest(tmp_path / "trained")
-    assert [step.split("(")[0] for step in manifest.steps] == ["Prune", "Equalize", "BiasCorrect", "Qat"]
+    assert [step.split("(")[0] for step in manifest.steps] == ["Prune", "Equalize", "Gptq", "Qat"]
     for artifact in found.values():
         arrays = weights(artifact)
         assert len(arrays) == 3
@@ -308,7 +308,7 @@ def test_a_step_that_cannot_pay_runs_only_by_force_and_is_noted(tmp_path: Path, 
         out(tmp_path, tiny_mlp, "x86", normal(0, 40, 4), recipe=steps)
     out(tmp_path, tiny_mlp, "x86", normal(0, 40, 4), recipe=steps, force=True, gate=LENIENT)
     manifest = load_manifest(tmp_path / "x86")
-    assert manifest.steps == ("Prune(sparsity=0.25)", "BiasCorrect()")
+    assert manifest.steps == ("Prune(sparsity=0.25)", "WeightCorrect(samples=64, positions=16)")
     assert "cannot pay" in " ".join(manifest.notes)
 
 

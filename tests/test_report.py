@@ -23,7 +23,7 @@ from rich.console import Console
 from small_artifact import small_artifact
 
 from deploykit import exporters
-from deploykit.core.artifact import Check, Island, Measurement, TensorSpec
+from deploykit.core.artifact import Check, Island, Measurement, Port, TensorSpec
 from deploykit.core.data import Preprocess
 from deploykit.core.device import Facts
 from deploykit.core.errors import DeploykitError, MissingExtra
@@ -37,8 +37,9 @@ from deploykit.report.infer import script
 from deploykit.report.layers import grouped
 from deploykit.report.made import Made
 from deploykit.report.page import facts, render, summary, verdict
+from deploykit.report.ports import ports
 from deploykit.report.rows import rows
-from deploykit.report.words import preprocessing, shape, title
+from deploykit.report.words import decibels, preprocessing, shape, title
 from deploykit.sources import preprocess_image
 
 LOOK = Preprocess(resize=10, crop=8, mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3))
@@ -249,7 +250,7 @@ def test_what_failed_stands_at_the_top(manifest: Manifest) -> None:
 def test_times_from_elsewhere_are_not_in_the_summary(manifest: Manifest) -> None:
     nowhere = replace(timed("int8", 1.0), p50_ms=None, runs=0, where="not run here: needs a board")
     found = summary(rows(replace(manifest, measurements=(timed("fp32", 2.0), nowhere))))
-    assert "Its speed was not run here: needs a board." in found
+    assert "Its speed was not measured: needs a board." in found
     assert not any("One call" in sentence for sentence in found)
 
 
@@ -286,7 +287,7 @@ def test_a_card_says_why_there_is_no_figure(manifest: Manifest) -> None:
     )
     _, accuracy, time = cards(bare)
     assert (accuracy.figure, accuracy.beside, accuracy.bars) == ("", why, ())
-    assert (time.figure, time.beside, time.bars) == ("", "not run here: needs a board", ())
+    assert (time.figure, time.beside, time.bars) == ("", "needs a board", ())
     assert words(bare).count("not measured") >= 2
 
 
@@ -411,6 +412,7 @@ def test_infer_says_what_is_wrong_with_its_input(folder: Path, tmp_path: Path) -
         (tmp_path / "large.npz", "input x has the shape [1, 3, 9, 8]; the network takes ['batch', 3, 8, 8]"),
         (image, "does not take image files: give an .npz with x"),
         (tmp_path / "missing.npz", "no file"),
+        (Path("/dev/null"), "/dev/null is no regular file"),
     ):
         error = infer(folder, str(path), code=1)
         assert message in error and "Traceback" not in error
@@ -420,6 +422,18 @@ def test_a_picture_smaller_than_the_crop_is_refused_not_padded(tmp_path: Path) -
     small_artifact(tmp_path / "a", preprocess=replace(LOOK, resize=None))
     error = infer(tmp_path / "a", str(picture(tmp_path / "tiny.png", 20, 7)), code=1)
     assert "is 20 x 7; the network looks at 8 x 8 (width x height)" in error
+
+
+def test_a_picture_of_another_size_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    small_artifact(tmp_path / "a", preprocess=Preprocess())
+    paths = [str(picture(tmp_path / name, size, 8)) for name, size in (("fits.png", 8), ("big.png", 20))]
+    error = infer(tmp_path / "a", *paths, code=1)
+    assert "the network takes ['batch', 3, 8, 8]: resize or crop " in error and "big.png" in error
+
+
+def test_a_score_is_never_minus_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    script.show("y", np.array([-0.00001, -1.0]), is_scores=True)
+    assert capsys.readouterr().out.split() == ["0.0000", "class", "0", "-1.0000", "class", "1"]
 
 
 def test_a_single_sample_may_come_without_its_batch_dimension(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -495,7 +509,53 @@ def test_a_tensorrt_bundle_is_run_by_its_own_script(tmp_path: Path) -> None:
     readme = (tmp_path / "jetson" / "README.md").read_text()
     assert "    ./build.sh\n" in readme and "BUILD.md" in readme
     assert "deploykit benchmark" not in readme
+    assert "    python3 infer.py inputs.npz\n" in readme, "JetPack has no python, or it is Python 2"
     assert (tmp_path / "jetson" / "build.sh").is_file()
+
+
+def test_a_board_whose_python_is_too_old_gets_a_newer_one_beside_it(tmp_path: Path) -> None:
+    small_artifact(tmp_path / "nano", "jetson-nano")
+    readme = (tmp_path / "nano" / "README.md").read_text()
+    assert "    python3.8 -m venv env\n" in readme and "    env/bin/python infer.py inputs.npz\n" in readme
+    assert "its python3 is 3.6" in readme
+
+
+def test_the_headline_is_about_the_file_that_the_device_reads(tmp_path: Path) -> None:
+    nano = small_artifact(tmp_path / "nano", "jetson-nano")
+    assert nano.files[-1].read_instead == nano.files[0].path
+    assert "makes its fp16 engine from model.fp32.onnx: it cannot read model.fp16.onnx" in " ".join(summary(rows(nano)))
+    assert cards(nano)[0].beside == "the fp32 file"
+
+
+def test_whoever_runs_files_on_an_npu_is_told_where_they_were_measured_and_what_they_need(tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    small_artifact(tmp_path / "npu", "intel-npu")
+    readme = (tmp_path / "npu" / "README.md").read_text()
+    assert "kernels for the CPU; the NPU has kernels of its own" in readme and "NPU driver" in readme
+
+
+def test_pixels_that_go_in_as_they_are_are_never_called_floats(tmp_path: Path) -> None:
+    pixels = (TensorSpec("x", ("batch", 8, 8, 3), "uint8"),)
+    made = small_artifact(tmp_path / "a", preprocess=Preprocess(scale=1.0, layout="NHWC"), inputs=pixels)
+    readme, report = (tmp_path / "a" / "README.md").read_text(), words(made)
+    assert "uint8, NHWC" in readme and "float32, NHWC" not in readme
+    assert "uint8, NHWC" in report and "float32, NHWC" not in report
+
+
+def test_pixels_have_no_scale_and_no_zero_point_in_any_file(manifest: Manifest) -> None:
+    held = Port("x", (1, 8, 8, 3), "uint8", 1.0, 114)
+    file = replace(manifest.files[0], inputs=(held,))
+    (whole,) = ports(replace(manifest, files=(file,), inputs=(TensorSpec("x", ("batch", 8, 8, 3), "uint8"),)))
+    (real,) = ports(replace(manifest, files=(file,)))
+    assert (whole.scale, whole.zero_point) == ("", "") and (real.scale, real.zero_point) == ("1", "114")
+
+
+def test_no_noise_at_all_is_called_equal(manifest: Manifest) -> None:
+    assert (decibels(200.0), decibels(41.26), decibels(None)) == ("equal", "41.3 dB", "– dB")
+    exact = Score("int8", 16, "eval", None, None, None, {"y": 200.0})
+    only = replace(manifest, scores=(exact,))
+    assert "Its outputs equal the original model's" in " ".join(summary(rows(only)))
+    assert cards(only)[1].figure == "equal"
 
 
 def test_the_readme_says_what_the_files_hold_where_that_is_not_what_the_model_takes(tmp_path: Path) -> None:
@@ -532,7 +592,7 @@ def test_every_exporter_says_how_its_files_are_run() -> None:
 
 
 def test_preprocessing_is_told_step_by_step() -> None:
-    assert preprocessing(LOOK) == (
+    assert preprocessing(LOOK, "float32") == (
         "read as RGB, values 0 to 255",
         "resize the shorter side to 10 pixels, bilinear",
         "cut the centre, 8 × 8 (height × width)",
@@ -541,7 +601,7 @@ def test_preprocessing_is_told_step_by_step() -> None:
         "divide by (0.2, 0.25, 0.3) per channel",
         "float32, NCHW",
     )
-    assert preprocessing(Preprocess(scale=1.0, mean=(127.5,), layout="NHWC", channels="L")) == (
+    assert preprocessing(Preprocess(scale=1.0, mean=(127.5,), layout="NHWC", channels="L"), "float32") == (
         "read as grey, values 0 to 255",
         "subtract 127.5",
         "float32, NHWC",

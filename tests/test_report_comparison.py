@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from commands import contents, enter
@@ -16,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small_artifact import small_artifact
 
-from deploykit.core.artifact import File, Measurement
+from deploykit.core.artifact import File, Measurement, TensorSpec
 from deploykit.core.errors import DeploykitError
 from deploykit.core.manifest import Manifest, Score, Source, Stored, load_intact, load_manifest
 from deploykit.core.request import Request
@@ -129,8 +130,24 @@ def test_only_what_was_scored_on_the_same_samples_shares_axes(exports: Path) -> 
     plots = scatter.over_bytes(entries)
     assert [[p.entry.made.label for p in plot.points] for plot in plots] == [["a", "a", "b"], ["c", "c"]]
     assert "2 data sets" in comparison.split(entries) and "models" not in comparison.split(entries)
-    strange = scatter.entries([made("a", manifest), made("b", replace(manifest, model="other.py:net"))])
-    assert comparison.split(strange) == "The exports come from 2 models, so they differ in more than the target."
+
+
+@pytest.mark.parametrize("other", [{"model": "other.py:net"}, {"outputs": (TensorSpec("y", ("batch", 3), "float32"),)}])
+def test_exports_of_two_models_are_called_that_above_everything_else(exports: Path, other: dict[str, Any]) -> None:
+    manifest = replace(load_manifest(exports / "x86"), scores=())
+    two = [made("a", manifest), made("b", replace(manifest, **other))]
+    head = comparison.render(two).partition("<main>")[0]
+    assert "These exports come from 2 models, so they differ in more than the target." in head
+    assert comparison.strangers([made("a", manifest), made("b", manifest)]) == ""
+
+
+def test_no_label_stands_on_a_line(exports: Path) -> None:
+    manifest = load_manifest(exports / "x86")
+    (plot,) = scatter.over_bytes(scatter.entries([made("a", manifest)]))
+    strokes = scatter._strokes(sorted((p for p in plot.points if p.best), key=lambda p: p.x))
+    assert strokes and plot.original is not None
+    level = Box(scatter.LEFT, plot.original - 1, scatter.WIDTH, plot.original + 1)
+    assert not [label.name.text for label in plot.labels if any(label.box.overlap(s) for s in (level, *strokes))]
 
 
 def test_without_labels_the_axis_is_the_share_of_the_same_answers(exports: Path) -> None:
@@ -143,7 +160,7 @@ def test_without_labels_the_axis_is_the_share_of_the_same_answers(exports: Path)
 def test_files_without_a_time_are_named_not_dropped(exports: Path) -> None:
     gone = scatter.left_out(scatter.entries(find([exports])))
     assert gone == (
-        scatter.Missing(("jetson fp32, fp16, int8, int8-fp16",), "no time: not run here: needs a board"),
+        scatter.Missing(("jetson fp32, fp16, int8, int8-fp16",), "no time: needs a board"),
     )  # fmt: skip
     unscored = replace(load_manifest(exports / "x86"), scores=())
     (missing,) = scatter.left_out(scatter.entries([made("x86", unscored)]))

@@ -216,7 +216,20 @@ def test_times_that_are_not_the_devices_are_said() -> None:
     none = replace(there, precision="int8", runs=0, p50_ms=None, where="not run here: needs a board")
     found = said(replace(PLAIN, measurements=(there, none)))
     assert "--device" in found["fp32 was timed on this machine, not on x86."]
-    assert "--device" in found["int8 was not timed: not run here: needs a board."]
+    assert "--device" in found["int8 was not timed: needs a board."]
+
+
+@pytest.mark.parametrize("target", ["cortex-m4", "cortex-m7", "fpga-int8"])
+def test_nothing_is_advised_that_the_exporter_refuses_or_the_device_cannot_do(target: str) -> None:
+    untimed = Measurement("int8", 1, 1, 0, None, None, None, None, None, 1, "not run here: needs the board")
+    checks = tuple(Check(f"{start} x", "int8", 1.0, 0.0, False) for start in CHECKS)
+    saturated = Score("int8", 500, "d", 80.0, 90.0, 12.0, {})
+    board = replace(
+        PLAIN, target=target, exporter="c99", measurements=(untimed,), checks=checks, scores=(saturated,)
+    )  # fmt: skip
+    mends = " ".join(said(board).values())
+    assert "--keep-float" not in mends and "--device" not in mends and "--thresholds mse" in mends
+    assert "Linux or Android" in said(board)["int8 was not timed: needs the board."]
 
 
 def test_notes_are_sentences_and_names_keep_their_case() -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -293,6 +294,17 @@ def test_a_xavier_gets_int8_in_operator_set_17_and_a_float16_file_it_can_read(ca
     assert [onnx.load(tmp_path / f.path).opset_import[0].version for f in files] == [17, 17, 17]
     assert [dict(f.quantized) for f in files] == [{}, {}, {"Conv": 2, "Gemm": 1}]
     assert all(f.notes == () for f in files)
+
+
+@pytest.mark.parametrize("name", ["jetson-nano", "jetson-xavier-nx", "jetson", "gpu-h100"])
+def test_the_guide_lists_the_files_and_variants_of_its_own_bundle(calibrated: Hub, tmp_path: Path, name: str) -> None:
+    target = targets.load(name)
+    files = to_tensorrt.export(calibrated, target, tmp_path, target.precisions)
+    guide = (tmp_path / "BUILD.md").read_text()
+    assert set(re.findall(r"model\.[\w-]+\.onnx", guide)) == {f.path for f in files} and "@" not in guide
+    (asked,) = re.findall(r"--only ([\w-]+)", guide)
+    assert asked in {"jetson-nano": ["fp16-weak"], "jetson-xavier-nx": ["int8-weak"]}.get(name, ["int8-fp16"])
+    assert ("nothing: TensorRT 8.2 cannot read it" in guide) == (name == "jetson-nano")
 
 
 def test_a_xavier_with_old_software_is_a_profile_of_three_lines(calibrated: Hub, tmp_path: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -73,6 +75,11 @@ def ratio(of: Timing, over: Timing) -> Ratio:
     return Ratio(of, over, time, faster, mine.bytes / theirs.bytes, memory)
 
 
+def short(folder: Path, folders: Sequence[Path]) -> str:
+    """A folder's name where that tells it from the others, else its whole path."""
+    return folder.name if len({f.name for f in folders}) == len(folders) else str(folder)
+
+
 @dataclass(frozen=True)
 class Benchmark:
     """One run: a timing per file."""
@@ -127,9 +134,7 @@ class Benchmark:
         if len(self.groups) == 1:
             return timing.file.precision
         folders = [group[0].artifact.folder for group in self.groups]
-        unique = len({f.name for f in folders}) == len(folders)
-        folder = timing.artifact.folder
-        return f"{folder.name if unique else folder} {timing.file.precision}"
+        return f"{short(timing.artifact.folder, folders)} {timing.file.precision}"
 
     def table(self) -> Table:
         """One line per file, then one line per comparison, for the terminal."""

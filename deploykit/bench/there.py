@@ -63,10 +63,10 @@ def measure_there(
     return Benchmark(tuple(t for i in sorted(timings) for t in timings[i]), tuple(drifts), facts)
 
 
-def send_all(device: Device, facts: Facts, folders: Sequence[Path]) -> list[Work]:
-    """Copies what is not there yet."""
+def send_all(device: Device, facts: Facts, folders: Sequence[Path], room: int = 0) -> list[Work]:
+    """Copies what is not there yet, where that and ``room`` more bytes have space."""
     manifests = [load_intact(folder) for folder in folders]
-    return [kind(m.exporter).send(device, facts, f, m) for f, m in zip(folders, manifests, strict=True)]
+    return [kind(m.exporter).send(device, facts, f, m, room) for f, m in zip(folders, manifests, strict=True)]
 
 
 def refuse_lacking(facts: Facts, folders: Sequence[Path]) -> None:

@@ -73,6 +73,8 @@ class File:
     inputs: tuple[Port, ...] = ()
     """In the file's order; empty where it takes what the model takes."""
     outputs: tuple[Port, ...] = ()
+    read_instead: str = ""
+    """The file the device makes this precision from, where it cannot read this one, which then shows what it costs."""
 
     def size(self, folder: Path) -> int:
         """Bytes on the device; on disk, its parts included, where nothing else is known."""

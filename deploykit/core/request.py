@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from deploykit.core.context import Role
 from deploykit.core.data import Preprocess
+from deploykit.core.errors import DeploykitError
 from deploykit.core.recipe import Recipe
 from deploykit.core.target import Precision
 
@@ -19,7 +20,7 @@ class Settings:
     thresholds: str = "minmax"
     precisions: tuple[Precision, ...] = ()
     """Empty: those of the target."""
-    bias_correction: bool = True
+    correction: bool = True
     keep_float: tuple[str, ...] = ()
     """Layers that stay in float, by name."""
     seed: int = 0
@@ -54,6 +55,15 @@ class Gate:
     max_mismatch: float = 0.5
     """Largest share of one operator's outputs that differ although they are no ties, for products (kernels that round
     twice exist for the rest, where only ``max_lsb`` binds)."""
+
+    def __post_init__(self) -> None:
+        """Refuses a bound that no file could meet.
+
+        Raises:
+            DeploykitError: ``max_drop`` is negative or no number.
+        """
+        if self.max_drop is not None and not self.max_drop >= 0:
+            raise DeploykitError(f"--max-drop {self.max_drop:g}: a loss of accuracy is bounded by 0 points or more")
 
 
 @dataclass(frozen=True)

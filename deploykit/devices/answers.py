@@ -63,10 +63,21 @@ def answers(
 
 def chunks(data: DataSet) -> Iterator[dict[str, NDArray[Any]]]:
     """The samples in pieces, the same ones every time."""
-    first = next(data.batches(1)).inputs
-    count = max(1, min(SAMPLES, BYTES // max(1, sum(a.nbytes for a in first.values()))))
+    count, _ = _chunk(data)
     for batch in data.batches(count):
         yield batch.inputs
+
+
+def room(data: DataSet) -> int:
+    """Bytes that samples take on the device at a time: one chunk is there until it is answered."""
+    count, size = _chunk(data)
+    return min(count, len(data)) * size
+
+
+def _chunk(data: DataSet) -> tuple[int, int]:
+    """How many samples go there at a time, and the bytes of one."""
+    size = sum(a.nbytes for a in next(data.batches(1)).inputs.values())
+    return max(1, min(SAMPLES, BYTES // max(1, size))), size
 
 
 def _listed(device: Device, folder: str) -> set[str]:

@@ -107,6 +107,7 @@ def cannot_write(address: Address, destination: str, size: int, why: str) -> Dep
     """The error for a file that the device would not take."""
     said = why.strip().splitlines()[-1] if why.strip() else "no reason given"
     return DeploykitError(
-        f"{address.text} cannot take {destination} ({size / 1e6:.1f} MB): {said}. Nothing was left behind. "
-        "Free some space there, or name another folder: --device ADDRESS?dir=PATH"
+        f"{address.text} cannot take {destination} ({size / 1e6:.1f} MB): {said}. No part of it stays there; "
+        "files copied before do, for the next try. Free some space there, or name another folder: "
+        "--device ADDRESS?dir=PATH"
     )

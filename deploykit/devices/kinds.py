@@ -4,7 +4,7 @@ Every such module has the same functions:
 
 * ``lacks(facts, exporter) -> str``: what is missing there to time the files and how to get it; empty: nothing.
 * ``mute(facts, exporter) -> str``: why the files cannot answer samples there; empty: they can.
-* ``send(device, facts, folder, manifest) -> Work`` copies the artifact.
+* ``send(device, facts, folder, manifest, room) -> Work`` copies the artifact where ``room`` more bytes stay free.
 * ``measure(device, facts, works, asked, feeds) -> Found`` times all files of all the artifacts in turns.
 * ``computed_by(device, facts, work) -> str``: what computes the answers there, with its version.
 * ``answer(device, facts, tasks, arrays, key, threads)`` runs a chunk of samples and leaves every task's outputs in its
@@ -53,7 +53,7 @@ class Kind(Protocol):
         """Why the files cannot answer samples there."""
         ...
 
-    def send(self, device: Device, facts: Facts, folder: Path, manifest: Manifest) -> Work:
+    def send(self, device: Device, facts: Facts, folder: Path, manifest: Manifest, room: int = 0) -> Work:
         """Copies the artifact."""
         ...
 

@@ -58,12 +58,11 @@ def mute(facts: Facts, exporter: str) -> str:
     return lacks(facts, exporter)
 
 
-def send(device: Device, facts: Facts, folder: Path, manifest: Manifest) -> Work:
+def send(device: Device, facts: Facts, folder: Path, manifest: Manifest, room: int = 0) -> Work:
     """The sources, the golden vectors, our harness."""
     harness = (resources.files("deploykit.devices.there") / HARNESS).read_bytes()
     names = [s.path for s in manifest.stored if Path(s.path).suffix in (".c", ".h")]
-    work = send_files(device, facts, folder, manifest, names, {HARNESS: harness})
-    return work
+    return send_files(device, facts, folder, manifest, names, {HARNESS: harness}, room)
 
 
 def measure(

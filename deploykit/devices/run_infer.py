@@ -62,13 +62,13 @@ def mute(facts: Facts, exporter: str) -> str:
     return lacks(facts, exporter)
 
 
-def send(device: Device, facts: Facts, folder: Path, manifest: Manifest) -> Work:
+def send(device: Device, facts: Facts, folder: Path, manifest: Manifest, room: int = 0) -> Work:
     """The files, their weights beside them, `infer.py` and our script."""
     if "infer.py" not in {s.path for s in manifest.stored}:
         raise DeploykitError(f"{folder} has no infer.py that could run its files on a device")
     script = (resources.files("deploykit.devices.there") / "run.py").read_bytes()
     names = ["infer.py", *(name for f in manifest.files for name in (f.path, *f.parts))]
-    return send_files(device, facts, folder, manifest, names, {SCRIPT: script})
+    return send_files(device, facts, folder, manifest, names, {SCRIPT: script}, room)
 
 
 def measure(

@@ -53,12 +53,12 @@ def mute(facts: Facts, exporter: str) -> str:
     return lacks(facts, exporter)
 
 
-def send(device: Device, facts: Facts, folder: Path, manifest: Manifest) -> Work:
+def send(device: Device, facts: Facts, folder: Path, manifest: Manifest, room: int = 0) -> Work:
     """The bundle, and our script that asks engines."""
     script = (resources.files("deploykit.devices.there") / SCRIPT).read_bytes()
     listed = json.loads((folder / "bundle.json").read_text(encoding="utf-8"))
     names = ["bundle.json", "build.py", *listed["sha256"]]
-    return send_files(device, facts, folder, manifest, names, {SCRIPT: script})
+    return send_files(device, facts, folder, manifest, names, {SCRIPT: script}, room)
 
 
 def measure(

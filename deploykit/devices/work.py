@@ -115,7 +115,13 @@ def where(work: Work, facts: Facts, runtime: str, capability: str = "") -> str:
 
 
 def send(
-    device: Device, facts: Facts, folder: Path, manifest: Manifest, names: Iterable[str], own: Mapping[str, bytes]
+    device: Device,
+    facts: Facts,
+    folder: Path,
+    manifest: Manifest,
+    names: Iterable[str],
+    own: Mapping[str, bytes],
+    room: int = 0,
 ) -> Work:
     """Copies what is not there yet.
 
@@ -126,6 +132,7 @@ def send(
         manifest: its manifest.
         names: its files that the device needs.
         own: further files by name, e.g. our script.
+        room: bytes that samples will take there beside them.
 
     Raises:
         DeploykitError: not enough space there, or it cannot be written.
@@ -140,30 +147,37 @@ def send(
     work = Work(folder, manifest, f"{facts.folder}/{manifest.target}-{digest.hexdigest()[:16]}")
     folders = sorted({work.remote, *(work.path(p).rpartition("/")[0] for p in [*wanted, *own])})
     sizes = {path: stored.bytes for path, stored in wanted.items()} | {name: len(c) for name, c in own.items()}
-    there = _sizes(device, work, folders)
+    there = _sizes(device, work)
     missing = [name for name, count in sizes.items() if there.get(name) != count]
-    needed = sum(sizes[name] for name in missing) * ROOM / 1e6
+    needed = (sum(sizes[name] for name in missing) + room) * ROOM / 1e6
     if facts.free_mb is not None and needed > facts.free_mb:
         raise DeploykitError(
-            f"{facts.address} has {facts.free_mb:.1f} MB free in {facts.folder}; {folder} needs {needed:.1f} MB there. "
-            "Free some, or name another folder: --device ADDRESS?dir=PATH"
+            f"{facts.address} has {facts.free_mb:.1f} MB free in {facts.folder}; {folder} needs {needed:.1f} MB there"
+            f"{f', {room / 1e6:.1f} of them for samples' if room else ''}. Free some, or name another folder: "
+            "--device ADDRESS?dir=PATH"
         )
+    if missing:
+        _checked(device, f"mkdir -p {' '.join(map(shlex.quote, folders))}")
     for name in track(missing, f"copying to {facts.name}"):
         put(device, own[name] if name in own else folder / name, work.path(name))
     return work
 
 
-def _sizes(device: Device, work: Work, folders: Iterable[str]) -> dict[str, int]:
-    """Makes the folders, removes old leftovers and says which files are there already."""
-    names = " ".join(map(shlex.quote, folders))
-    script = (
-        f"mkdir -p {names} && cd {shlex.quote(work.remote)} || exit 1\n{SWEEP}\nfind . -type f -exec wc -c {{}} \\;"
+def _sizes(device: Device, work: Work) -> dict[str, int]:
+    """Removes old leftovers and says which files are there already."""
+    folder = shlex.quote(work.remote)
+    out = _checked(
+        device, f"[ -d {folder} ] || exit 0\ncd {folder} || exit 1\n{SWEEP}\nfind . -type f -exec wc -c {{}} \\;"
     )
+    rows = [line.split(None, 1) for line in out.splitlines()]
+    return {row[1].removeprefix("./"): int(row[0]) for row in rows if len(row) == 2 and row[0].isdigit()}
+
+
+def _checked(device: Device, script: str) -> str:
     ran = device.run(script)
     if ran.code:
         raise DeploykitError(f"{device.address.text}: {ran.err.strip()}")
-    rows = [line.split(None, 1) for line in ran.out.splitlines()]
-    return {row[1].removeprefix("./"): int(row[0]) for row in rows if len(row) == 2 and row[0].isdigit()}
+    return ran.out
 
 
 def keep(device: Device, work: Work, content: bytes, name: str) -> str:

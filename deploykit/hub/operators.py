@@ -130,9 +130,9 @@ def weight_axis(node: ir.Node) -> int:
     return len(weight.shape) - 1
 
 
-def channel_axis(operator: str, rank: int) -> int:
-    """The axis of a linear operator's output (of that rank) along which its bias runs."""
-    return 1 if operator in ("Conv", "ConvTranspose") else rank - 1
+def channel_axis(operator: str) -> int:
+    """The axis of a linear operator's output along which its bias runs, counted from the front or (-1) the end."""
+    return 1 if operator in ("Conv", "ConvTranspose") else -1
 
 
 def is_float(value: ir.Value | None) -> bool:

@@ -60,7 +60,7 @@ def export(
     for target in chosen:
         exporters.load(target.exporter).runtime()  # a missing extra is said before any long work
         written, _ = precisions(target, settings.precisions, calibrated)
-        for planned in plan(settings.recipe, target, have, settings.bias_correction, prepared.model.enters):
+        for planned in plan(settings.recipe, target, have, settings.correction, prepared.model.enters):
             if not planned.automatic:
                 insist(planned.step, planned.refusal, settings.force)
                 if planned.step.stage == "hub" and not any("int8" in p for p in written):

@@ -13,6 +13,7 @@ from deploykit.core.data import DataSet, Preprocess
 from deploykit.core.errors import DeploykitError, unknown
 from deploykit.core.target import Need
 from deploykit.planning import available
+from deploykit.sources import check_magnitudes
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -73,6 +74,7 @@ def prepare(
         DeploykitError: there is neither calibration data nor an example input.
     """
     _same_shapes(data)
+    check_magnitudes(list(data.values()))
     held_out = False
     given = dict(data)
     if hold_out and "calibration" in given and "eval" not in given:

@@ -19,7 +19,7 @@ from deploykit.core.machine import this_machine
 from deploykit.core.manifest import Layer, Manifest, Source, stored_files, versions
 from deploykit.core.progress import say, status
 from deploykit.core.ranges import Ranges
-from deploykit.core.recipe import Pass
+from deploykit.core.recipe import Pass, Stage
 from deploykit.core.request import Gate, Request, Settings
 from deploykit.core.target import QuantSpec, Target
 from deploykit.pipeline import steps
@@ -64,9 +64,8 @@ class Road:
 
         target = chosen[0]
         context = step_context(self.prepared, self.settings, target)
-        early = [p for p in plan(self.settings.recipe, target, self.prepared.have) if p.step.stage != "hub"]
-        model_steps = [p.step for p in early if p.step.stage == "model"]
-        graph_steps = [p.step for p in early if p.step.stage == "graph"]
+        model_steps = self._early(chosen, "model")
+        graph_steps = self._early(chosen, "graph")
         model = self.prepared.model
         module = model.module
         with self._phase("lower"), status("lowering to ONNX"):
@@ -100,11 +99,25 @@ class Road:
         if given is not None and self.prepared.held_out:
             self.notes.append("the samples scored on may be among those that --ranges were measured on")
         wanted = [p for t in chosen for p in self.settings.precisions or t.precisions]
-        if given is not None and "calibration" not in self.prepared.data and self.settings.bias_correction:
-            self.notes.append("--ranges without --calib: biases were not corrected, which needs the samples")
+        if given is not None and "calibration" not in self.prepared.data and self.settings.correction:
+            self.notes.append(
+                "--ranges without --calib: what rounding costs was not corrected, which needs the samples"
+            )
         if given is None and "calibration" in self.prepared.data and any("int8" in p for p in wanted):
             with self._phase("calibrate"):
                 self.ranges = steps.calibrate(self.graph, self.prepared.data["calibration"], self.settings.thresholds)
+
+    def _early(self, chosen: Sequence[Target], stage: Stage) -> list[Pass]:
+        """The steps of a stage in front of the hub. All targets share what they make, so what one of them gets without
+        being asked (equalizing, which changes no answer) all get."""
+        settings, calibrated = self.settings, "calibration" in self.prepared.data
+        found: dict[str, Pass] = {}
+        for target in chosen:
+            planned = plan(settings.recipe, target, self.prepared.have, settings.correction and calibrated)
+            found |= {
+                repr(p.step): p.step for p in planned if p.step.stage == stage and not (p.automatic and p.refusal)
+            }
+        return list(found.values())
 
     def _rehearse(self, chosen: Sequence[Target], final: bool) -> None:
         """Exports the original model and throws the files away: operators, operator sets, options and budgets that an
@@ -212,7 +225,7 @@ class Road:
 
         if not integer or self.ranges is None:
             return Hub(self.graph, target.quant), ()
-        planned = plan(self.settings.recipe, target, self.prepared.have, self.settings.bias_correction)
+        planned = plan(self.settings.recipe, target, self.prepared.have, self.settings.correction)
         chosen = [p for p in planned if p.step.stage == "hub" and not (p.automatic and p.refusal)]
         done = tuple(repr(p.step) for p in chosen)  # targets of one spec may profit from different steps
         if (target.quant, done) not in self.hubs:

@@ -6,12 +6,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from deploykit import targets
 from deploykit.core.artifact import Check
 from deploykit.core.manifest import Manifest
 from deploykit.core.ranges import Ranges
-from deploykit.report.rows import rows
+from deploykit.report.rows import reason, rows
 from deploykit.report.scatter import NOT_THE_DEVICE
 from deploykit.report.spans import computed, stretch
+from deploykit.report.usage import integers_only
 
 Weight = Literal["failed", "warning", "note"]
 
@@ -24,6 +26,8 @@ SATURATED = 5.0
 """Percent of the samples whose two best classes may be equal."""
 
 LOSSY = "Try --thresholds mse, more calibration samples or the step qat{worst}."
+THERE = "Where Linux or Android runs there: deploykit benchmark FOLDER --device ssh://user@host (or adb://SERIAL)."
+OUT_OF_REACH = "Time it there yourself: deploykit reaches devices with Linux or Android."
 IN_FLOATS = (
     "Nothing in this file is quantized: ask the steps of the recipe, where there are some, for less; or take another "
     "precision, or another version of the runtime."
@@ -33,8 +37,7 @@ CHECKS = {
     "lost accuracy": LOSSY,
     "agrees with the original": LOSSY,
     "signal to noise": LOSSY,
-    "operators:": "The runtime computes this operator differently: keep it in float (--keep-float NAME), or take "
-    "another version of the runtime.",
+    "operators:": "The runtime computes this operator differently: {keep_it}take another version of the runtime.",
     "file agrees with the hub": "The runtime computes something else than was quantized: look at the operators below.",
     "file against hub": "The runtime computes something else than was quantized: look at the operators below.",
     "float graph against": "Lowering changed the model: look for branches on values, or for random numbers.",
@@ -49,7 +52,7 @@ NOTES = {
     "were not evaluated": "",
     "exported with batch 1 only": "Nothing to do where one sample at a time is enough. For more, let forward take any "
     "batch: reshape(x.shape[0], -1) instead of numbers.",
-    "biases were not corrected": "Give --calib together with --ranges, or leave --ranges out.",
+    "rounding costs was not corrected": "Give --calib together with --ranges, or leave --ranges out.",
     "only float files were written": "Give --calib DATA: some hundred typical samples.",
     "--force ran": "Take the step out of the recipe, or name a target that profits from it.",
     "x the size of the fp32 file": "Look at the operators left in float below; in a very small network the graph "
@@ -74,9 +77,9 @@ class Advice:
 
 def advice(manifest: Manifest, ranges: Ranges | None) -> tuple[Advice, ...]:
     """All there is to say about an artifact, what failed first. Nothing is said twice."""
-    said = [*_failed(manifest), *_data(manifest), *_numbers(manifest, ranges), *_times(manifest), *_notes(manifest)]
+    found = [*_failed(manifest), *_data(manifest), *_numbers(manifest, ranges), *_times(manifest), *_notes(manifest)]
     order = ("failed", "warning", "note")
-    return tuple(sorted(dict.fromkeys(said), key=lambda a: order.index(a.weight)))
+    return tuple(sorted(dict.fromkeys(found), key=lambda a: order.index(a.weight)))
 
 
 def _failed(manifest: Manifest) -> Iterator[Advice]:
@@ -90,7 +93,8 @@ def mend(check: Check, manifest: Manifest) -> str:
     found = next((m for start, m in CHECKS.items() if check.name.startswith(start)), "")
     if found is LOSSY and "int8" not in check.precision:
         return IN_FLOATS
-    return found.format(worst=_keep_worst(manifest))
+    keep_it = "" if integers_only(manifest.exporter) else "keep it in float (--keep-float NAME), or "
+    return found.format(worst=_keep_worst(manifest), keep_it=keep_it)
 
 
 def outcome(check: Check) -> str:
@@ -102,7 +106,7 @@ def outcome(check: Check) -> str:
 
 
 def _keep_worst(manifest: Manifest) -> str:
-    if manifest.exporter == "c99":  # nothing may stay in float there
+    if integers_only(manifest.exporter):
         return ""
     names = [o.layer for o in manifest.operators[:2]]
     if not names:
@@ -126,13 +130,17 @@ def _data(manifest: Manifest) -> Iterator[Advice]:
 
 
 def _numbers(manifest: Manifest, ranges: Ranges | None) -> Iterator[Advice]:
+    keep = "If accuracy is short, keep it in float: --keep-float {name}."
+    last = "Keep the last layer in float (--keep-float NAME)."
+    if integers_only(manifest.exporter):
+        keep = last = f"If accuracy is short: {LOSSY.format(worst='')}"
     for worst in [o for o in manifest.operators if o.sqnr_db < POOR_DB][:3]:
         what = f"{worst.layer} ({worst.operator}) has noise of {100 * 10 ** (-worst.sqnr_db / 20):.0f} % of its signal."
-        yield Advice("warning", what, f"If accuracy is short, keep it in float: --keep-float {worst.layer}.")
+        yield Advice("warning", what, keep.format(name=worst.layer))
     for score in manifest.scores:
         if "int8" in score.precision and score.saturated is not None and score.saturated > SATURATED:
             what = f"{score.precision}: for {score.saturated:.0f} % of the samples the two best classes are equal."
-            yield Advice("warning", what, "Keep the last layer in float (--keep-float NAME).")
+            yield Advice("warning", what, last)
     if ranges is not None and manifest.thresholds == "minmax":
         wide = [name for name, s in computed(ranges, manifest).items() if stretch(s) >= STRETCHED]
         if wide:
@@ -150,12 +158,18 @@ def _times(manifest: Manifest) -> Iterator[Advice]:
         elif row.measurement is not None and NOT_THE_DEVICE in row.measurement.where:
             place = row.measurement.where.partition(":")[0]
             elsewhere.setdefault(place, []).append(row.precision)
-    there = "Where Linux or Android runs there: deploykit benchmark FOLDER --device ssh://user@host (or adb://SERIAL)."
+    there = THERE if _has_linux(manifest.target) else OUT_OF_REACH
     for where, names in untimed.items():
-        yield Advice("warning", f"{_listed(names)} not timed: {where}.", there)
+        yield Advice("warning", f"{_listed(names)} not timed: {reason(where)}.", there)
     for place, names in elsewhere.items():
         what = f"{_listed(names)} timed on {place.removesuffix(NOT_THE_DEVICE)}, not on {manifest.target}."
         yield Advice("warning", what, there)
+
+
+def _has_linux(target: str) -> bool:
+    """Whether deploykit may reach the device; a target that does not say, or is not known here, may have it."""
+    fact = targets.load(target).facts.get("linux") if target in targets.names() else None
+    return fact is None or bool(fact.value)
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -170,12 +184,12 @@ def _notes(manifest: Manifest) -> Iterator[Advice]:
         elif mend:
             yield Advice("warning", _sentence(note), mend)
         else:
-            what, _, said = note.partition(": ")
-            yield Advice("warning", _sentence(what), _sentence(said))
+            what, _, rest = note.partition(": ")
+            yield Advice("warning", _sentence(what), _sentence(rest))
 
 
 def _sentence(note: str) -> str:
     """With a capital, unless it begins with a name, and with a full stop."""
     first = note.partition(" ")[0]
     start = note[:1].upper() if first.isalpha() else note[:1]
-    return f"{start}{note[1:]}{'' if note.endswith('.') else '.'}"
+    return f"{start}{note[1:]}{'' if note.endswith(('.', '?')) else '.'}"

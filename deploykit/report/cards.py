@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from deploykit.core.figures import file_size, milliseconds, number, quotient
 from deploykit.core.manifest import Manifest, Score
 from deploykit.report.rows import Row, rows, unscored, untimed
+from deploykit.report.words import decibels
 
 FULL = 2.0
 """Points of loss that fill a panel at least: a loss of 0.1 shall not look like a disaster."""
@@ -40,7 +41,7 @@ class Card:
 
 
 def cards(manifest: Manifest) -> tuple[Card, ...]:
-    """Size, accuracy, time."""
+    """Size (of what the device reads), accuracy, time."""
     found = rows(manifest)
     files = [r for r in found if r.file is not None]
     if not files:
@@ -49,6 +50,7 @@ def cards(manifest: Manifest) -> tuple[Card, ...]:
 
 
 def _size(files: Sequence[Row]) -> Card:
+    files = [r for r in files if r.file is not None and not r.file.read_instead]
     base, last = files[0], files[-1]
     top = max((r.bytes for r in files if r.bytes), default=1)
     bars = [Bar(r.precision, None if r.bytes is None else r.bytes / top, file_size(r.bytes)) for r in files]
@@ -105,7 +107,8 @@ def _accuracy(found: Sequence[Row], files: Sequence[Row], manifest: Manifest) ->
     if last.sqnr_db:
         name, worst = min(last.sqnr_db.items(), key=lambda item: item[1])
         beside = f"output {name} against the original model's, {where}"
-        return Card("Signal to noise", number(worst, 1), "dB", beside, "", ())
+        figure, _, unit = decibels(worst).partition(" ")
+        return Card("Signal to noise", figure, unit, beside, "", ())
     return Card("Accuracy", "", "", "there is no output to compare", "", ())
 
 

@@ -47,6 +47,7 @@ def render(found: Sequence[Made]) -> str:
         cards=cards(entries),
         plots=plots,
         split=split(entries),
+        strangers=strangers(found),
         left_out=scatter.left_out(entries),
         labels=[made.label for made in found],
         precisions=[p for p in PRECISIONS if p in {e.row.precision for e in entries}],
@@ -78,15 +79,18 @@ def split(entries: Sequence[scatter.Entry]) -> str:
     """What the reader of the plots must not compare; empty where all of it may be."""
     machines = len({e.machine for e in entries if e.machine})
     sets = len({e.data for e in entries if e.data})
-    models = len({e.made.manifest.model for e in entries})
     said = []
-    if models > 1:
-        said.append(f"The exports come from {models} models, so they differ in more than the target.")
     if machines > 1:
         said.append(f"Times come from {machines} machines or ways of measuring: one plot each, not to be compared.")
     if sets > 1:
         said.append(f"Accuracies come from {sets} data sets: one plot each, not to be compared.")
     return " ".join(said)
+
+
+def strangers(found: Sequence[Made]) -> str:
+    """That these are no exports of one model, by its origin or by what it answers; empty where they may be."""
+    models = len({(made.manifest.model, made.manifest.outputs) for made in found})
+    return f"These exports come from {models} models, so they differ in more than the target." if models > 1 else ""
 
 
 def shared_advice(found: Sequence[Made]) -> list[tuple[Advice, list[str]]]:

@@ -7,7 +7,7 @@ from typing import Any
 from deploykit.core.errors import MissingExtra
 from deploykit.core.figures import MISSING, file_size, milliseconds, number, quotient
 from deploykit.report.layers import noise, percent
-from deploykit.report.words import shape, title
+from deploykit.report.words import decibels, shape, title
 
 GENERATOR = "deploykit"
 """In every page's head, so that a page of ours is known as such."""
@@ -34,6 +34,7 @@ def fill(template: str, **values: Any) -> str:
     environment.globals |= {
         "generator": GENERATOR,
         "missing": MISSING,
+        "decibels": decibels,
         "ms": milliseconds,
         "noise": noise,
         "number": number,

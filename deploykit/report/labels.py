@@ -89,12 +89,12 @@ def place(
     return tuple(placed)
 
 
-def on_line(text: str, line: float, points: Sequence[tuple[float, float]], frame: Box) -> Label:
+def on_line(text: str, line: float, points: Sequence[tuple[float, float]], taken: Sequence[Box], frame: Box) -> Label:
     """The name of a level line: above or below one of its ends, where it covers least."""
     name = Name(text, frame.right, line)
     ends: tuple[tuple[float, Anchor], ...] = ((frame.right, "end"), (frame.left + 4, "start"))
     options = [Label(name, left, line + down, anchor) for down in (-5.0, LINE) for left, anchor in ends]
-    covered = [_square(*p) for p in points]
+    covered = [*taken, *(_square(*p) for p in points)]
     costs = [sum(o.box.overlap(b) for b in covered) for o in options]
     return options[costs.index(min(costs))]
 

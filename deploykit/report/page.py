@@ -17,9 +17,9 @@ from deploykit.report.html import fill
 from deploykit.report.layers import grouped, maps
 from deploykit.report.made import Made
 from deploykit.report.ports import ports
-from deploykit.report.rows import ORIGINAL, Row, rows
-from deploykit.report.usage import usage
-from deploykit.report.words import preprocessing
+from deploykit.report.rows import ORIGINAL, Row, place, reason, rows
+from deploykit.report.usage import integers_only, usage
+from deploykit.report.words import decibels, preprocessing
 
 
 def render(made: Made) -> str:
@@ -42,13 +42,14 @@ def render(made: Made) -> str:
         facts=facts,
         counts={f.path: _counts(f.quantized) for f in m.files if f.quantized},
         maps=maps(m),
+        integers_only=integers_only(m.exporter),
         unmeasured=next((c.detail for c in m.checks if c.name == "operators" and c.passed is None), ""),
         islands={f.path: grouped(f.islands) for f in m.files if f.islands},
         spans=shown,
         tensors=0 if ranges is None else len(spans.computed(ranges, m)),
         histograms=any(s.outline for s in shown),
         checks=[("", c) for c in m.checks],
-        preprocessing=preprocessing(m.preprocess) if m.preprocess else (),
+        preprocessing=preprocessing(m.preprocess, m.inputs[0].dtype) if m.preprocess else (),
         ports=ports(m),
     )
 
@@ -81,7 +82,12 @@ def summary(found: Sequence[Row]) -> tuple[str, ...]:
         return ()
     base, last = files[0], files[-1]
     sentences = []
-    if last is not base and last.size is not None:
+    if last.file is not None and last.file.read_instead:
+        sentences.append(
+            f"The device makes its {last.precision} engine from {last.file.read_instead}: it cannot read "
+            f"{last.file.path}, which shows what {last.precision} costs."
+        )
+    elif last is not base and last.size is not None:
         sentences.append(
             f"The {last.precision} file has {file_size(last.bytes)}, {quotient(last.size)} the {base.precision} file."
         )
@@ -93,7 +99,7 @@ def summary(found: Sequence[Row]) -> tuple[str, ...]:
         machine = a.where.partition(":")[0]
         sentences.append(f"One call takes {milliseconds(a.p50_ms)} ms{beside} on {machine}.")
     elif a is not None:
-        sentences.append(f"Its speed was {a.where}.")
+        sentences.append(f"Its speed was not measured: {reason(a.where)}.")
     sentences += _accuracy(found[0].score if found[0].precision == ORIGINAL else None, last.score)
     return tuple(sentences)
 
@@ -111,14 +117,16 @@ def _accuracy(original: Score | None, score: Score | None) -> list[str]:
         said.append(f"It gives the original model's answer for {number(score.agreement)} % of {of}.")
     if not said and score.sqnr_db:
         name, worst = min(score.sqnr_db.items(), key=lambda item: item[1])
-        said.append(f"Its outputs stand at least {number(worst, 1)} dB above the error ({name}), {where}.")
+        equal = f"Its outputs equal the original model's, {where}."
+        noisy = f"Its outputs stand at least {decibels(worst)} above the error ({name}), {where}."
+        said.append(equal if decibels(worst) == "equal" else noisy)
     return said
 
 
 def how(m: Measurement) -> str:
     """Where and how a time was taken."""
     if not m.runs:
-        return m.where
+        return place(m.where)
     return f"{m.where}, batch {m.batch}, {m.threads} thread{'s' if m.threads != 1 else ''}, {m.runs} runs"
 
 

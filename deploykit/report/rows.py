@@ -59,9 +59,19 @@ def _bytes(file: File, sizes: Mapping[str, int]) -> int | None:
     return None if None in found else sum(size for size in found if size is not None)
 
 
+def reason(where: str) -> str:
+    """Why no time was taken."""
+    return where.removeprefix("not run here: ")
+
+
+def place(where: str) -> str:
+    """Where a time was taken, or why none was: the files may well have been run here."""
+    return where.replace("not run here:", "not timed here:", 1)
+
+
 def untimed(row: Row) -> str:
     """Why a file has no time."""
-    return row.measurement.where if row.measurement is not None else "it was not timed (--no-benchmark)"
+    return reason(row.measurement.where) if row.measurement is not None else "it was not timed (--no-benchmark)"
 
 
 def unscored(manifest: Manifest) -> str:

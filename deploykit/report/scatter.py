@@ -17,7 +17,10 @@ from deploykit.report.made import Made
 from deploykit.report.rows import Row, rows, unscored, untimed
 
 WIDTH, HEIGHT = 440.0, 330.0
-LEFT, TOP, RIGHT, BOTTOM = 46.0, 28.0, 26.0, 42.0
+LEFT, TOP, RIGHT, BOTTOM = 46.0, 28.0, 36.0, 42.0
+"""Right of the frame is half of the last tick's text, as large as it is on a phone."""
+STROKE = 4.0
+"""What a line takes that no label shall stand on."""
 NEAR = 9.0
 """Points this close (pixels) share a label."""
 LEAST = 2.0
@@ -214,7 +217,7 @@ def _plot(
         title, caption, x_name + (" (logarithmic)" if x_axis.logarithmic else ""), y_name,
         tuple((_left(x_axis, t), "0" if t == 0 else written(t)) for t in x_axis.ticks),
         tuple((_top(y_axis, t), number(t, digits)) for t in y_axis.ticks),
-        points, _labels(points, x_of is _time, line), _steps(ahead), line,
+        points, _labels(points, x_of is _time, line, _strokes(ahead)), _steps(ahead), line,
         x_of is _time and any(e.elsewhere for e in group),
         tuple(p.entry.name for p in ahead),
     )  # fmt: skip
@@ -238,7 +241,19 @@ def _steps(ahead: Sequence[Point]) -> str:
     return f"{path}H{WIDTH - RIGHT:.1f}"
 
 
-def _labels(points: Sequence[Point], starred: bool, line: float | None) -> tuple[Label, ...]:
+def _strokes(ahead: Sequence[Point]) -> list[Box]:
+    """What `_steps` covers."""
+    half, floor = STROKE / 2, HEIGHT - BOTTOM
+    found = []
+    for p, after in zip(ahead, [*ahead[1:], None], strict=True):
+        end = WIDTH - RIGHT if after is None else after.left
+        found.append(Box(p.left - half, p.top, p.left + half, floor))
+        found.append(Box(p.left, p.top - half, end, p.top + half))
+        floor = p.top
+    return found
+
+
+def _labels(points: Sequence[Point], starred: bool, line: float | None, strokes: Sequence[Box]) -> tuple[Label, ...]:
     """A label per point, or per several that lie on one another, and one for the line of the original model."""
     names = []
     for cluster in _clusters(points):
@@ -248,8 +263,11 @@ def _labels(points: Sequence[Point], starred: bool, line: float | None) -> tuple
         names.append(Name(_named(cluster) + star, cluster[0].left, cluster[0].top, owner))
     places = [(p.left, p.top) for p in points]
     frame = Box(LEFT, 0.0, WIDTH - RIGHT, HEIGHT - BOTTOM)
-    there = () if line is None else (on_line("original model", line, places, frame),)
-    return (*there, *place(names, places, [label.box for label in there], frame))
+    if line is None:
+        return place(names, places, strokes, frame)
+    level = Box(frame.left, line - STROKE / 2, frame.right, line + STROKE / 2)
+    there = on_line("original model", line, places, strokes, frame)
+    return (there, *place(names, places, [there.box, level, *strokes], frame))
 
 
 def _clusters(points: Sequence[Point]) -> list[list[Point]]:

@@ -10,7 +10,7 @@ import msgspec
 
 from deploykit.core.figures import file_size, milliseconds, number, quotient
 from deploykit.core.manifest import Manifest
-from deploykit.report.rows import Row, rows
+from deploykit.report.rows import Row, place, rows
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -23,11 +23,11 @@ def result_table(finished: Sequence[tuple[Path, Manifest]]) -> Table:
     from rich.text import Text
 
     table = Table(box=box.SIMPLE_HEAD, caption_justify="left", caption_style="")
-    table.add_column("target")
-    table.add_column("precision")
+    for heading in ("target", "precision"):  # on a narrow terminal only headings of figures break
+        table.add_column(heading, no_wrap=True)
     for heading in ("size", "", "accuracy %", "agreement %", "p50 ms", "p90 ms"):
-        table.add_column(heading, justify="right")
-    table.add_column("where")
+        table.add_column(heading, justify="right", no_wrap="%" not in heading)
+    table.add_column("where", no_wrap=True)
     places: dict[str, int] = {}
     for _, manifest in finished:
         found = rows(manifest)
@@ -39,9 +39,8 @@ def result_table(finished: Sequence[tuple[Path, Manifest]]) -> Table:
 
 def _cells(row: Row, places: dict[str, int]) -> tuple[str, ...]:
     score, measured = row.score, row.measurement
-    where = "" if row.file is None else "not measured"
-    if measured is not None:
-        where = f"[{places.setdefault(measured.where, len(places) + 1)}]"
+    told = "not measured" if measured is None else place(measured.where)
+    where = "" if row.file is None else f"[{places.setdefault(told, len(places) + 1)}]"
     return (
         row.target,
         row.precision,

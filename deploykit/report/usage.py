@@ -10,14 +10,16 @@ from pprint import pformat
 from types import SimpleNamespace
 from typing import Any
 
-from deploykit import exporters
+from deploykit import exporters, targets
 from deploykit.core.errors import unknown
 from deploykit.core.figures import file_size, number
 from deploykit.core.manifest import Manifest, Score
 from deploykit.report.ports import ports
-from deploykit.report.words import named, preprocessing, shape, title
+from deploykit.report.words import decibels, named, preprocessing, shape, title
 
 PARTS = "deploykit.report.infer"
+OLDEST_PYTHON = (3, 7)
+"""Which infer.py needs."""
 BENCHMARK = "deploykit benchmark .   # time them on this machine"
 
 
@@ -49,14 +51,50 @@ def usage(manifest: Manifest) -> Usage:
         return Usage(tuple(runtime.COMMANDS), runtime.ABOUT)
     images = manifest.preprocess is not None
     packages = ["numpy", *runtime.PACKAGES, *(["pillow"] if images else [])]
-    commands = (f"pip install {' '.join(packages)}", f"python infer.py {'image.jpg' if images else 'inputs.npz'}")
+    python = _python(manifest.target, getattr(runtime, "PYTHON", "python"))
+    commands = (
+        *python.first,
+        f"{python.pip} install {' '.join(packages)}",
+        f"{python.command} infer.py {'image.jpg' if images else 'inputs.npz'}",
+    )
     if hasattr(runtime, "ABOUT"):  # there is something to do first
-        return Usage((*runtime.COMMANDS, *commands), runtime.ABOUT)
+        return Usage((*runtime.COMMANDS, *commands), f"{runtime.ABOUT}{python.why}")
     precisions = [f.precision for f in manifest.files]
     about = "`infer.py` needs nothing else from here: copy its preprocessing and the few lines around the runtime."
     if len(precisions) > 1:
         about = f"It runs the {precisions[-1]} file; `--precision {precisions[0]}` runs another. {about}"
     return Usage(commands, about)
+
+
+@dataclass(frozen=True)
+class _Python:
+    """What runs ``infer.py`` on a device."""
+
+    command: str
+    pip: str
+    first: tuple[str, ...] = ()
+    """What installs it."""
+    why: str = ""
+
+
+def _python(target: str, usual: str) -> _Python:
+    """The device's own Python; where the target says that it is too old, a newer one beside it."""
+    facts = targets.load(target).facts if target in targets.names() else {}
+    own, newer = facts.get("python"), facts.get("newer_python")
+    if own is None or newer is None or tuple(map(int, str(own.value).split("."))) >= OLDEST_PYTHON:
+        return _Python(usual, "pip" if usual == "python" else f"{usual} -m pip")
+    python = f"python{newer.value}"
+    return _Python(
+        "env/bin/python",
+        "env/bin/pip",
+        (f"sudo apt install {python} {python}-venv", f"{python} -m venv env", "env/bin/pip install --upgrade pip"),
+        f" This device's own Python is too old for it ({own.source}), so it gets {python} beside it.",
+    )
+
+
+def integers_only(exporter: str) -> bool:
+    """Whether nothing may stay in float in what an exporter writes."""
+    return bool(getattr(_runtime(exporter), "INTEGERS_ONLY", False))
 
 
 def _runtime(exporter: str) -> Any:
@@ -133,19 +171,25 @@ def _readme(folder: Path, manifest: Manifest) -> str:
         size = file_size(file.size(folder))
         lines.append(f"| `{file.path}` | {file.precision} | {size} | {counts} |")
     lines += ["", "## Run it", "", *(f"    {command}" for command in how.commands), "", how.about, ""]
-    lines += ["## What goes in", ""]
+    scripted = hasattr(_runtime(manifest.exporter), "open_model")
+    fed = [] if scripted else _stored(manifest, "What goes in and comes out")  # by the user, so it comes first
+    lines += [*fed, *([""] if fed else [])]
+    lines += ["## What goes in" if not fed else "## What the model takes", ""]
     lines += [f"- `{s.name}`: {shape(s.shape)}, {s.dtype}" for s in manifest.inputs]
     if manifest.preprocess is not None:
         lines += ["", "An image becomes that by these steps, which are part of the model's contract:", ""]
-        lines += [f"{i}. {step}" for i, step in enumerate(preprocessing(manifest.preprocess), 1)]
-    elif hasattr(_runtime(manifest.exporter), "open_model"):
+        lines += [
+            f"{i}. {step}" for i, step in enumerate(preprocessing(manifest.preprocess, manifest.inputs[0].dtype), 1)
+        ]
+    elif scripted:
         arrays = ", ".join(f"{s.name}={s.name}" for s in manifest.inputs)
         lines += ["", f'`inputs.npz` holds them by name: `numpy.savez("inputs.npz", {arrays})`.']
-    lines += ["", "## What comes out", ""]
+    lines += ["", "## What comes out" if not fed else "## What it gives", ""]
     lines += [f"- `{s.name}`: {shape(s.shape)}, {s.dtype}" for s in manifest.outputs]
     if manifest.classes:
         lines += ["", "Classes, in order: " + ", ".join(manifest.classes) + "."]
-    lines += _stored(manifest)
+    stored = _stored(manifest, "What the files hold") if scripted else []
+    lines += [*([""] if stored else []), *stored]
     notes = [*manifest.notes, *(note for file in manifest.files for note in file.notes)]
     if notes:
         lines += ["", "## Good to know", "", *(f"- {note}" for note in dict.fromkeys(notes))]
@@ -164,15 +208,14 @@ def _readme(folder: Path, manifest: Manifest) -> str:
     return "\n".join(lines)
 
 
-def _stored(manifest: Manifest) -> list[str]:
+def _stored(manifest: Manifest, heading: str) -> list[str]:
     """What the files' own inputs and outputs are, where they are not the model's."""
     found = ports(manifest)
     if not found:
         return []
     by_script = " `infer.py` does all that." if hasattr(_runtime(manifest.exporter), "open_model") else ""
     lines = [
-        "",
-        "## What the files hold",
+        f"## {heading}",
         "",
         "Whoever feeds a file directly gives and gets this; where there is a scale, integers stand for "
         f"scale × (integer − zero point).{by_script}",
@@ -203,4 +246,4 @@ def _scores(folder: Path, manifest: Manifest) -> list[str]:
 
 
 def _worst(score: Score) -> str:
-    return number(min(score.sqnr_db.values(), default=None), 1)
+    return decibels(min(score.sqnr_db.values(), default=None)).removesuffix(" dB")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from deploykit.core.data import Preprocess
+from deploykit.core.figures import number
 
 
 def shape(dimensions: Sequence[int | str]) -> str:
@@ -22,8 +23,17 @@ def title(model: str) -> str:
     return model.replace("\\", "/").rpartition("/")[2] or model
 
 
-def preprocessing(steps: Preprocess) -> tuple[str, ...]:
-    """What happens to an image before the network, one step each, in order."""
+EQUAL_DB = 200.0
+"""What stands for no noise at all."""
+
+
+def decibels(value: float | None) -> str:
+    """``41.3 dB``, or ``equal``."""
+    return "equal" if value is not None and value >= EQUAL_DB else f"{number(value, 1)} dB"
+
+
+def preprocessing(steps: Preprocess, dtype: str) -> tuple[str, ...]:
+    """What happens to an image before the network takes it as a ``dtype``, one step each, in order."""
     said = [f"read as {'grey' if steps.channels == 'L' else steps.channels}, values 0 to 255"]
     if steps.resize is not None:
         said.append(f"resize the shorter side to {steps.resize} pixels, bilinear")
@@ -36,7 +46,7 @@ def preprocessing(steps: Preprocess) -> tuple[str, ...]:
         said.append(f"subtract {_per_channel(steps.mean)}")
     if steps.std:
         said.append(f"divide by {_per_channel(steps.std)}")
-    said.append(f"float32, {steps.layout}")
+    said.append(f"{dtype}, {steps.layout}")
     return tuple(said)
 
 

@@ -109,6 +109,7 @@ def _comparison(found: Sequence[Made]) -> dict[str, Any] | None:
     return {
         "accuracy_over_bytes": [_plot(p) for p in scatter.over_bytes(entries)],
         "accuracy_over_time": [_plot(p) for p in scatter.over_time(entries)],
+        "strangers": comparison.strangers(found),
         "left_out": msgspec.to_builtins(scatter.left_out(entries)),
     }
 

@@ -4,8 +4,8 @@ An image is decoded when it is asked for, a ``.npy`` is memory-mapped, a torch D
 asked sample by sample; only batches from another iterable are kept in memory.
 """
 
-from deploykit.sources.checks import check_labels
+from deploykit.sources.checks import check_labels, check_magnitudes
 from deploykit.sources.images import load_preprocess, preprocess_image
 from deploykit.sources.load import from_python, load_data
 
-__all__ = ["check_labels", "from_python", "load_data", "load_preprocess", "preprocess_image"]
+__all__ = ["check_labels", "check_magnitudes", "from_python", "load_data", "load_preprocess", "preprocess_image"]

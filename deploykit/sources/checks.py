@@ -11,9 +11,15 @@ from deploykit.core.artifact import TensorSpec
 from deploykit.core.context import Role
 from deploykit.core.data import DataSet, Preprocess, Sample
 from deploykit.core.errors import DeploykitError
+from deploykit.core.progress import say
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+LOOKED_AT = 16
+"""So many samples tell in which range values lie."""
+MANY = 8.0
+"""Values that differ by this factor were prepared differently (0..255 against normalised: some sixty-fold)."""
 
 
 def check_labels(data: DataSet, classes: int) -> None:
@@ -60,9 +66,34 @@ def checked(data: DataSet, inputs: Sequence[TensorSpec], role: Role, looked_at: 
     if data.preprocess is None and not looked_at:  # pixels are finite, their sizes known from the headers
         for number, i in enumerate(data.index):
             check_values(data.sample(i), first, f"{data.origin}: sample {number}")
+    for spec in inputs:  # what a factory's module takes is not known; most likely one image without the first axis
+        if not spec.shape and first[spec.name].ndim == 2 and len(data) in (1, 3):
+            given = " x ".join(map(str, first[spec.name].shape))
+            say(
+                f"note: {data.origin}: {len(data)} samples of '{spec.name}', each {given}. If that is one image, the "
+                "axis of the samples is missing: [n, channels, height, width]"
+            )
     if role == "calibration" and all(_equal(data.sample(i), first) for i in data.index[1:]):
         raise DeploykitError(f"{data.origin}: all {len(data)} samples are identical; nothing can be learned from them")
     return data
+
+
+def check_magnitudes(data: Sequence[DataSet]) -> None:
+    """Warns of data sets whose values differ many-fold: ranges learned from one would not hold for the other."""
+    known: dict[str, tuple[float, float, str]] = {}
+    for found in data if len(data) > 1 else ():
+        batch = next(found.spread(LOOKED_AT).batches(LOOKED_AT)).inputs
+        for name, array in batch.items():
+            if array.dtype.kind != "f":
+                continue
+            here = (float(array.min()), float(array.max()), found.origin)
+            low, high, origin = known.setdefault(name, here)
+            largest = sorted(max(abs(a), abs(b)) for a, b in ((low, high), here[:2]))
+            if largest[1] > MANY * largest[0]:
+                say(
+                    f"warning: '{name}' lies between {low:.4g} and {high:.4g} in {origin}, but between {here[0]:.4g} "
+                    f"and {here[1]:.4g} in {found.origin}: prepare both as in training"
+                )
 
 
 def _check_dtype(spec: TensorSpec, array: NDArray[Any], data: DataSet) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from deploykit.core.errors import DeploykitError
 from deploykit.core.figures import file_size
 from deploykit.exporters.c99.memory import Plan
+from deploykit.exporters.c99.options import Options
 from deploykit.exporters.c99.program import Operation, Program, constants, reads
 
 KERNEL_BYTES = {
@@ -49,22 +50,26 @@ class Footprint:
         return self.arena + self.stack
 
 
-def footprint(program: Program, plan: Plan) -> Footprint:
-    """What a program takes; equal arrays are stored once."""
+def footprint(program: Program, plan: Plan, synthesis: bool) -> Footprint:
+    """What a program takes; equal arrays are stored once. Logic has neither code nor a stack."""
     distinct = {(a.dtype.str, a.tobytes()) for op in program.operations for _, a in constants(op)}
+    size = sum(len(data) for _, data in distinct)
+    if synthesis:
+        return Footprint(size, 0, plan.bytes, 0)
     kinds = {"Depthwise" if getattr(op, "depthwise", False) else type(op).__name__ for op in program.operations}
     kernels = sum(DEPTHWISE_BYTES if kind == "Depthwise" else KERNEL_BYTES[kind] for kind in kinds)
     calls = len(program.operations) * (CALL_BYTES + STRUCTURE_BYTES)
-    return Footprint(sum(len(data) for _, data in distinct), kernels + calls, plan.bytes, STACK_BYTES)
+    return Footprint(size, kernels + calls, plan.bytes, STACK_BYTES)
 
 
-def require_fit(program: Program, plan: Plan, flash: int | None, ram: int | None, target: str) -> Footprint:
-    """The footprint, if it is within the target's budgets (bytes; None: not limited).
+def require_fit(program: Program, plan: Plan, settings: Options, target: str) -> Footprint:
+    """The footprint, if it is within the target's budgets.
 
     Raises:
         DeploykitError: it is not; names the layer that needs most, by how much it is too large, and what would help.
     """
-    found = footprint(program, plan)
+    found = footprint(program, plan, settings.synthesis)
+    flash, ram = settings.flash_bytes, settings.ram_bytes
     complaints = []
     if flash is not None and found.flash > flash:
         sizes = Counter[str]()

@@ -12,22 +12,30 @@ from deploykit.core.figures import file_size
 from deploykit.exporters.c99.budget import Footprint
 from deploykit.exporters.c99.golden import Golden, spell_golden
 from deploykit.exporters.c99.memory import Plan
+from deploykit.exporters.c99.options import Options
 from deploykit.exporters.c99.program import Port, Program
 from deploykit.exporters.c99.spell import port_names, spell_header, spell_source
 
 SOURCE = "model.c"
 ABOUT = "model.json"
+GUIDE = "FIRMWARE.md"
 FORMAT = "deploykit-c99-1"
-COPIED = ("dk_kernels.c", "dk_kernels.h", "selftest.c", "Makefile", "CMakeLists.txt")
+COPIED = ("dk_kernels.c", "dk_kernels.h", "selftest.c", "CMakeLists.txt")
 """Files of ``device/`` that go into every folder as they are."""
 
 
-def emit(program: Program, plan: Plan, vectors: Golden, size: Footprint, folder: Path) -> None:
+def emit(program: Program, plan: Plan, vectors: Golden, size: Footprint, settings: Options, folder: Path) -> None:
     """Writes everything into an existing folder; equal programs give equal bytes."""
     device = resources.files("deploykit.exporters.c99") / "device"
-    written = {name: (device / name).read_text(encoding="utf-8") for name in COPIED}
-    written["dk_rescale.h"] = (device / f"dk_rescale_{program.rounding}.h").read_text(encoding="utf-8")
-    written["FIRMWARE.md"] = _firmware((device / "FIRMWARE.md").read_text(encoding="utf-8"), program, size)
+
+    def read(name: str) -> str:
+        return (device / name).read_text(encoding="utf-8")
+
+    guide = "SYNTHESIS.md" if settings.synthesis else "FIRMWARE.md"
+    written = {name: read(name) for name in COPIED}
+    written["Makefile"] = read("Makefile").replace("@CROSS@", settings.cross)
+    written["dk_rescale.h"] = read(f"dk_rescale_{program.rounding}.h")
+    written[GUIDE] = _guide(read(guide).replace("@CROSS@", settings.cross), program, plan, size)
     written[SOURCE] = spell_source(program, plan)
     written["model.h"] = spell_header(program, plan)
     written["golden.h"] = spell_golden(program, plan, vectors)
@@ -37,24 +45,26 @@ def emit(program: Program, plan: Plan, vectors: Golden, size: Footprint, folder:
 
 
 def flash_note(size: Footprint) -> str:
-    """What it takes of flash, in a sentence."""
+    """What it takes of flash, in a sentence; logic has constants alone."""
+    if not size.code:
+        return f"Constants: {file_size(size.constants)}."
     return (
         f"Flash: {file_size(size.flash)} ({file_size(size.constants)} of constants, about {file_size(size.code)} of "
-        "code for a Cortex-M4)."
+        "code as compiled for a Cortex-M4)."
     )
 
 
 def ram_note(size: Footprint, plan: Plan) -> str:
     """What it takes of RAM, in a sentence."""
+    stack = f", and about {size.stack} bytes of stack" if size.stack else ""
     return (
         f"RAM: {file_size(size.arena)} of arena, inputs and outputs included ({file_size(plan.lower_bound)} is the "
-        f"least any plan could take), and about {size.stack} bytes of stack."
+        f"least any plan could take){stack}."
     )
 
 
-def _firmware(text: str, program: Program, size: Footprint) -> str:
+def _guide(text: str, program: Program, plan: Plan, size: Footprint) -> str:
     first = port_names(program.inputs)[0], port_names(program.outputs)[0]
-    ram = f"RAM: {file_size(size.arena)} of arena, inputs and outputs included, and about {size.stack} bytes of stack."
     fill = "integer = round(real / @INPUT@_SCALE) + @INPUT@_ZERO, within -128 .. 127"
     if program.inputs[0].unsigned:
         fill = "the camera's bytes as they are, (int8_t)byte"
@@ -63,15 +73,17 @@ def _firmware(text: str, program: Program, size: Footprint) -> str:
         .replace("@INPUT@", f"MODEL_INPUT_{first[0]}")
         .replace("@OUTPUT@", f"MODEL_OUTPUT_{first[1]}")
         .replace("@FLASH@", flash_note(size))
-        .replace("@RAM@", ram)
+        .replace("@RAM@", ram_note(size, plan))
+        .replace("@ARENA@", f"{plan.bytes:,}")
     )
 
 
 def stored(port: Port) -> artifact.Port:
-    """How the caller's buffer holds an input or output."""
-    quant, dtype = port.tensor.quant, "uint8" if port.unsigned else "int8"
+    """How the caller's buffer holds an input or output. Pixels are bytes as they are: no rule says what they mean."""
     shape = tuple(port.shape[axis] for axis in port.order)
-    return artifact.Port(port.name, shape, dtype, quant.scale, quant.zero_point + 128 * port.unsigned)
+    if port.unsigned:
+        return artifact.Port(port.name, shape, "uint8")
+    return artifact.Port(port.name, shape, "int8", port.tensor.quant.scale, port.tensor.quant.zero_point)
 
 
 def _about(program: Program, plan: Plan, size: Footprint) -> dict[str, Any]:

@@ -53,7 +53,7 @@ def golden(program: Program, samples: Mapping[str, NDArray[Any]]) -> Golden:
 def described(port: Mapping[str, Any]) -> Port:
     """A port as ``model.json`` describes it."""
     shape, order, unsigned = tuple(port["shape"]), tuple(port["order"]), port["dtype"] == "uint8"
-    quant = Quant(port["scale"], port["zero_point"] - 128 * unsigned)
+    quant = Quant(1.0, 0) if unsigned else Quant(port["scale"], port["zero_point"])
     tensor = Tensor(port["name"], tuple(shape[a] for a in order), quant)
     return Port(port["name"], tensor, shape, order, port["batched"], unsigned)
 

@@ -18,15 +18,15 @@ KEYWORDS = frozenset({
 """C's, and what the generated code calls its own."""
 
 
-def identifier(text: str, taken: set[str | None]) -> str:
+def identifier(text: str, taken: set[str | None], front: str = "n") -> str:
     """A C identifier like ``text`` that nobody has taken; it is added to ``taken``.
 
     Characters C does not have become underscores, names that begin with a digit or an underscore (reserved) or are
-    keywords get a letter in front, and a second of the same name gets a number.
+    keywords get the letter ``front`` in front, and a second of the same name gets a number.
     """
     cleaned = re.sub(r"[^A-Za-z0-9]+", "_", text).strip("_")[:LONGEST].strip("_")
     if not cleaned or cleaned[0].isdigit() or cleaned in KEYWORDS or cleaned.lower().startswith(("dk_", "model_")):
-        cleaned = f"n_{cleaned}".rstrip("_")
+        cleaned = f"{front}_{cleaned}".rstrip("_")
     return take_name(cleaned, taken)
 
 

@@ -19,6 +19,10 @@ class Options:
     """Read-only memory for weights and code; None: not limited."""
     ram_bytes: int | None = None
     """Memory for activations, inputs, outputs and stack."""
+    cross: str = 'CC=… AR=… CFLAGS="-O2 …"'
+    """What stands before ``make`` to compile for the processor."""
+    synthesis: bool = False
+    """Whether the C becomes logic: then there is no code in flash and no stack."""
 
     def __post_init__(self) -> None:
         """Refuses budgets of nothing."""

@@ -50,7 +50,7 @@ def spell_source(program: Program, plan: Plan) -> str:
 def port_names(ports: Sequence[Port]) -> list[str]:
     """Each port's name in macros, in capitals."""
     taken: set[str | None] = set()
-    return [identifier(port.name.upper(), taken) for port in ports]
+    return [identifier(port.name.upper(), taken, front="N") for port in ports]
 
 
 def spell_header(program: Program, plan: Plan) -> str:
@@ -73,16 +73,19 @@ def spell_header(program: Program, plan: Plan) -> str:
             macro = f"MODEL_{side}_{name}"
             shape = "".join(f"[{port.shape[a]}]" for a in port.order)
             axes = ", ".join(str(a) for a in port.order)
-            pixels = ": uint8 pixels, written as (int8_t)pixel" if port.unsigned else ""
+            pixels = ": pixels as they are, 0 to 255, written as (int8_t)pixel" if port.unsigned else ""
             lines += [
                 "",
                 f"/* {comment(port.name)}: {shape}, axes {axes} of the model's{pixels} */",
                 f"#define {macro}(arena) ((arena) + {plan.offsets[port.tensor]})",
                 f"#define {macro}_OFFSET {plan.offsets[port.tensor]}",
                 f"#define {macro}_COUNT {port.tensor.size}",
-                f"#define {macro}_SCALE {_float(port.tensor.quant.scale)}",
-                f"#define {macro}_ZERO ({port.tensor.quant.zero_point + 128 * port.unsigned})",
             ]
+            if not port.unsigned:
+                lines += [
+                    f"#define {macro}_SCALE {_float(port.tensor.quant.scale)}",
+                    f"#define {macro}_ZERO ({port.tensor.quant.zero_point})",
+                ]
     lines += [
         "",
         "void model_run(int8_t *arena);",

@@ -17,6 +17,8 @@ class Options:
     """OpenVINO's name of the device the files are for. They run on the CPU here, whatever it is."""
     batch: int = 1
     """The batch that is bound in the files."""
+    driver: str = ""
+    """What OpenVINO needs beside itself to find the device."""
 
     def __post_init__(self) -> None:
         """Refuses a batch without samples."""
@@ -27,6 +29,18 @@ class Options:
     def untimed(self) -> str:
         """Why times taken on a CPU say nothing about the device; empty for the CPU."""
         return "" if self.device == "CPU" else f"needs the {self.device}; the files were checked on the CPU"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What whoever runs the files on the device should know; nothing for the CPU."""
+        if self.device == "CPU":
+            return ()
+        measured = (
+            f"accuracy and answers are those of OpenVINO's kernels for the CPU; the {self.device} has kernels of its "
+            "own, which compute in float16 what is not int8"
+        )
+        need = f"OpenVINO needs {self.driver}; where it finds no {self.device}, infer.py says so and runs on the CPU"
+        return (measured, need) if self.driver else (measured,)
 
 
 def options(target: Target) -> Options:

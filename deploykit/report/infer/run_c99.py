@@ -3,7 +3,9 @@
 COMMANDS = ("make test",)
 ABOUT = (
     "That compiles the network on this machine and compares the golden vectors byte by byte. "
-    "`FIRMWARE.md` says how it goes into firmware, in ten lines."
+    "`FIRMWARE.md` says how it goes on the device."
 )
+INTEGERS_ONLY = True
+"""Nothing may stay in float."""
 TIMING = ""
 """Times on this machine say nothing about a microcontroller."""

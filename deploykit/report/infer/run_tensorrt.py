@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     Arrays = dict[str, np.ndarray[Any, Any]]
 
 PACKAGES = ()
+PYTHON = "python3"
+"""On JetPack, python is Python 2 or not there."""
 COMMANDS = ("./build.sh",)
 ABOUT = (
     "On the device, in a copy of this folder: `build.sh` needs Python 3.6 and TensorRT's `trtexec`, and `BUILD.md` "

@@ -77,7 +77,9 @@ def read_inputs(paths: list[Path]) -> Arrays:
     elif PREPROCESS is None:
         stop(f"this network does not take image files: give an .npz with {', '.join(INPUTS)}; given: {paths[0]}")
     else:
-        arrays = {next(iter(INPUTS)): np.stack([load_image(path, PREPROCESS) for path in paths])}
+        name = next(iter(INPUTS))
+        images = [fit(name, {name: load_image(path, PREPROCESS)}, f": resize or crop {path}") for path in paths]
+        arrays = {name: np.concatenate(images)}
     return {name: fit(name, arrays) for name in INPUTS}
 
 
@@ -106,8 +108,8 @@ def load_pixels(array: np.ndarray[Any, Any], steps: Mapping[str, Any]) -> np.nda
     return np.stack([prepare(image, steps, f"image {i}") for i, image in enumerate(images)])
 
 
-def fit(name: str, arrays: Arrays) -> np.ndarray[Any, Any]:
-    """One input with its batch dimension and type; stops if the shape is wrong."""
+def fit(name: str, arrays: Arrays, mend: str = "") -> np.ndarray[Any, Any]:
+    """One input with its batch dimension and type; stops if the shape is wrong, with what mends it."""
     shape, dtype = INPUTS[name]
     if name not in arrays:
         stop(f"the network takes {', '.join(INPUTS)}; given: {', '.join(arrays) or 'nothing'}")
@@ -116,7 +118,7 @@ def fit(name: str, arrays: Arrays) -> np.ndarray[Any, Any]:
         array = array[None]
     fixed = [isinstance(d, int) and d != n for d, n in zip(shape[1:], array.shape[1:])]
     if array.ndim != len(shape) or any(fixed):
-        stop(f"input {name} has the shape {list(array.shape)}; the network takes {list(shape)}")
+        stop(f"input {name} has the shape {list(array.shape)}; the network takes {list(shape)}{mend}")
     return array
 
 
@@ -127,7 +129,12 @@ def show(name: str, row: np.ndarray[Any, Any], is_scores: bool) -> None:
         return
     for best in np.argsort(-row, kind="stable")[:5]:
         label = CLASSES[best] if best < len(CLASSES) else f"class {best}"
-        print(f"  {row[best]:10.4f}  {label}")
+        print(f"  {positive_zero(row[best], 4):10.4f}  {label}")
+
+
+def positive_zero(value: float, digits: int) -> float:
+    """Rounded, and 0 where only a minus is left of it."""
+    return round(float(value), digits) + 0.0
 
 
 def stop(message: str) -> NoReturn:
@@ -149,8 +156,10 @@ def main() -> None:
     for path in options.inputs:
         if path.is_dir():
             stop(f"{path} is a folder; give the files in it: {path}/*")
-        if not path.is_file():
+        if not path.exists():
             stop(f"no file {path}")
+        if not path.is_file():
+            stop(f"{path} is no regular file")
     arrays = read_inputs(options.inputs)
     file = Path(__file__).resolve().parent / FILES[options.precision]
     try:

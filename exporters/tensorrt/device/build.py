@@ -37,6 +37,7 @@ FLAGS = {
 PARSER_OPSETS = (((11, 0), 25), ((10, 13), 24), ((10, 9), 22), ((10, 0), 20), ((8, 4), 17), ((8, 0), 13))
 
 WARMUP_MS = 500
+EQUAL_DB = 200.0  # stands for no noise at all
 
 
 class Plan(NamedTuple):
@@ -326,10 +327,10 @@ def read_array(path: str, dtype: str) -> List[float]:
 def decibels(power: float, noise: float) -> float:
     """Signal to noise from sums of squares, between -200 and 200; what is not a number is noise alone."""
     if not noise < float("inf"):
-        return -200.0
+        return -EQUAL_DB
     if noise == 0.0:
-        return 200.0
-    return max(-200.0, min(200.0, 10.0 * math.log10(max(power, 1e-300) / noise)))
+        return EQUAL_DB
+    return max(-EQUAL_DB, min(EQUAL_DB, 10.0 * math.log10(max(power, 1e-300) / noise)))
 
 
 class Answers:
@@ -443,6 +444,8 @@ def table(results: List[Result], kept: Optional[Result]) -> str:
     for r in results:
         numbers = [r.median_ms, r.p99_ms, r.snr_db, r.megabytes]
         cells = ["-" if n is None else "{:.{}f}".format(n, d) for n, d in zip(numbers, (3, 3, 1, 2))]
+        if r.snr_db == EQUAL_DB:
+            cells[2] = "equal"
         cells.insert(3, r.same or "-")
         lines.append(line.format(r.variant, *cells, "kept" if r is kept else r.trouble))
     return "\n".join(text.rstrip() for text in lines)

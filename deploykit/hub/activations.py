@@ -1,0 +1,119 @@
+"""Integer activations at the inputs of a hub's layers, for steps that go through it layer by layer.
+
+A step changes layer after layer, each on what the layers changed before it make of the data. The network runs over the
+samples once, in stretches from one wanted tensor to the next. What a stretch produced waits in spooled temporary files
+until its last reader was served, so memory does not grow with the number of samples.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from deploykit.core.data import DataSet
+from deploykit.hub.running import session
+from deploykit.hub.slices import Slicer
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+IN_MEMORY = 4 << 20
+"""A tensor's activations above this many bytes wait on disk."""
+
+
+class IntegerActivations:
+    """The values of QuantizeLinear outputs on all samples.
+
+    Args:
+        slicer: of the Q/DQ model; weights and biases that were changed by then are seen by later stretches.
+        wanted: integer tensors in the order in which they will be asked for; repeated ones are kept.
+        data: the samples; they run one at a time.
+    """
+
+    def __init__(self, slicer: Slicer, wanted: Sequence[str], data: DataSet) -> None:
+        """Nothing is computed yet."""
+        self.slicer, self.data = slicer, data
+        self._stored: dict[str, Spool] = {}
+        self._uses: Counter[str] = Counter()
+        known: list[str] = []
+        for name in dict.fromkeys(wanted):
+            self._uses.update(slicer.boundary([name], known))
+            known.append(name)
+
+    def mean(self, name: str) -> NDArray[np.float32]:
+        """Mean over all samples of the real values behind a tensor, ``[1, ...]``."""
+        scale, zero = self.parameters(name)
+        return ((self._spool(name).mean() - zero) * scale).astype(np.float32)[None]
+
+    def batches(self, name: str) -> Iterator[NDArray[Any]]:
+        """The integers of a tensor for every sample, ``[1, ...]``."""
+        return self._spool(name).batches()
+
+    def close(self) -> None:
+        """Removes the temporary files."""
+        for spool in self._stored.values():
+            spool.file.close()
+
+    def parameters(self, name: str) -> tuple[float, float]:
+        """Scale and zero point of a tensor."""
+        scale, zero = (float(self.slicer.array(i)) for i in self.slicer.producer[name].input[1:3])
+        return scale, zero
+
+    def _spool(self, name: str) -> Spool:
+        if name not in self._stored:
+            self._stored[name] = self._compute(name)
+        return self._stored[name]
+
+    def _compute(self, name: str) -> Spool:
+        sources = self.slicer.boundary([name], list(self._stored))
+        run = session(self.slicer.cut([name], list(self._stored)))
+        spool = Spool()
+        for arrays in self._inputs(sources):
+            (integers,) = run.run(None, arrays)
+            spool.add(integers)
+        for source in sources:
+            self._uses[source] -= 1
+            if self._uses[source] == 0 and source in self._stored:
+                self._stored.pop(source).file.close()
+        return spool
+
+    def _inputs(self, sources: Sequence[str]) -> Iterator[dict[str, NDArray[Any]]]:
+        kept = {s: self._stored[s].batches() for s in sources if s in self._stored}
+        fresh = [s for s in sources if s not in self._stored]
+        samples = self.data.batches(1) if fresh else None  # making samples is costly: only where needed
+        for _ in range(len(self.data)):
+            found = {s: next(b) for s, b in kept.items()}
+            yield found | ({s: array for s, array in next(samples).inputs.items() if s in fresh} if samples else {})
+
+
+class Spool:
+    """Batches of one tensor, in memory while they are few and in a temporary file when they are many."""
+
+    def __init__(self) -> None:
+        """Empty."""
+        self.file = tempfile.SpooledTemporaryFile(max_size=IN_MEMORY)  # noqa: SIM115 (closed by its owner)
+        self._shapes: list[tuple[int, ...]] = []
+        self._dtype: Any = None
+        self._sum: Any = 0
+
+    def add(self, array: NDArray[Any]) -> None:
+        """The next batch ``[n, ...]``."""
+        self.file.write(np.ascontiguousarray(array).tobytes())
+        self._shapes.append(array.shape)
+        self._dtype = array.dtype
+        self._sum = self._sum + array.sum(axis=0, dtype=np.int32 if array.dtype.kind in "iu" else np.float64)
+
+    def mean(self) -> NDArray[np.float64]:
+        """Over samples."""
+        return np.asarray(self._sum, np.float64) / sum(shape[0] for shape in self._shapes)
+
+    def batches(self) -> Iterator[NDArray[Any]]:
+        """As they were added."""
+        self.file.seek(0)
+        for shape in self._shapes:
+            raw = self.file.read(int(np.prod(shape)) * self._dtype.itemsize)
+            yield np.frombuffer(raw, self._dtype).reshape(shape)

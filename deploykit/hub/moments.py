@@ -1,0 +1,186 @@
+"""What the quantized network feeds a layer and what the float network computes there, as second moments.
+
+Means, H = E[x xᵀ], C = E[y xᵀ] and E[y²], centred, are all that the weights of a linear layer can be chosen by. They
+are averages over output positions drawn at random, the same number from every sample.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from deploykit.calibration.observe import channel_mean
+from deploykit.core.data import DataSet
+from deploykit.core.progress import track
+from deploykit.hub.activations import IntegerActivations, Spool
+from deploykit.hub.graph import FloatGraph
+from deploykit.hub.layers import Layer, MatrixForm
+from deploykit.hub.operators import channel_axis
+from deploykit.hub.running import exposing
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+LEAST_POSITIONS = 1024
+COLUMNS = 1024
+"""How many positions are multiplied out at once."""
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Centred second moments of a layer ``y = W x``: float64, g groups side by side."""
+
+    h: Tensor
+    """H = E[x xᵀ], [g, k, k]."""
+    c: Tensor
+    """C = E[y xᵀ], [g, o, k]."""
+    yy: Tensor
+    """E[y²], [g, o]."""
+    power: Tensor
+    """Largest E[x²] of any input before means were taken off, [g]: H is known up to a share of it."""
+
+    def outputs(self, rows: Tensor) -> Moments:
+        """Those of some outputs of every group."""
+        return replace(self, c=self.c[:, rows], yy=self.yy[:, rows])
+
+    def error(self, w: Tensor) -> Tensor:
+        """E[(y - W x)²] per output ``[g, o]``, for W ``[g, o, k]``."""
+        return self.yy - 2 * (w * self.c).sum(2) + ((w @ self.h) * w).sum(2)
+
+
+class _Sums:
+    """Raw sums; products in float32, their sums in float64."""
+
+    def __init__(self) -> None:
+        self._n = 0
+        self._sums: tuple[Tensor, ...] = ()
+        self._waiting: list[tuple[NDArray[Any], NDArray[Any]]] = []
+
+    def add(self, x: NDArray[Any], y: NDArray[Any]) -> None:
+        """x [g, k, n], y [g, o, n]."""
+        self._waiting.append((x, y))
+        if sum(x.shape[2] for x, _ in self._waiting) >= COLUMNS:
+            self._multiply()
+
+    def _multiply(self) -> None:
+        if not self._waiting:
+            return
+        # a copy lies where torch wants it: products of memory that is aligned otherwise differ in their last bits
+        x, y = (torch.from_numpy(np.concatenate(part, axis=2)).clone() for part in zip(*self._waiting, strict=True))
+        self._waiting = []
+        self._n += x.shape[2]
+        products = tuple(p.double() for p in (x.sum(2), y.sum(2), x @ x.mT, y @ x.mT, y.square().sum(2)))
+        self._sums = _added(self._sums, products) if self._sums else products
+
+    def moments(self, other: _Sums | None = None) -> Moments:
+        """Of these, and of another's together with them."""
+        self._multiply()
+        n, sums = self._n, self._sums
+        if other is not None:
+            other._multiply()
+            n, sums = n + other._n, _added(sums, other._sums)
+        x, y, xx, yx, yy = (s / n for s in sums)
+        return Moments(
+            xx - x[:, :, None] * x[:, None, :], yx - y[:, :, None] * x[:, None, :], (yy - y.square()).clamp_min(0.0),
+            torch.diagonal(xx, dim1=1, dim2=2).amax(1),
+        )  # fmt: skip
+
+
+def _added(some: Sequence[Tensor], others: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    return tuple(a + b for a, b in zip(some, others, strict=True))
+
+
+class FloatOutputs:
+    """The float network's outputs of some layers, from one pass over the data: the mean of all, and a sample of them.
+
+    Args:
+        graph: the float network.
+        layers: whose means are wanted.
+        forms: layer output -> matrix form, for those whose outputs are kept at drawn positions.
+        data: the samples.
+        positions: how many per input of a matrix (k), of all samples together, but `LEAST_POSITIONS` at least.
+        seed: which.
+    """
+
+    def __init__(
+        self,
+        graph: FloatGraph,
+        layers: Sequence[Layer],
+        forms: Mapping[str, MatrixForm],
+        data: DataSet,
+        positions: int,
+        seed: int,
+    ) -> None:
+        """Runs the network; the values wait in spooled temporary files."""
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._seed, self._forms = seed, forms
+        self._each = {
+            name: -(-max(LEAST_POSITIONS, positions * form.inputs_per_output) // len(data))
+            for name, form in forms.items()
+        }
+        self._order = {layer.y: i for i, layer in enumerate(layers)}
+        self._sums: dict[str, Any] = dict.fromkeys(self._order, 0.0)
+        self._samples = len(data)
+        self._spools = {name: Spool() for name in forms}
+        axes = {layer.y: channel_axis(layer.node.op_type) for layer in layers}
+        run = exposing(graph.model, list(self._order))
+        for i, batch in enumerate(track(data.batches(1), "float outputs", total=len(data))):
+            for name, y in run(batch.inputs).items():
+                self.shapes[name] = y.shape
+                self._sums[name] += channel_mean(y, axes[name])
+                if name in forms:
+                    self._spools[name].add(forms[name].outputs(y, self.positions(name, i)))
+
+    def mean(self, name: str) -> NDArray[np.float64]:
+        """Per channel, over all samples and positions."""
+        return np.asarray(self._sums[name] / self._samples, np.float64)
+
+    def positions(self, name: str, sample: int) -> NDArray[np.int64]:
+        """Which positions of a layer's output were kept of a sample."""
+        total = self._forms[name].positions(self.shapes[name])
+        random = np.random.default_rng([self._seed, self._order[name], sample])
+        return np.sort(random.choice(total, min(self._each[name], total), replace=False))
+
+    def samples(self, name: str) -> Iterator[NDArray[np.float32]]:
+        """``[g, o, n]`` of every sample."""
+        return self._spools[name].batches()
+
+    def close(self) -> None:
+        """Removes the temporary files."""
+        for spool in self._spools.values():
+            spool.file.close()
+
+
+def moments(
+    layer: Layer, form: MatrixForm, inputs: IntegerActivations, outputs: FloatOutputs
+) -> tuple[Moments, tuple[Moments, ...]]:
+    """Of all samples; of every other one and of the rest, if there is more than one."""
+    scale, zero = inputs.parameters(layer.x)
+    halves = _Sums(), _Sums()
+    # about the means of all positions: what is then taken off the second moments is small, and they lose no digits
+    mean_x = channel_mean(inputs.mean(layer.x), 1 if form.operator == "Conv" else -1)
+    centre_x, centre_y = form.per_input(mean_x), outputs.mean(layer.y).reshape(form.group, -1, 1).astype(np.float32)
+    for i, (integers, y) in enumerate(zip(inputs.batches(layer.x), outputs.samples(layer.y), strict=True)):
+        x = form.inputs(integers, outputs.shapes[layer.y], outputs.positions(layer.y, i), zero)
+        real = (x.astype(np.float32) - np.float32(zero)) * np.float32(scale)
+        halves[i % 2].add(real - centre_x, y - centre_y)
+    if i == 0:
+        return halves[0].moments(), ()
+    return halves[0].moments(halves[1]), (halves[0].moments(), halves[1].moments())
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """torch on one thread: sums that are split among threads would differ in their last bits with their number."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
