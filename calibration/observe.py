@@ -51,13 +51,14 @@ def observe(run: Callable[[Mapping[str, NDArray[Any]]], Mapping[str, Extremes]],
     for batch in track(data.batches(1), "calibrating", total=len(data)):
         digest.add(batch)
         for name, extremes in run(batch.inputs).items():
-            _refuse_unfinite(np.asarray([extremes.low, extremes.high]), name, data)
+            refuse_unfinite(np.asarray([extremes.low, extremes.high]), name, data)
             states.setdefault(name, _State()).add(extremes)
     tensors = {name: state.stats() for name, state in states.items()}
     return Ranges(graph, digest.result(), len(data), tensors)
 
 
-def _refuse_unfinite(numbers: NDArray[Any], name: str, data: DataSet) -> None:
+def refuse_unfinite(numbers: NDArray[Any], name: str, data: DataSet) -> None:
+    """Raises DeploykitError where a tensor holds NaN or infinity."""
     if not np.isfinite(numbers).all():
         raise DeploykitError(f"{data.origin}: tensor '{name}' becomes NaN or infinite on the calibration data")
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deploykit.calibration.observe import channel_mean
+from deploykit.calibration.observe import channel_mean, refuse_unfinite
 from deploykit.core.data import DataSet
 from deploykit.core.progress import track
 from deploykit.hub.activations import IntegerActivations, Spool
@@ -27,7 +27,7 @@ from deploykit.hub.running import exposing
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-LEAST_POSITIONS = 1024
+LEAST_POSITIONS = 4096
 COLUMNS = 1024
 """How many positions are multiplied out at once."""
 
@@ -132,6 +132,7 @@ class FloatOutputs:
         run = exposing(graph.model, list(self._order))
         for i, batch in enumerate(track(data.batches(1), "float outputs", total=len(data))):
             for name, y in run(batch.inputs).items():
+                refuse_unfinite(y, name, data)
                 self.shapes[name] = y.shape
                 self._sums[name] += channel_mean(y, axes[name])
                 if name in forms:

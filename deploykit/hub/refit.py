@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -44,9 +44,9 @@ from deploykit.hub.slices import Slicer
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-RIDGES = (1e-3, 1e-2, 0.1, 1.0, 10.0)
+RIDGES = (1e-2, 0.1, 1.0, 10.0)
 """λ as a share of the mean variance of the inputs."""
-BLUR = 1e-6
+BLUR = 1e-5
 DAMPING = 0.1
 """Most that is added to H where integers are chosen: what few samples say about the target may be doubtful, which
 errors of it would show is less so."""
@@ -90,28 +90,46 @@ def refit(
                 w = torch.tensor(form.matrix(free[layer.name]), dtype=torch.float64)
                 ridge = best_ridge(halves, w)
                 least = torch.tensor(_least_scale(slicer, layer, hub.spec, inputs)).reshape(w.shape[:2])
-                q, s = rounding(regressed(whole, w, ridge), damped(whole, min(ridge, DAMPING)), least, hub.spec)
+                h = damped(whole, min(ridge, DAMPING)).h
+                q, s = rounding(regressed(whole, w, ridge), h, least, hub.spec)
                 _store(slicer, layer, form.weight(q.numpy()), s.numpy().reshape(-1), inputs)
             if layer.bias:
                 shift_bias(slicer, layer, outputs.mean(layer.y) - mean_output(slicer, layer, inputs.mean(layer.x)))
     return replace(hub, quantized=ir.from_proto(slicer.model))
 
 
-def damped(found: Moments, ridge: float) -> Tensor:
-    """H + λI; inputs that never vary get a variance that way."""
-    return found.h + _share(found, ridge) * torch.eye(found.h.shape[1], dtype=torch.float64)
+@dataclass(frozen=True)
+class Damped:
+    """H + λI."""
+
+    share: Tensor
+    """λ, [g, 1, 1]."""
+    h: Tensor
+    """[g, k, k]"""
+    factor: Tensor
+    """Its lower Cholesky factor."""
 
 
-def _share(found: Moments, ridge: float) -> Tensor:
-    """λ ``[g, 1, 1]``: a share of the mean variance, and never less than what float32 products blur."""
+def damped(found: Moments, ridge: float) -> Damped:
+    """H + λI, with λ = ``ridge`` times the mean variance and no less than what float32 products blur of H.
+
+    Where that is not enough for a factor (inputs that repeat each other on few positions), it grows until there is one.
+    """
     variance = torch.diagonal(found.h, dim1=1, dim2=2).mean(1).clamp_min(0.0)
-    return (ridge * variance + BLUR * found.power).clamp_min(1e-12)[:, None, None]
+    share = (ridge * variance + BLUR * found.power).clamp_min(1e-12)[:, None, None]
+    one = torch.eye(found.h.shape[1], dtype=torch.float64)
+    while True:
+        h = found.h + share * one
+        factor, failed = torch.linalg.cholesky_ex(h)
+        if not failed.any():
+            return Damped(share, h, factor)
+        share = share * 10
 
 
 def regressed(found: Moments, w: Tensor, ridge: float) -> Tensor:
     """T = (C + λW)(H + λI)⁻¹, ``[g, o, k]``."""
-    right = found.c + _share(found, ridge) * w
-    return torch.cholesky_solve(right.mT, torch.linalg.cholesky(damped(found, ridge))).mT
+    d = damped(found, ridge)
+    return torch.cholesky_solve((found.c + d.share * w).mT, d.factor).mT
 
 
 def best_ridge(halves: Sequence[Moments], w: Tensor) -> float:
