@@ -38,6 +38,7 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.wide_support
 	$(BIN)/python -m benchmarks.wide_devices
 	$(BIN)/python -m benchmarks.wide_reproduce
+	$(BIN)/python -m benchmarks.quantize
 	$(BIN)/python -m benchmarks.robust kill bytes
 	$(BIN)/python -m benchmarks.install base help fresh
 	$(BIN)/python -m benchmarks.tables

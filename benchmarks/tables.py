@@ -22,8 +22,9 @@ ROOT = RESULTS.parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 TITLES = {
     "road": "The whole road",
-    "choices": "Default choices and passes",
+    "wide": "The road made wide",
     "quantize": "Quantization",
+    "choices": "Default choices and passes",
     "prune": "Pruning",
     "low_rank": "Low rank",
     "deep_compression": "Deep Compression",
