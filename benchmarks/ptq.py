@@ -43,7 +43,7 @@ data = DataSet(lambda i: {"x": image(i)[0]}, tuple(range(count)))
 target = targets.load("x86")
 graph = read_onnx(Path(source))
 hub = quantize(graph, pipeline.calibrate(graph, data, method), target.quant, method)
-hub = passes.build(Step("weight_correct"))(hub, Context(target, {"calibration": data}))
+hub = passes.build(Step("bias_correct"))(hub, Context(target, {"calibration": data}))
 exporters.load("onnx").export(hub, target, out, ["int8"])
 """
 

@@ -131,7 +131,7 @@ def _hub(module: object, calibration: DataSet, target: str) -> tuple[Hub, float]
     started = time.process_time()
     hub = quantize(graph, ranges, chosen.quant)
     seconds = time.process_time() - started
-    return passes.build(Step("weight_correct"))(hub, Context(chosen, {"calibration": calibration})), seconds
+    return passes.build(Step("bias_correct"))(hub, Context(chosen, {"calibration": calibration})), seconds
 
 
 def retarget(out: Path) -> None:

@@ -142,7 +142,7 @@ def _hub(graph: FloatGraph, target: Target, calibration: DataSet, thresholds: st
     """As an export makes it: quantized, biases corrected."""
     ranges = pipeline.calibrate(graph, calibration, thresholds)
     hub = quantize(graph, ranges, target.quant, thresholds)
-    return passes.build(Step("weight_correct"))(hub, Context(target, {"calibration": calibration}))  # type: ignore[no-any-return]
+    return passes.build(Step("bias_correct"))(hub, Context(target, {"calibration": calibration}))  # type: ignore[no-any-return]
 
 
 def _program(hub: Hub, target: Target) -> Program:

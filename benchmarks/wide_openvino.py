@@ -68,7 +68,7 @@ def hub_of(module: Any, calibration: DataSet) -> Hub:
     graph = pipeline.float_graph(prepared.model, prepared.example)
     target = targets.load("x86-openvino")
     hub = quantize(graph, pipeline.calibrate(graph, calibration), target.quant)
-    return passes.build(Step("weight_correct"))(hub, Context(target, {"calibration": calibration}))
+    return passes.build(Step("bias_correct"))(hub, Context(target, {"calibration": calibration}))
 
 
 def top1(run: Any, evaluation: DataSet) -> float:

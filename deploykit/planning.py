@@ -74,7 +74,7 @@ def correction(spec: QuantSpec) -> tuple[str, ...]:
     """
     if spec.weight_granularity == "tensor":
         return "equalize", "gptq"
-    return ("weight_correct",) if spec.weight_bits >= 7 else ("gptq",)
+    return ("bias_correct",) if spec.weight_bits >= 7 else ("gptq",)
 
 
 def refusal(step: Pass | type[Pass], target: Target, available: Sequence[str], enters: Stage = "model") -> str:

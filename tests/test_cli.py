@@ -358,7 +358,7 @@ def test_plan_of_a_recipe_lists_its_steps_in_order() -> None:
     Path("steps.toml").write_text('[[step]]\nname = "equalize"\n[[step]]\nname = "qat"\nsteps = 5\n')
     found = json.loads(enter("plan --target x86 --recipe steps.toml --json").out)
     assert [(f["step"].split("(")[0], f["applies"]) for f in found] == [
-        ("Equalize", True), ("WeightCorrect", True), ("Qat", True),
+        ("Equalize", True), ("BiasCorrect", True), ("Qat", True),
     ]  # fmt: skip
 
 

@@ -22,9 +22,10 @@ from deploykit.core.data import DataSet
 from deploykit.core.errors import DeploykitError
 from deploykit.core.target import QuantSpec
 from deploykit.hub.activations import IntegerActivations
+from deploykit.hub.float_outputs import FloatOutputs
 from deploykit.hub.graph import FloatGraph, Hub
 from deploykit.hub.layers import MatrixForm, layers
-from deploykit.hub.moments import FloatOutputs, Moments, moments
+from deploykit.hub.moments import Moments, moments
 from deploykit.hub.quantize import quantize
 from deploykit.hub.refit import best_ridge, regressed
 from deploykit.hub.rounding import column_by_column, descend, error, gptq, nearest, searched_scale, to_nearest, widest

@@ -35,9 +35,10 @@ from deploykit.core.data import DataSet
 from deploykit.core.progress import track
 from deploykit.core.target import QuantSpec
 from deploykit.hub.activations import IntegerActivations
+from deploykit.hub.float_outputs import FloatOutputs
 from deploykit.hub.graph import Hub, constant
 from deploykit.hub.layers import Layer, MatrixForm, layers, mean_output, shift_bias
-from deploykit.hub.moments import FloatOutputs, Moments, moments, one_thread
+from deploykit.hub.moments import Moments, moments, one_thread
 from deploykit.hub.quantize import BIAS_LIMIT, round_bias
 from deploykit.hub.slices import Slicer
 
@@ -57,26 +58,20 @@ Rounding = Callable[[Tensor, Tensor, Tensor, QuantSpec], tuple[Tensor, Tensor]]
 """(T [g, o, k], H + λI [g, k, k], smallest scales [g, o], spec) -> integers [g, o, k] and scales [g, o], float64."""
 
 
-def refit(
-    hub: Hub, data: DataSet, who: str, rounding: Rounding | None = None, positions: int = 0, seed: int = 0
-) -> Hub:
+def refit(hub: Hub, data: DataSet, who: str, rounding: Rounding, positions: int, seed: int) -> Hub:
     """The hub with weights, scales and biases chosen by the data.
 
     Args:
         hub: quantized; not changed.
         data: calibration samples.
         who: the step's name, for the progress bar.
-        rounding: how a target becomes integers; None: weights stay, biases alone are corrected.
+        rounding: how a target becomes integers.
         positions: output positions that H and C are averaged over, of all samples together.
         seed: which positions.
     """
     slicer = Slicer(onnx.load_model_from_string(hub.bytes))
     found = layers(slicer)
-    free = {
-        layer.name: weight
-        for layer in found
-        if rounding is not None and (weight := _free_weight(layer, found, hub)) is not None
-    }
+    free = {layer.name: weight for layer in found if (weight := _free_weight(layer, found, hub)) is not None}
     forms = {layer.y: MatrixForm.of(layer, free[layer.name].shape) for layer in found if layer.name in free}
     with one_thread(), torch.no_grad(), contextlib.ExitStack() as stack:
         outputs = FloatOutputs(hub.graph, found, forms, data, positions, seed)
@@ -84,7 +79,7 @@ def refit(
         inputs = IntegerActivations(slicer, [layer.x for layer in found], data)
         stack.callback(inputs.close)
         for layer in track(found, f"{who}: layers"):
-            if rounding is not None and layer.name in free:
+            if layer.name in free:
                 form = forms[layer.y]
                 whole, halves = moments(layer, form, inputs, outputs)
                 w = torch.tensor(form.matrix(free[layer.name]), dtype=torch.float64)

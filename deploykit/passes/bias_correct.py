@@ -7,15 +7,20 @@ section 4.2, empirical form). Layers are corrected in order, each on the outputs
     b_c  +=  E[y_c]  -  E[ (W_q x_q + b)_c ]
 
 E[y_c] is that of the float network. A layer is linear, so E[W_q x_q + b] = W_q E[x_q] + b: the layer runs once, on the
-mean of its integer inputs (`deploykit.hub.refit`, with weights that stay).
+mean of its integer inputs.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import contextlib
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
+import onnx
+import onnx_ir as ir
+
 from deploykit.core.context import Context
+from deploykit.core.progress import track
 from deploykit.core.recipe import Stage
 from deploykit.core.target import Need, Profit
 
@@ -33,6 +38,16 @@ class BiasCorrect:
 
     def __call__(self, hub: Hub, context: Context) -> Hub:
         """The hub with corrected biases."""
-        from deploykit.hub.refit import refit
+        from deploykit.hub.activations import IntegerActivations
+        from deploykit.hub.float_outputs import FloatOutputs
+        from deploykit.hub.layers import layers, mean_output, shift_bias
+        from deploykit.hub.slices import Slicer
 
-        return refit(hub, context.need("calibration", "bias_correct"), "bias_correct")
+        data = context.need("calibration", "bias_correct")
+        slicer = Slicer(onnx.load_model_from_string(hub.bytes))
+        found = [layer for layer in layers(slicer) if layer.bias]
+        outputs = FloatOutputs(hub.graph, found, {}, data, 0, context.seed)
+        with contextlib.closing(IntegerActivations(slicer, [layer.x for layer in found], data)) as inputs:
+            for layer in track(found, "correcting biases"):
+                shift_bias(slicer, layer, outputs.mean(layer.y) - mean_output(slicer, layer, inputs.mean(layer.x)))
+        return replace(hub, quantized=ir.from_proto(slicer.model))
