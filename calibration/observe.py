@@ -32,12 +32,21 @@ class Extremes:
     """The tensor itself, where a histogram is kept."""
 
 
-def observe(run: Callable[[Mapping[str, NDArray[Any]]], Mapping[str, Extremes]], graph: str, data: DataSet) -> Ranges:
+@dataclass(frozen=True)
+class Seen:
+    """What one sample did to a graph."""
+
+    extremes: Mapping[str, Extremes]
+    means: Mapping[str, NDArray[Any]]
+    """Per channel, over positions."""
+
+
+def observe(run: Callable[[Mapping[str, NDArray[Any]]], Seen], graph: str, data: DataSet) -> Ranges:
     """Runs the data through a float graph, one sample at a time, and keeps statistics of its tensors.
 
     Args:
-        run: from inputs ``[1, ...]`` by name to what they did to tensors, by name. Where it comes with values,
-            `BINS`-bin histograms are kept too.
+        run: from inputs ``[1, ...]`` by name to what they did to the graph. Where it comes with values, `BINS`-bin
+            histograms are kept too.
         graph: hash that identifies the graph in the result.
         data: inputs by name.
 
@@ -47,14 +56,19 @@ def observe(run: Callable[[Mapping[str, NDArray[Any]]], Mapping[str, Extremes]],
     if len(data) == 0:
         raise DeploykitError(f"{data.origin}: no calibration samples")
     states: dict[str, _State] = {}
+    sums: dict[str, NDArray[np.float64]] = {}
     digest = Digest()
     for batch in track(data.batches(1), "calibrating", total=len(data)):
         digest.add(batch)
-        for name, extremes in run(batch.inputs).items():
+        seen = run(batch.inputs)
+        for name, extremes in seen.extremes.items():
             refuse_unfinite(np.asarray([extremes.low, extremes.high]), name, data)
             states.setdefault(name, _State()).add(extremes)
+        for name, mean in seen.means.items():
+            refuse_unfinite(mean, name, data)
+            sums[name] = sums.get(name, 0.0) + mean.astype(np.float64)
     tensors = {name: state.stats() for name, state in states.items()}
-    return Ranges(graph, digest.result(), len(data), tensors)
+    return Ranges(graph, digest.result(), len(data), tensors, {name: s / len(data) for name, s in sums.items()})
 
 
 def refuse_unfinite(numbers: NDArray[Any], name: str, data: DataSet) -> None:

@@ -19,10 +19,11 @@ stats = st.builds(
 )  # fmt: skip
 
 
+means = st.dictionaries(st.text(), st.lists(numbers, max_size=4).map(lambda m: np.asarray(m, np.float64)), max_size=3)
 named = st.dictionaries(st.text(), stats, max_size=3)
 
 
-@given(st.builds(Ranges, st.text(), st.text(), st.integers(0, 10**9), named))
+@given(st.builds(Ranges, st.text(), st.text(), st.integers(0, 10**9), named, means))
 def test_ranges_come_back_exactly(tmp_path_factory: pytest.TempPathFactory, ranges: Ranges) -> None:
     file = tmp_path_factory.mktemp("r") / "ranges.json"
     ranges.save(file)

@@ -42,8 +42,16 @@ def test_moving_average_ranges_are_the_mean_of_each_samples_extremes() -> None:
     assert stats.average_high == pytest.approx(array.max(axis=1).mean(), abs=1e-5)
 
 
+def test_channel_means_are_kept_for_outputs_of_products_and_nothing_else() -> None:
+    made, data = residual(), images()
+    ranges = measured(made, data)
+    assert set(ranges.means) == {"a", "b", "y"}
+    array = all_values(made, data, ["b"])["b"]
+    np.testing.assert_allclose(ranges.means["b"], array.mean(axis=(0, 2, 3)), atol=1e-5)
+
+
 def test_inputs_of_the_graph_are_observed_too() -> None:
-    assert "x" in observed(residual())
+    assert "x" in observed(residual())[0]
 
 
 def test_ranges_survive_their_file(tmp_path) -> None:

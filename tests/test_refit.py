@@ -346,7 +346,7 @@ def test_a_bias_added_behind_a_product_over_positions_is_corrected_too() -> None
         y, expected = run(of.bytes, data, optimize=False)[0], run(made.bytes, data)[0]
         return float(np.abs((y - expected).mean(axis=(0, 1))).max())
 
-    assert lost(BiasCorrect()(hub, context(data))) < 0.1 * lost(hub)
+    assert lost(WeightCorrect()(hub, context(data))) < 0.1 * lost(hub)
 
 
 def test_transposed_convolutions_keep_their_weights_and_have_their_biases_corrected() -> None:

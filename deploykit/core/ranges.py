@@ -46,6 +46,8 @@ class Ranges:
     data: str
     samples: int
     tensors: Mapping[str, Stats] = field(default_factory=dict)
+    means: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
+    """Mean per channel, over samples and positions, of the outputs of products (before their activation)."""
 
     @property
     def has_histograms(self) -> bool:
@@ -76,7 +78,7 @@ class Ranges:
             tensors[name] = entry
         return {
             "format": "deploykit-ranges-1", "graph": self.graph, "data": self.data, "samples": self.samples,
-            "tensors": tensors,
+            "tensors": tensors, "means": {name: mean.tolist() for name, mean in self.means.items()},
         }  # fmt: skip
 
 
@@ -102,6 +104,7 @@ class _RangesFile:
     data: str
     samples: int
     tensors: dict[str, _StatsFile]
+    means: dict[str, list[float]]
 
 
 def load_ranges(path: Path) -> Ranges:
@@ -128,4 +131,5 @@ def load_ranges(path: Path) -> Ranges:
         return Stats(s.low, s.high, s.average_low, s.average_high, histogram)
 
     tensors = {name: stats(s) for name, s in raw.tensors.items()}
-    return Ranges(raw.graph, raw.data, raw.samples, tensors)
+    means = {name: np.asarray(m, np.float64) for name, m in raw.means.items()}
+    return Ranges(raw.graph, raw.data, raw.samples, tensors, means)

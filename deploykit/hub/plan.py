@@ -13,6 +13,7 @@ from deploykit.hub.graph import Decision, FloatGraph, constant
 from deploykit.hub.operators import (
     CANNOT_BE_STORED,
     FIXED_OUTPUT,
+    channel_axis,
     data_inputs,
     fused,
     has_constant_limits,
@@ -22,21 +23,25 @@ from deploykit.hub.operators import (
 )
 
 
-def observed(graph: FloatGraph) -> list[str]:
-    """The tensors whose ranges any QuantSpec may ask for.
+def observed(graph: FloatGraph) -> tuple[list[str], dict[str, int]]:
+    """The tensors whose ranges any QuantSpec may ask for, and the channel axis of those whose means are needed.
 
     The same for every spec, so one calibration serves all targets. What an activation is fused with has no range of
     its own.
     """
     names: dict[str, None] = {}
+    channels: dict[str, int] = {}
     for node in graph.model.graph:
         if role(node) in ("float", "lookup", "recurrent") or not is_float(node.outputs[0]):
             continue
+        output = node.outputs[0]
         read = [node.inputs[i] for i in data_inputs(node)]
         for value in [*read, *node.outputs]:
             if value is not None and is_float(value) and constant(value) is None and not _is_fused(value):
                 names[name_of(value)] = None
-    return list(names)
+        if role(node) == "linear":
+            channels[name_of(output)] = channel_axis(node.op_type)
+    return list(names), channels
 
 
 def _is_fused(value: ir.Value) -> bool:

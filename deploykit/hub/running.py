@@ -12,7 +12,7 @@ import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 
-from deploykit.calibration.observe import Extremes
+from deploykit.calibration.observe import Extremes, Seen
 from deploykit.hub.graph import add_initializer
 
 if TYPE_CHECKING:
@@ -53,15 +53,16 @@ def exposing(model: ir.Model, tensors: Sequence[str]) -> Run:
 
 
 def summarizing(
-    model: ir.Model, tensors: Sequence[str], values: bool
-) -> Callable[[Mapping[str, NDArray[Any]]], dict[str, Extremes]]:
-    """A function from the model's inputs to the extremes of some tensors.
+    model: ir.Model, tensors: Sequence[str], channels: Mapping[str, int], values: bool
+) -> Callable[[Mapping[str, NDArray[Any]]], Seen]:
+    """A function from the model's inputs to the extremes of some tensors and the channel means of others.
 
     The reductions are part of the graph, so the tensors themselves stay inside the runtime, which reuses their memory.
 
     Args:
         model: a float graph; not changed.
         tensors: float values whose extremes are wanted; inputs are allowed.
+        channels: value name -> channel axis, for those whose per-channel mean is wanted.
         values: whether the tensors themselves are wanted too.
     """
     extended = model.clone()
@@ -80,22 +81,27 @@ def summarizing(
 
     low = {name: reduce("ReduceMin", known[name], _axes(known[name])) for name in tensors}
     high = {name: reduce("ReduceMax", known[name], _axes(known[name])) for name in tensors}
+    mean = {name: reduce("ReduceMean", known[name], _axes(known[name], but=axis)) for name, axis in channels.items()}
     inner = [n for n in tensors if not known[n].is_graph_input()] if values else []
     graph.outputs[:] = [*reduced, *(known[n] for n in inner)]
     names = [v.name for v in graph.outputs]
     running = _mapped_session(extended)
 
-    def run(arrays: Mapping[str, NDArray[Any]]) -> dict[str, Extremes]:
+    def run(arrays: Mapping[str, NDArray[Any]]) -> Seen:
         computed = running.run(names, dict(arrays)) if names else []
         found = dict(arrays) | dict(zip(names, computed, strict=True))
-        return {n: Extremes(float(found[low[n]]), float(found[high[n]]), found[n] if values else None) for n in tensors}
+        extremes = {
+            n: Extremes(float(found[low[n]]), float(found[high[n]]), found[n] if values else None) for n in tensors
+        }
+        return Seen(extremes, {n: found[reduction] for n, reduction in mean.items()})
 
     return run
 
 
-def _axes(value: ir.Value) -> list[int]:
-    """All axes of a value."""
-    return list(range(len(value.shape) if value.shape is not None else 0))
+def _axes(value: ir.Value, but: int | None = None) -> list[int]:
+    """All axes of a value, but one."""
+    rank = len(value.shape) if value.shape is not None else 0
+    return [i for i in range(rank) if but is None or i != but % rank]
 
 
 def _mapped_session(model: ir.Model) -> ort.InferenceSession:

@@ -52,7 +52,8 @@ def calibrate(graph: FloatGraph, data: DataSet, thresholds: str = "minmax") -> R
 
     if thresholds not in METHODS:
         raise unknown("threshold method", thresholds, METHODS)
-    run = summarizing(graph.model, observed(graph), values=thresholds in NEED_HISTOGRAM)
+    names, channels = observed(graph)
+    run = summarizing(graph.model, names, channels, values=thresholds in NEED_HISTOGRAM)
     return observe(run, graph.hash, data)
 
 
