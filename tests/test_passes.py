@@ -110,7 +110,7 @@ def test_bias_correction_does_not_depend_on_where_activations_wait(monkeypatch) 
     made, data = residual(), images()
     hub = quantize(made, measured(made, data), QuantSpec(weight_bits=4))
     in_memory = BiasCorrect()(hub, context(data)).bytes
-    monkeypatch.setattr("deploykit.passes.bias_correct.IN_MEMORY", 1)
+    monkeypatch.setattr("deploykit.hub.activations.IN_MEMORY", 1)
     assert BiasCorrect()(hub, context(data)).bytes == in_memory
 
 

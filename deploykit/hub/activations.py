@@ -31,12 +31,13 @@ class IntegerActivations:
     Args:
         slicer: of the Q/DQ model; weights and biases that were changed by then are seen by later stretches.
         wanted: integer tensors in the order in which they will be asked for; repeated ones are kept.
-        data: the samples; they run one at a time.
+        data: the samples.
+        batch: how many run at once.
     """
 
-    def __init__(self, slicer: Slicer, wanted: Sequence[str], data: DataSet) -> None:
+    def __init__(self, slicer: Slicer, wanted: Sequence[str], data: DataSet, batch: int = 1) -> None:
         """Nothing is computed yet."""
-        self.slicer, self.data = slicer, data
+        self.slicer, self.data, self.batch = slicer, data, batch
         self._stored: dict[str, Spool] = {}
         self._uses: Counter[str] = Counter()
         known: list[str] = []
@@ -50,7 +51,7 @@ class IntegerActivations:
         return ((self._spool(name).mean() - zero) * scale).astype(np.float32)[None]
 
     def batches(self, name: str) -> Iterator[NDArray[Any]]:
-        """The integers of a tensor for every sample, ``[1, ...]``."""
+        """The integers of a tensor, ``[batch, ...]``, in the order of the data."""
         return self._spool(name).batches()
 
     def close(self) -> None:
@@ -84,8 +85,8 @@ class IntegerActivations:
     def _inputs(self, sources: Sequence[str]) -> Iterator[dict[str, NDArray[Any]]]:
         kept = {s: self._stored[s].batches() for s in sources if s in self._stored}
         fresh = [s for s in sources if s not in self._stored]
-        samples = self.data.batches(1) if fresh else None  # making samples is costly: only where needed
-        for _ in range(len(self.data)):
+        samples = self.data.batches(self.batch) if fresh else None  # making samples is costly: only where needed
+        for _ in range(-(-len(self.data) // self.batch)):
             found = {s: next(b) for s, b in kept.items()}
             yield found | ({s: array for s, array in next(samples).inputs.items() if s in fresh} if samples else {})
 
