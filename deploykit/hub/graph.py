@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -94,6 +94,8 @@ class Hub:
     decisions: tuple[Decision, ...] = ()
     weights: Mapping[str, str] = field(default_factory=dict)
     """Integer weight initializer -> the float graph's weight it came from."""
+    bits: Mapping[str, int] = field(default_factory=dict)
+    """Integer weight initializer -> its bits, where they are not the spec's (mixed precision)."""
     samples: Mapping[str, NDArray[Any]] = field(default_factory=dict)
     """A few real inputs by name, stacked, for exporters that ship inputs with expected outputs; may be empty."""
 
@@ -103,6 +105,10 @@ class Hub:
         if self.quantized is None:
             raise ValueError("this hub has no quantized graph")
         return serialize(self.quantized)
+
+    def spec_of(self, weight: str) -> QuantSpec:
+        """The spec as it holds for one integer weight initializer."""
+        return replace(self.spec, weight_bits=self.bits[weight]) if weight in self.bits else self.spec
 
     def counts(self) -> dict[str, int]:
         """How many operators of each kind are integer."""

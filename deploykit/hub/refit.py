@@ -86,7 +86,7 @@ def refit(hub: Hub, data: DataSet, who: str, rounding: Rounding, positions: int,
                 ridge = best_ridge(halves, w)
                 least = torch.tensor(_least_scale(slicer, layer, hub.spec, inputs)).reshape(w.shape[:2])
                 h = damped(whole, min(ridge, DAMPING)).h
-                q, s = rounding(regressed(whole, w, ridge), h, least, hub.spec)
+                q, s = rounding(regressed(whole, w, ridge), h, least, hub.spec_of(layer.weight))
                 _store(slicer, layer, form.weight(q.numpy()), s.numpy().reshape(-1), inputs)
             if layer.bias:
                 shift_bias(slicer, layer, outputs.mean(layer.y) - mean_output(slicer, layer, inputs.mean(layer.x)))

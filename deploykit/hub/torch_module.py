@@ -70,7 +70,7 @@ class HubModule(nn.Module):
         self.latent = nn.ParameterDict()
         for output, weight in self.weights.items():
             original = floats.get(hub.weights.get(weight.stored, ""))
-            start = _latent(weight, arrays, original, hub.spec.weight_max)
+            start = _latent(weight, arrays, original, hub.spec_of(weight.stored).weight_max)
             self.latent[_key(output)] = nn.Parameter(torch.from_numpy(start))
         readers = {i for op, _, inputs, _ in self.nodes if op in PARAMETER_READERS for i in inputs}
         held = {w.stored for w in self.weights.values()}
@@ -114,7 +114,7 @@ class HubModule(nn.Module):
             return v  # int32 steps are far finer than float32 training resolves
         v = self._masked(output)
         scale = _along(getattr(self, _key(weight.scale)), v, weight.axis)
-        top = self.hub.spec.weight_max
+        top = self.hub.spec_of(weight.stored).weight_max
         integers: Tensor = torch.clamp(round_through(v / scale), -top, top)
         return integers * scale
 
