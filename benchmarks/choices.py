@@ -20,9 +20,10 @@ from deploykit.calibration.thresholds import METHODS
 from deploykit.check import answer
 from deploykit.core.context import Context
 from deploykit.core.data import DataSet
+from deploykit.core.precision import Precision
 from deploykit.core.ranges import Ranges
 from deploykit.core.recipe import Step, TrainSettings
-from deploykit.core.target import Precision, QuantSpec
+from deploykit.core.target import QuantSpec
 from deploykit.hub.graph import FloatGraph, Hub
 from deploykit.hub.quantize import quantize
 from deploykit.models import accept_module
@@ -81,7 +82,7 @@ class Case:
         """Top-1 classes of a file written from a hub, on the evaluation data."""
         with tempfile.TemporaryDirectory() as folder:
             exporter = exporters.load("onnx")
-            (file,) = exporter.export(hub, X86, Path(folder), [precision])
+            (file,) = exporter.export({precision: hub}, X86, Path(folder))
             found = answer(exporter.load(Path(folder) / file.path, 2), self.evaluation, self.name)
         return next(iter(found.outputs.values())).argmax(1)
 
@@ -176,7 +177,7 @@ def pruning() -> Row:
         pruned = replace(case, module=net)
         hub = pruned.hub()
         with tempfile.TemporaryDirectory() as folder:
-            (file,) = exporter.export(hub, target, Path(folder), ["int8"])
+            (file,) = exporter.export({"int8": hub}, target, Path(folder))
             raw = (Path(folder) / file.path).read_bytes()
         found[f"{sparsity:.0%} zeros: accuracy"] = pruned.accuracy(hub)
         found[f"{sparsity:.0%} zeros: bytes"] = len(raw)

@@ -43,8 +43,8 @@ data = DataSet(lambda i: {"x": image(i)[0]}, tuple(range(count)))
 target = targets.load("x86")
 graph = read_onnx(Path(source))
 hub = quantize(graph, pipeline.calibrate(graph, data, method), target.quant, method)
-hub = passes.build(Step("bias_correct"))(hub, Context(target, {"calibration": data}))
-exporters.load("onnx").export(hub, target, out, ["int8"])
+hub = passes.build(Step("weight_correct"))(hub, Context(target, {"calibration": data}))
+exporters.load("onnx").export({"int8": hub}, target, out)
 """
 
 ONNXRUNTIME = """
@@ -128,7 +128,7 @@ def main() -> None:
             Row("PTQ of ResNet-18, 64 images: CPU seconds, ours / the better neighbour's",
                 cpu["deploykit"] / min(cpu["onnxruntime"], cpu["nncf"]), 1.0, "lower", data, command, [0], cpu,
                 "ONNX Runtime quantize_static per channel, NNCF 3.4 quantize; same run",
-                "defaults: minmax, bias correction"),
+                "defaults: minmax, weight correction"),
             Row("PTQ of ResNet-18, 64 images: peak memory, ours / the smaller neighbour's",
                 peak["deploykit"] / min(peak["onnxruntime"], peak["nncf"]), 1.0, "lower", data, command, [0], peak,
                 "same run (MB)"),

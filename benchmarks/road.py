@@ -131,7 +131,7 @@ def _hub(module: object, calibration: DataSet, target: str) -> tuple[Hub, float]
     started = time.process_time()
     hub = quantize(graph, ranges, chosen.quant)
     seconds = time.process_time() - started
-    return passes.build(Step("bias_correct"))(hub, Context(chosen, {"calibration": calibration})), seconds
+    return passes.build(Step("weight_correct"))(hub, Context(chosen, {"calibration": calibration})), seconds
 
 
 def retarget(out: Path) -> None:
@@ -145,7 +145,7 @@ def retarget(out: Path) -> None:
         for target in ("x86", "mobile-arm"):
             chosen = targets.load(target)
             started = time.process_time()
-            exporters.load(chosen.exporter).export(hub, chosen, out, ["int8"])
+            exporters.load(chosen.exporter).export({"int8": hub}, chosen, out)
             costs[f"{name} {target}"] = seconds + time.process_time() - started
     record(
         "road",
@@ -160,7 +160,7 @@ def mobilenetv2(out: Path) -> None:
     chosen = targets.load("mobile-arm")
     exporter = exporters.load(chosen.exporter)
     started = time.process_time()
-    (file,) = exporter.export(hub, chosen, out, ["int8"])
+    (file,) = exporter.export({"int8": hub}, chosen, out)
     seconds = time.process_time() - started
     found = _tflite_operators(out / file.path)
     kinds = collections.Counter(name for name, _ in found)
@@ -193,7 +193,9 @@ def oracle(out: Path) -> None:
         hub, _ = _hub(module, calibration, "jetson")
         folder = out / name
         folder.mkdir()
-        files = exporters.load("tensorrt").export(hub, targets.load("jetson"), folder, ["fp16", "int8", "int8-fp16"])
+        files = exporters.load("tensorrt").export(
+            dict.fromkeys(("fp16", "int8", "int8-fp16"), hub), targets.load("jetson"), folder
+        )
         for file, verdict in zip(files, judge([folder / f.path for f in files], python), strict=True):
             accepted = bool(verdict["accepted"])
             convolutions = verdict.get("int8_convolution_kernels", 0) / max(verdict.get("convolutions", 0), 1)

@@ -187,9 +187,9 @@ def warm_up() -> None:
     """Imports what an export needs, so that forked processes spend their time exporting."""
     from deploykit import exporters, pipeline
     from deploykit.bench import timing
-    from deploykit.passes import bias_correct
+    from deploykit.passes import weight_correct
 
-    assert pipeline and timing and bias_correct
+    assert pipeline and timing and weight_correct
     for name in exporters.names():
         exporters.load(name).runtime()
 

@@ -98,7 +98,7 @@ def _compiled(
     """C against the oracle on every image; the compiler's warnings; the sanitizers. And the classes C answers."""
     folder.mkdir(parents=True)
     samples = next(evaluation.batches(2)).inputs
-    (file,) = to_c99.export(replace(hub, samples=samples), target, folder, ["int8"])
+    (file,) = to_c99.export({"int8": replace(hub, samples=samples)}, target, folder)
     network, program = Compiled(folder / file.path), _program(hub, target)
     differing, classes = 0, []
     (port,) = program.outputs
@@ -142,7 +142,7 @@ def _hub(graph: FloatGraph, target: Target, calibration: DataSet, thresholds: st
     """As an export makes it: quantized, biases corrected."""
     ranges = pipeline.calibrate(graph, calibration, thresholds)
     hub = quantize(graph, ranges, target.quant, thresholds)
-    return passes.build(Step("bias_correct"))(hub, Context(target, {"calibration": calibration}))  # type: ignore[no-any-return]
+    return passes.build(Step("weight_correct"))(hub, Context(target, {"calibration": calibration}))  # type: ignore[no-any-return]
 
 
 def _program(hub: Hub, target: Target) -> Program:

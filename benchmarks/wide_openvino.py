@@ -68,7 +68,7 @@ def hub_of(module: Any, calibration: DataSet) -> Hub:
     graph = pipeline.float_graph(prepared.model, prepared.example)
     target = targets.load("x86-openvino")
     hub = quantize(graph, pipeline.calibrate(graph, calibration), target.quant)
-    return passes.build(Step("bias_correct"))(hub, Context(target, {"calibration": calibration}))
+    return passes.build(Step("weight_correct"))(hub, Context(target, {"calibration": calibration}))
 
 
 def top1(run: Any, evaluation: DataSet) -> float:
@@ -116,7 +116,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder)
             hub = hub_of(module, calibration)
-            fp32, int8 = exporter.export(hub, target, out, ["fp32", "int8"])
+            fp32, int8 = exporter.export(dict.fromkeys(("fp32", "int8"), hub), target, out)
             reference = top1(to_onnx.runner(session(hub.bytes, 2, optimize=False)), evaluation)
             ours = top1(exporter.load(out / int8.path, 2), evaluation)
             lost[name] = abs(reference - ours)

@@ -6,12 +6,13 @@ Memory holds one sample's tensors and one histogram per tensor, whatever the num
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from deploykit.core.data import DataSet, Digest
+from deploykit.calibration.growth import Growth
+from deploykit.core.data import Batch, DataSet, Digest
 from deploykit.core.errors import DeploykitError
 from deploykit.core.progress import track
 from deploykit.core.ranges import Histogram, Ranges, Stats
@@ -41,7 +42,12 @@ class Seen:
     """Per channel, over positions."""
 
 
-def observe(run: Callable[[Mapping[str, NDArray[Any]]], Seen], graph: str, data: DataSet) -> Ranges:
+def observe(
+    run: Callable[[Mapping[str, NDArray[Any]]], Seen],
+    graph: str,
+    data: DataSet,
+    look: Callable[[Batch], None] = lambda batch: None,
+) -> Ranges:
     """Runs the data through a float graph, one sample at a time, and keeps statistics of its tensors.
 
     Args:
@@ -49,6 +55,7 @@ def observe(run: Callable[[Mapping[str, NDArray[Any]]], Seen], graph: str, data:
             histograms are kept too.
         graph: hash that identifies the graph in the result.
         data: inputs by name.
+        look: sees every sample too, in order, so that nobody else has to make them again.
 
     Raises:
         DeploykitError: there is no data, or a tensor becomes NaN or infinite on it.
@@ -57,24 +64,28 @@ def observe(run: Callable[[Mapping[str, NDArray[Any]]], Seen], graph: str, data:
         raise DeploykitError(f"{data.origin}: no calibration samples")
     states: dict[str, _State] = {}
     sums: dict[str, NDArray[np.float64]] = {}
-    digest = Digest()
-    for batch in track(data.batches(1), "calibrating", total=len(data)):
+    digest, growth = Digest(), Growth(len(data))
+    for i, batch in enumerate(track(data.batches(1), "calibrating", total=len(data))):
         digest.add(batch)
+        look(batch)
         seen = run(batch.inputs)
         for name, extremes in seen.extremes.items():
-            refuse_unfinite(np.asarray([extremes.low, extremes.high]), name, data)
+            refuse_unfinite(np.asarray([extremes.low, extremes.high]), name, data, i)
             states.setdefault(name, _State()).add(extremes)
+        growth.add(i, {name: (e.low, e.high) for name, e in seen.extremes.items()})
         for name, mean in seen.means.items():
-            refuse_unfinite(mean, name, data)
+            refuse_unfinite(mean, name, data, i)
             sums[name] = sums.get(name, 0.0) + mean.astype(np.float64)
-    tensors = {name: state.stats() for name, state in states.items()}
-    return Ranges(graph, digest.result(), len(data), tensors, {name: s / len(data) for name, s in sums.items()})
+    tensors = {name: replace(state.stats(), growth=growth.of(name)) for name, state in states.items()}
+    means = {name: s / len(data) for name, s in sums.items()}
+    return Ranges(graph, digest.result(), len(data), tensors, means, growth.parts)
 
 
-def refuse_unfinite(numbers: NDArray[Any], name: str, data: DataSet) -> None:
-    """Raises DeploykitError where a tensor holds NaN or infinity."""
+def refuse_unfinite(numbers: NDArray[Any], name: str, data: DataSet, sample: int | None = None) -> None:
+    """Raises DeploykitError where a tensor holds NaN or infinity; ``sample``: on which one."""
     if not np.isfinite(numbers).all():
-        raise DeploykitError(f"{data.origin}: tensor '{name}' becomes NaN or infinite on the calibration data")
+        where = "" if sample is None else f" (sample {data.index[sample]})"
+        raise DeploykitError(f"{data.origin}: tensor '{name}' becomes NaN or infinite on the calibration data{where}")
 
 
 class _State:

@@ -18,7 +18,7 @@ from deploykit.core.recipe import Recipe, load_recipe
 from deploykit.core.request import Gate, Request, Settings
 from deploykit.exporters import open_artifact
 from deploykit.models import Model, accept_module, input_specs, load_model
-from deploykit.sources import from_python, load_data
+from deploykit.sources import data_of, from_python
 
 if TYPE_CHECKING:
     from torch import nn
@@ -50,7 +50,8 @@ def export(
         model: an nn.Module in eval mode, or a MODEL argument as on the command line.
         target: a name from ``deploykit targets``, or a ``.toml`` of your own.
         calibration: sample inputs: a DataLoader, a list of batches, an array or tensor ``[n, ...]``, a dict of arrays
-            by forward-argument name, or a path as on the command line. Without it only float files are written.
+            by forward-argument name, or a path as on the command line, where ``"synthetic"`` or ``"random"`` inputs can
+            be made up, too. Without it only float files are written.
         train: like ``calibration``, for steps that train.
         evaluation: like ``calibration``, with labels: ``(inputs, labels)`` batches.
         weights: for a factory.
@@ -77,7 +78,7 @@ def export(
             raise DeploykitError("weights are for factories; load them into the module yourself")
     given: dict[Role, Any] = {"calibration": calibration, "train": train, "eval": evaluation}
     seed = settings.get("seed", 0)
-    data = {role: _data(s, loaded, preprocess, role, seed) for role, s in given.items() if s is not None}
+    data = {role: _data(s, loaded, preprocess, role, seed, example) for role, s in given.items() if s is not None}
     prepared = pipeline.prepare(loaded, data, example)
     steps = recipe if isinstance(recipe, Recipe) else load_recipe(Path(recipe)) if recipe is not None else Recipe()
     known = load_ranges(Path(ranges)) if ranges is not None else None
@@ -122,7 +123,14 @@ def _is_spec(model: Any) -> bool:
     return isinstance(model, (str, Path))
 
 
-def _data(source: Any, model: Model, preprocess: Preprocess | None, role: Role, seed: int) -> DataSet:
+def _data(
+    source: Any,
+    model: Model,
+    preprocess: Preprocess | None,
+    role: Role,
+    seed: int,
+    example: Mapping[str, Any] | None,
+) -> DataSet:
     if _is_spec(source):
-        return load_data(str(source), input_specs(model), preprocess, role, seed)
+        return data_of(str(source), input_specs(model), preprocess, role, seed, model.module, example)
     return from_python(source, input_specs(model), role=role, seed=seed, origin=f"{role} data")

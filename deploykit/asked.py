@@ -23,7 +23,7 @@ from deploykit.devices import Lost
 from deploykit.models import factory_of, input_specs, load_model
 from deploykit.pipeline import Prepared
 from deploykit.planning import precisions
-from deploykit.sources import load_data
+from deploykit.sources import data_of, load_data
 from deploykit.trial import Exam, Trial
 
 if TYPE_CHECKING:
@@ -38,8 +38,11 @@ def prepare(request: Request, hold_out: bool = True) -> Prepared:
     """
     model = load_model(request.model, None if request.weights is None else Path(request.weights))
     inputs, seed = input_specs(model), request.settings.seed
-    data = {role: load_data(spec, inputs, request.preprocess, role, seed) for role, spec in request.data.items()}
     example = dict(example_input(text) for text in request.inputs) or None
+    data = {
+        role: data_of(spec, inputs, request.preprocess, role, seed, model.module, example)
+        for role, spec in request.data.items()
+    }
     return pipeline.prepare(model, data, example, hold_out)
 
 

@@ -20,15 +20,16 @@ from deploykit.core.artifact import Check, File, Runner
 from deploykit.core.data import DataSet
 from deploykit.core.errors import DeploykitError
 from deploykit.core.manifest import OperatorError, Score
+from deploykit.core.precision import Precision, is_integer
 from deploykit.core.progress import track
 from deploykit.core.request import MAX_DROP
 from deploykit.core.request import Gate as Gate
 from deploykit.core.target import Target
 from deploykit.core.user_code import call
-from deploykit.exporters import Exporter, max_mismatch, to_onnx
+from deploykit.exporters import Exporter, max_lsb, max_mismatch, to_onnx
 from deploykit.hub.graph import Decision, FloatGraph, Hub
 from deploykit.hub.operators import PRODUCTS
-from deploykit.hub.running import exposing, session
+from deploykit.hub.running import exposing, lean_session, session
 from deploykit.hub.slices import OperatorSlice, operator_slices
 
 if TYPE_CHECKING:
@@ -51,12 +52,27 @@ Metric = Callable[[Mapping[str, "NDArray[Any]"], "NDArray[Any] | None"], float]
 
 
 def check_operators(
-    hub: Hub, exporter: Exporter, target: Target, data: DataSet, gate: Gate, samples: int = 2
+    hub: Hub,
+    exporter: Exporter,
+    target: Target,
+    data: DataSet,
+    gate: Gate,
+    precision: Precision = "int8",
+    samples: int = 2,
 ) -> tuple[tuple[Check, ...], tuple[OperatorError, ...]]:
     """Writes every integer operator as a file of its own, runs it in its runtime and compares it with the hub.
 
     The inputs are what the hub computes on real samples, without any optimizer. They lie on the integer grid, so the
     file's operator sees exactly the same integers.
+
+    Args:
+        hub: that the file was written from.
+        exporter: of the target.
+        target: that the file is for.
+        data: where the samples come from.
+        gate: the bounds.
+        precision: of the file.
+        samples: how many, where the hub takes any number at once.
 
     Returns:
         The checks, and the errors of all operators, those that lose most by being quantized first.
@@ -64,31 +80,33 @@ def check_operators(
     slices = list(operator_slices(hub))
     if not slices:
         detail = "this placement keeps operator outputs in float; files are compared end to end"
-        return (Check("operators", "int8", None, gate.max_lsb, None, detail),), ()
+        return (Check("operators", precision, None, gate.max_lsb, None, detail),), ()
     samples = hub.graph.batch or samples
     values = _reference_values(hub, slices, data, samples)
     floats = _float_values(hub, slices, data, samples)
     with tempfile.TemporaryDirectory() as folder:
         errors = [
-            _operator_error(piece, hub, exporter, target, values, floats, Path(folder))
+            _operator_error(piece, hub, exporter, target, values, floats, Path(folder), precision)
             for piece in track(slices, "checking operators")
         ]
     errors.sort(key=lambda e: e.sqnr_db)
+    by_design = max_lsb(exporter, target, hub)
+    lsb_bound = max(gate.max_lsb, by_design) if by_design else gate.max_lsb
     worst_lsb = max(errors, key=lambda e: np.inf if np.isnan(e.lsb) else e.lsb)
     products = [e for e in errors if e.operator in PRODUCTS]
     checks = [
         Check(
-            "operators: largest difference (LSB)", "int8", worst_lsb.lsb, gate.max_lsb,
-            worst_lsb.lsb <= gate.max_lsb + 0.01,
+            "operators: largest difference (LSB)", precision, worst_lsb.lsb, lsb_bound,
+            worst_lsb.lsb <= lsb_bound + 0.01,
             f"{worst_lsb.operator} {worst_lsb.layer}; {len(errors)} operators{_coverage(hub, len(products))}",
         )
     ]  # fmt: skip
     if products:
         worst = max(products, key=lambda e: e.mismatch)
-        bound = max(gate.max_mismatch, max_mismatch(exporter, target))
+        bound = max(gate.max_mismatch, max_mismatch(exporter, target, hub))
         checks.append(
             Check(
-                "operators: differing outputs (%)", "int8", worst.mismatch, bound,
+                "operators: differing outputs (%)", precision, worst.mismatch, bound,
                 worst.mismatch <= bound, f"{worst.operator} {worst.layer}; {len(products)} products",
             )
         )  # fmt: skip
@@ -145,12 +163,14 @@ def _operator_error(
     values: Mapping[str, NDArray[Any]],
     floats: Mapping[str, NDArray[Any]],
     folder: Path,
+    precision: Precision,
 ) -> OperatorError:
     model = ir.from_proto(piece.model)
     alone = Hub(
-        FloatGraph(model), hub.spec, model, hub.ranges, (Decision(piece.operator, piece.layer, True),)
+        FloatGraph(model), hub.spec, model, hub.ranges, (Decision(piece.operator, piece.layer, True),), hub.weights,
+        hub.bits,
     )  # fmt: skip
-    (file,) = exporter.export(alone, target, folder, ["int8"])
+    (file,) = exporter.export({precision: alone}, target, folder)
     outputs = exporter.load(folder / file.path, 1)({name: values[name] for name in piece.inputs})
     difference = np.abs(next(iter(outputs.values())) - values[piece.output]) / piece.scale
     mismatch = ~(difference <= 0.25) & (_distance_to_tie(piece, values) > TIE)
@@ -160,7 +180,7 @@ def _operator_error(
     )
     return OperatorError(
         piece.layer, piece.operator, float(difference.max()), 100.0 * float(mismatch.mean()),
-        sqnr_db(floats[piece.tensor], alone_output),
+        sqnr_db(floats[piece.tensor], alone_output), precision,
     )  # fmt: skip
 
 
@@ -279,7 +299,7 @@ def check_lowering(graph: FloatGraph, original: torch.nn.Module | Path, example:
     is_file = isinstance(original, Path)
     ordered = {v.name or "": example[v.name or ""] for v in graph.model.graph.inputs}
     expected = _onnx_outputs(original, example) if isinstance(original, Path) else _torch_outputs(original, ordered)
-    outputs = to_onnx.runner(session(graph.bytes))(example).values()
+    outputs = to_onnx.runner(session(graph.model))(example).values()
     differences = []
     for ours, theirs in zip(outputs, expected, strict=True):
         if ours.shape != theirs.shape:
@@ -304,9 +324,8 @@ def _torch_outputs(module: torch.nn.Module, example: Mapping[str, NDArray[Any]])
 
 
 def _onnx_outputs(path: Path, example: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
-    run = to_onnx.load(path)
     try:
-        return list(run(example).values())
+        return list(to_onnx.runner(lean_session(path))(example).values())
     except Exception as error:  # onnxruntime raises a family of exceptions without a common base
         raise DeploykitError(f"{path} fails on the sample inputs: {str(error).splitlines()[0]}") from None
 
@@ -357,7 +376,7 @@ def narrow(checks: Sequence[Check], gate: Gate) -> list[str]:
     ]
 
 
-def check_border(exact: FloatGraph, folded: FloatGraph, data: DataSet) -> Check:
+def check_border(exact: FloatGraph, folded: FloatGraph, data: DataSet, precision: Precision) -> Check:
     """What folding the preprocessing costs by itself: both float graphs on the same pixels.
 
     The padding of the first convolutions then stands for one grey value instead of every channel's mean.
@@ -366,15 +385,17 @@ def check_border(exact: FloatGraph, folded: FloatGraph, data: DataSet) -> Check:
     found = {name: sqnr_db(first.outputs[name], array) for name, array in second.outputs.items()}
     worst = _worst(found)
     return Check(
-        "pixels folded into the first layer: signal to border error (dB)", "int8", found[worst], BORDER_DB,
+        "pixels folded into the first layer: signal to border error (dB)", precision, found[worst], BORDER_DB,
         found[worst] >= BORDER_DB, f"output {worst}, in float; {len(data)} samples",
     )  # fmt: skip
 
 
 def check_file_against_hub(
-    answers: Answers, hub_answers: Answers, precision: str, gate: Gate, least_db: float = ENOUGH_INT8_DB
-) -> tuple[Check, ...]:
-    """Whether an integer file answers like the hub it was written from; ``least_db`` bounds all but class scores."""
+    answers: Answers, hub_answers: Answers, precision: str, gate: Gate, least_db: float = ENOUGH_INT8_DB,
+    ties: bool = True,
+) -> tuple[Check, ...]:  # fmt: skip
+    """Whether an integer file answers like the hub it was written from; ``least_db`` bounds all but class scores, and
+    those too where activations are not rounded in the hub (``ties`` is False)."""
     ours, theirs = class_scores(answers.outputs), class_scores(hub_answers.outputs)
     checks = []
     rest = list(answers.outputs.items())
@@ -385,7 +406,7 @@ def check_file_against_hub(
             Check("file agrees with the hub (%)", precision, agreement, bound, agreement >= bound,
                   f"{len(ours)} samples")
         )  # fmt: skip
-        rest = rest[1:]
+        rest = rest[1:] if ties else rest
     if rest:
         found = {name: sqnr_db(hub_answers.outputs[name], array) for name, array in rest}
         worst = _worst(found)
@@ -429,5 +450,5 @@ def shrink_notes(folder: Path, files: Sequence[File]) -> tuple[str, ...]:
         f"{f.path} is {sizes[f.precision] / base:.2f} x the size of the fp32 file: the weights are too few to matter, "
         "or they were not quantized"
         for f in files
-        if base and "int8" in f.precision and sizes[f.precision] > 0.5 * base
+        if base and is_integer(f.precision) and sizes[f.precision] > 0.5 * base
     )

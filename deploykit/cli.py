@@ -9,12 +9,12 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
 from deploykit.core.errors import DeploykitError
-from deploykit.core.target import PRECISIONS
+from deploykit.core.precision import PRECISIONS
 from deploykit.options import (
     Calib,
     Crop,
@@ -42,9 +42,15 @@ from deploykit.options import (
     threshold_methods,
     typed,
 )
-
-if TYPE_CHECKING:
-    from deploykit.core.target import Target
+from deploykit.show import (
+    card,
+    pass_line,
+    print_benchmark,
+    print_explanation,
+    print_ranges,
+    print_table,
+    show_exported,
+)
 
 app = typer.Typer(
     name="deploykit",
@@ -95,10 +101,13 @@ def export(
     ranges: Annotated[Path | None, typer.Option(help="Ranges that `calibrate` wrote")] = None,
     thresholds: Thresholds = "minmax",
     precision: Annotated[
-        list[str] | None, typer.Option("--precision", help="Write only fp32, fp16, int8 or int8-fp16; may be repeated")
+        list[str] | None,
+        typer.Option(
+            "--precision", help=f"Write only this (may be repeated): {', '.join(PRECISIONS)}. See docs/precisions.md"
+        ),
     ] = None,
     correction: Annotated[bool, typer.Option(help="Make good what rounding costs (weight_correct or gptq)")] = True,
-    keep_float: Annotated[list[str] | None, typer.Option(help="Layer that stays in float, by name")] = None,
+    keep_float: Annotated[list[str] | None, typer.Option(help="Layers that stay in float: a name, or a pattern such as head.*")] = None,
     uint8_input: Annotated[
         bool, typer.Option("--uint8-input", help="Files take raw uint8 images [n, h, w, c] and normalise themselves")
     ] = False,
@@ -154,15 +163,17 @@ def export(
     try:
         asked.export([replace(request, target=name) for name in target], folders, device)
     except GateFailed:  # the files are there all the same
-        _show([(f, load_manifest(f)) for f in folders], as_json)
+        show_exported([(f, load_manifest(f)) for f in folders], as_json)
         raise
-    _show([(f, load_manifest(f)) for f in folders], as_json)
+    show_exported([(f, load_manifest(f)) for f in folders], as_json)
 
 
 @app.command()
 def calibrate(
     model: Model,
-    calib: Annotated[str, typer.Option("--calib", help="Sample data", metavar="DATA")],
+    calib: Annotated[
+        str, typer.Option("--calib", help="Sample data; or 'synthetic' or 'random', made up here", metavar="DATA")
+    ],
     weights: Weights = None,
     preprocess: PreprocessFile = None,
     resize: Resize = None,
@@ -170,6 +181,7 @@ def calibrate(
     mean: Mean = None,
     std: Std = None,
     scale: Scale = None,
+    input_shape: InputShape = None,
     thresholds: Thresholds = "minmax",
     out: Annotated[Path, typer.Option("-o", "--out", help="The JSON file to write")] = Path("ranges.json"),
     overwrite: Overwrite = False,
@@ -177,19 +189,20 @@ def calibrate(
 ) -> None:
     """Measure the ranges of a model's tensors on sample data, once for all targets."""
     from deploykit import asked, pipeline
+    from deploykit.calibration.growth import convergence
     from deploykit.core.request import Request
 
     if out.exists() and not overwrite:
         raise DeploykitError(f"{out} already exists. Give another -o, or --overwrite to replace it.")
     look = declared_preprocess(preprocess, resize, crop, mean, std, scale)
-    prepared = asked.prepare(Request(model, "", typed(weights), {"calibration": calib}, look), hold_out=False)
+    shapes = tuple(input_shape or ())
+    request = Request(model, "", typed(weights), {"calibration": calib}, look, shapes)
+    prepared = asked.prepare(request, hold_out=False)
     graph = pipeline.float_graph(prepared.model, prepared.example)
-    found = pipeline.calibrate(graph, prepared.data["calibration"], thresholds)
+    data, net = prepared.data["calibration"], prepared.model
+    found = pipeline.calibrate(graph, data, thresholds, net.module, as_lowered=not net.compressed)
     found.save(out)
-    if as_json:
-        print(json.dumps({"out": str(out), "tensors": len(found.tensors), "samples": found.samples}, indent=1))
-    else:
-        print(f"{out}: {len(found.tensors)} tensors on {found.samples} samples")
+    print_ranges(out, found, convergence(found), as_json)
 
 
 @app.command()
@@ -248,7 +261,7 @@ def benchmark(
         from deploykit import bench
 
         result = bench.measure(folders, runs=runs, batch=batch, threads=threads)
-        _print_benchmark(result, result.to_dict(), as_json)
+        print_benchmark(result, result.to_dict(), as_json)
         return
     from deploykit import asked
 
@@ -258,7 +271,7 @@ def benchmark(
         folders, device or "local", evaluation=evaluation, metric=metric, record=record, runs=runs, threads=threads,
         minutes=sustained,
     )  # fmt: skip
-    _print_benchmark(trial.benchmark, trial.to_dict(), as_json)
+    print_benchmark(trial.benchmark, trial.to_dict(), as_json)
     if not as_json:
         for line in trial.lines(folders):
             print(line)
@@ -289,7 +302,7 @@ def plan(
     have = [*given, "data", "train", "labels"] if nothing else given
     if recipe is None:
         kinds = [(name, passes.load(name)) for name in planning.in_order(passes.names())]
-        rows = [(_pass_line(name), kind.needs, planning.refusal(kind, chosen, have, enters)) for name, kind in kinds]
+        rows = [(pass_line(name), kind.needs, planning.refusal(kind, chosen, have, enters)) for name, kind in kinds]
     else:
         planned = planning.plan(read_recipe(recipe), chosen, have, enters=enters)
         rows = [(repr(p.step), p.step.needs, p.refusal) for p in planned]
@@ -324,7 +337,7 @@ def show_targets(
             for target in (t for t in known if t.exporter == exporter):
                 print(f"  {target.name:{width}}  {target.title} [{', '.join(target.precisions)}]")
     else:
-        print(_card(targets.load(name), targets.base(name)))
+        print(card(targets.load(name), targets.base(name)))
 
 
 @app.command()
@@ -360,7 +373,7 @@ def diff(
     if as_json:
         print(json.dumps(found.to_dict(), indent=1))
     else:
-        _print_table(found.table())
+        print_table(found.table())
         print("\n".join(found.lines()))
     found.refuse_failed(old, new)
 
@@ -401,6 +414,33 @@ def report(
 
 
 @app.command()
+def explain(
+    artifact: Annotated[Path, typer.Argument(help="A folder that `export` wrote")],
+    precision: Annotated[
+        str | None, typer.Option(help="The integer file to explain, e.g. int8; default: the last", metavar="PRECISION")
+    ] = None,
+    calib: Annotated[
+        str | None, typer.Option("--calib", help="The export's sample data: measure what it can tell", metavar="DATA")
+    ] = None,
+    evaluation: Annotated[
+        str | None, typer.Option("--eval", help="Data to compare answers on, instead of the export's", metavar="DATA")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=8, help="Samples that answers are compared on, at most")] = 100,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="The HTML file to write, too")] = None,
+    as_json: Json = False,
+) -> None:
+    """Say why operators are float, integer or slow, which lose most, and what would be better."""
+    from deploykit.explain import explain as explained
+    from deploykit.explain.page import place, write_page
+
+    page = None if out is None else place(out)  # what cannot be written is said before any long work
+    found = explained(artifact, precision, calib, evaluation, samples)
+    if page is not None:
+        write_page(found, page)
+    print_explanation(found, page, as_json)
+
+
+@app.command()
 def doctor(as_json: Json = False) -> None:
     """Show what is installed, what this processor can, and how to get what is missing."""
     from deploykit.doctor import diagnose
@@ -414,7 +454,7 @@ def demo(out: Out = Path("demo"), device: Device = None, overwrite: Overwrite = 
     """Train a small network on scikit-learn's digits and export it for a target of every family."""
     from deploykit.demo import run
 
-    _show(run(out, overwrite, device), as_json)
+    show_exported(run(out, overwrite, device), as_json)
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
@@ -429,71 +469,3 @@ def main(arguments: list[str] | None = None) -> NoReturn:
             print("\ndeploykit: interrupted; nothing was left half-written", file=sys.stderr)
         raise
     sys.exit(0)
-
-
-def _pass_line(name: str) -> str:
-    from deploykit import passes
-
-    options = ", ".join(f"{k}={v}" if v is not None else k for k, v in passes.options(name).items())
-    return f"{name}({options})  [{passes.load(name).stage}]"
-
-
-def _card(target: Target, base: Target | None) -> str:
-    quant = target.quant
-    sign = "signed" if quant.activation_signed else "unsigned"
-    kind = "symmetric" if quant.activation_symmetric else "asymmetric"
-    scales = quant.scale.replace("_", " ")
-    where = {"everywhere": "everywhere", "linear_inputs": "at the inputs of products and the skip branch of adds"}
-    integers = {
-        "activations": f"{quant.activation_bits} bit {sign} {kind}, {scales} scales, {where[quant.placement]}",
-        "weights": f"{quant.weight_bits} bit signed symmetric per {quant.weight_granularity}, bias {quant.bias}",
-    }
-    rows = {
-        "files": f"{', '.join(target.precisions)} (exporter {target.exporter}, ONNX opset up to {target.opset})",
-        "profits": ", ".join(target.profits),
-        "channels": f"best in multiples of {target.channel_multiple}",
-        **(integers if any("int8" in p for p in target.precisions) else {}),
-        "timed here": target.measured_here or "no: only on the device",
-    }
-    for name, fact in target.facts.items():
-        value = {True: "yes", False: "no"}[fact.value] if isinstance(fact.value, bool) else fact.value
-        marks = [fact.source] if fact.verified else [fact.source, "not verified"]
-        if base is not None and base.facts.get(name) == fact:
-            marks.append(f"as {base.name}")
-        rows[name] = f"{value} {fact.unit}".rstrip() + f"  ({', '.join(marks)})"
-    width = max(map(len, rows))
-    return "\n".join([f"{target.name}: {target.title}", *(f"  {name:{width}}  {row}" for name, row in rows.items())])
-
-
-def _show(finished: list[tuple[Path, Any]], as_json: bool) -> None:
-    from deploykit.check import narrow
-    from deploykit.report import result_table, summary_json
-
-    if as_json:
-        print(json.dumps(summary_json(finished), indent=1))
-        return
-    _print_table(result_table(finished))
-    for folder, manifest in finished:
-        for note in (*manifest.notes, *manifest.advice, *narrow(manifest.checks, manifest.request.gate)):
-            print(f"{folder.name}: {note}")
-        for island in [i for f in manifest.files for i in f.islands][:5]:
-            print(f"{folder.name}: {island.operator} {island.layer} stays in float: {island.why}")
-
-
-def _print_benchmark(result: Any, values: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(values, indent=1))
-        return
-    _print_table(result.table())
-    for line in result.advice:
-        print(line)
-
-
-def _print_table(table: Any) -> None:
-    from rich.console import Console
-    from rich.measure import Measurement
-
-    console = Console(width=None if sys.stdout.isatty() else 140)
-    if Measurement.get(console, console.options.update(max_width=1000), table).maximum > console.width:
-        table.padding, table.show_edge = 0, False  # air goes before letters do
-    console.print(table)

@@ -44,6 +44,7 @@ PACKAGES = (
     Wanted(("tensorrt",), "builds engines where there is an NVIDIA GPU", "pip install 'deploykit[tensorrt]'"),
     Wanted(("accelerate",), "steps that train, such as qat", "pip install 'deploykit[train]'"),
     Wanted(("jinja2",), "report.html", "pip install 'deploykit[report]'"),
+    Wanted(("scipy",), "the step mixed", "pip install 'deploykit[mixed]'"),
     Wanted(("scikit-learn",), "data for `deploykit demo`", "pip install 'deploykit[demo]'"),
 )
 TOOLS = (

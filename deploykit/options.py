@@ -19,7 +19,11 @@ Model = Annotated[
 ]
 Calib = Annotated[
     str | None,
-    typer.Option("--calib", help="Sample data: a folder of images, .npy, .npz, or file.py:loader", metavar="DATA"),
+    typer.Option(
+        "--calib",
+        help="Sample data: a folder of images, .npy, .npz, file.py:loader; or 'synthetic' or 'random', made up here",
+        metavar="DATA",
+    ),
 ]
 Train = Annotated[str | None, typer.Option("--train", help="Training data, for steps that train", metavar="DATA")]
 Eval = Annotated[str | None, typer.Option("--eval", help="Data (with labels) to score the files on", metavar="DATA")]

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from deploykit import passes
+from deploykit import exporters, passes
 from deploykit.core.context import Role
 from deploykit.core.data import DataSet
 from deploykit.core.errors import DeploykitError
+from deploykit.core.precision import Precision, integers, nearest, needs_calibration
 from deploykit.core.recipe import STAGES, Pass, Recipe, Stage, Step
-from deploykit.core.target import PRECISIONS, Need, Precision, QuantSpec, Target
+from deploykit.core.target import Need, QuantSpec, Target
+from deploykit.passes.fit_ranges import FitRanges
+from deploykit.passes.mixed import Mixed
 
 NEEDS: Mapping[Need, str] = {
     "data": "--calib",
@@ -22,6 +25,9 @@ NEEDS: Mapping[Need, str] = {
 
 CORRECTIONS = ("bias_correct", "weight_correct", "gptq")
 """Steps that correct what rounding costs; one of them runs without being asked."""
+
+SETTLE = (Mixed, FitRanges)
+"""Steps that decide what there is to correct: bits and ranges."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +48,8 @@ def plan(
         recipe: every step is built, so a wrong name or option raises before anything runs.
         target: its ``profits`` decide.
         available: which of data, labels, train, teacher there is.
-        automatic: whether `correction` is added in front of the hub steps, unless the recipe has one.
+        automatic: whether `correction` is added in front of the hub steps (behind those that `SETTLE` what is to be
+            corrected), unless the recipe has one.
         enters: where the model comes in: a PyTorch module at ``model``, a .pt2 or .onnx at ``graph``.
 
     Raises:
@@ -59,10 +66,15 @@ def plan(
             )
     planned = [Planned(step, refusal(step, target, available, enters)) for step in steps]
     named = {step.name for step in recipe.steps}
-    if automatic and not named & set(CORRECTIONS) and "int8" in "".join(target.precisions):
-        first_hub = next((i for i, s in enumerate(steps) if s.stage == "hub"), len(steps))
-        added = [passes.build(Step(name)) for name in correction(target.quant) if name not in named]
-        planned[first_hub:first_hub] = [Planned(s, refusal(s, target, available), automatic=True) for s in added]
+    if automatic and not named & set(CORRECTIONS) and integers((*target.precisions, *target.on_request)):
+        fewest = min([target.quant.weight_bits, *(s.least_bits for s in steps if isinstance(s, Mixed))])
+        wanted = correction(replace(target.quant, weight_bits=fewest))
+        added = [passes.build(Step(name)) for name in wanted if name not in named]
+        for step in added:
+            passed = SETTLE if step.stage == "hub" else ()
+            follows = (i for i, p in enumerate(planned) if p.step.stage == "hub" and not isinstance(p.step, passed))
+            place = next(follows, len(planned))
+            planned.insert(place, Planned(step, refusal(step, target, available), automatic=True))
     return tuple(planned)
 
 
@@ -74,7 +86,7 @@ def correction(spec: QuantSpec) -> tuple[str, ...]:
     """
     if spec.weight_granularity == "tensor":
         return "equalize", "gptq"
-    return ("bias_correct",) if spec.weight_bits >= 7 else ("gptq",)
+    return ("weight_correct",) if spec.weight_bits >= 7 else ("gptq",)
 
 
 def refusal(step: Pass | type[Pass], target: Target, available: Sequence[str], enters: Stage = "model") -> str:
@@ -120,7 +132,7 @@ def precisions(
 
     Args:
         target: its own precisions are written where nothing else is asked for.
-        asked: empty, or what to write instead.
+        asked: empty, or what to write instead; it may also be among those that the target takes on request.
         calibrated: whether there are ranges, or data to measure them on.
 
     Raises:
@@ -128,24 +140,27 @@ def precisions(
             nothing else) and there is no calibration.
     """
     for given in asked:
-        if given not in target.precisions:
+        if given not in (*target.precisions, *target.on_request):
             raise DeploykitError(_not_taken(given, target))
-    wanted = tuple(asked or target.precisions)
-    floats = tuple(p for p in wanted if "int8" not in p)
-    if calibrated or floats == wanted:
+    wanted = tuple(dict.fromkeys(asked or target.precisions))
+    without = tuple(p for p in wanted if not needs_calibration(p))
+    if calibrated or without == wanted:
         return wanted, ()
-    if asked or not floats:
-        raise DeploykitError(f"target '{target.name}': int8 needs sample data; give --calib")
-    return floats, ("no --calib: only float files were written; with sample data int8 files would be added",)
+    lacking = next(p for p in wanted if needs_calibration(p))
+    if asked or not without:
+        raise DeploykitError(f"target '{target.name}': {lacking} needs sample data; give --calib")
+    return without, (f"no --calib: only float files were written; with sample data {lacking} files would be added",)
 
 
 def _not_taken(asked: Precision, target: Target) -> str:
-    """Why a target does not take a precision, as far as its facts say, and the nearest one that it takes."""
+    """Why a target does not take a precision, as far as its facts or its exporter say, and the nearest one that it
+    takes."""
     facts = (target.facts.get(name) for name in (asked, *asked.split("-")))
     why = next((fact.source for fact in facts if fact is not None and fact.value is False), "")
-    below = PRECISIONS[: PRECISIONS.index(asked)]
-    nearest = next((p for p in reversed(below) if p in target.precisions), target.precisions[0])
+    why = why or exporters.load(target.exporter).WHY_NOT.get(asked, "")
+    on_request = f"; on request {', '.join(target.on_request)}" if target.on_request else ""
     return (
         f"target '{target.name}' does not take {asked}{f' ({why})' if why else ''}; it takes "
-        f"{', '.join(target.precisions)}. The nearest is --precision {nearest}."
+        f"{', '.join(target.precisions)}{on_request}. "
+        f"The nearest is --precision {nearest(asked, (*target.precisions, *target.on_request))}."
     )

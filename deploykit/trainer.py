@@ -13,19 +13,24 @@ import numpy as np
 
 from deploykit.core.data import Batch, DataSet
 from deploykit.core.errors import DeploykitError, MissingExtra
-from deploykit.core.progress import track
+from deploykit.core.progress import say, track
 from deploykit.core.recipe import TrainSettings
 from deploykit.core.seeds import seeded
 from deploykit.losses import Loss, TrainBatch
 
 if TYPE_CHECKING:
     import torch
+    from accelerate import Accelerator
     from torch import Tensor, nn
 
 WARM_UP = 0.05
 """Share of the steps in which the learning rate rises."""
 CLIP = 1.0
 """Largest norm of the gradients of all parameters together."""
+EVALUATIONS = 10
+"""How often a state is judged on held-out data, in equal intervals; the last time after the last step."""
+DIVERGED = 10.0
+"""Training stops where the held-out loss is this many times what it was before."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,7 @@ class Trainer:
         loss: Loss,
         *,
         teacher: nn.Module | None = None,
+        holdout: DataSet | None = None,
         steps: int | None = None,
         on_step: Callable[[int, float], None] | None = None,
         **settings: Any,
@@ -57,6 +63,8 @@ class Trainer:
             data: shuffled anew in every epoch; an incomplete last batch is left out.
             loss: ``loss(outputs, batch) -> scalar``.
             teacher: its outputs for the same (augmented) inputs are ``batch.teacher``.
+            holdout: the state that does best on it by the same loss is kept, the one before training counted. If the
+                loss grows beyond all bounds, training stops with a line on stderr and that state is kept too.
             steps: optimizer steps; without it, what ``epochs`` comes to.
             on_step: called after every step with its number (from 0) and loss.
             settings: fields of `TrainSettings` that differ from the trainer's for this run, e.g. ``learning_rate``.
@@ -66,7 +74,8 @@ class Trainer:
 
         Raises:
             MissingExtra: accelerate is not installed.
-            DeploykitError: the loss is no scalar or not finite, or the augmentation needs images and there are none.
+            DeploykitError: the loss is no scalar, or the augmentation needs images and there are none; or the loss is
+                not finite, and there is no state that does well on held-out data.
         """
         require_accelerate()
         import torch
@@ -86,16 +95,15 @@ class Trainer:
                 if teacher is not None:
                     teacher.eval().to(accelerator.device)
                 optimizer = accelerator.prepare(_optimizer(model, chosen))
-                losses = []
+                best = _Best(module, holdout, loss, teacher, chosen.batch, accelerator)
+                losses: list[float] = []
                 batches = islice(_shuffled(data, chosen.batch, rank, world, self.seed), total)
                 for step, arrays in enumerate(track(batches, "training", total)):
                     inputs, labels = _to_device(arrays, accelerator.device)
                     inputs = augment(inputs, chosen.augment, layout, random)
-                    with torch.no_grad():
-                        answers = None if teacher is None else teacher(**inputs)
                     for group in optimizer.param_groups:
                         group["lr"] = chosen.learning_rate * schedule(step, total)
-                    value = loss(model(**inputs), TrainBatch(inputs, labels, answers))
+                    value = loss(model(**inputs), TrainBatch(inputs, labels, _answers(teacher, inputs)))
                     if not isinstance(value, torch.Tensor) or value.numel() != 1:
                         raise DeploykitError(f"a loss must return a scalar tensor; it returned {_kind(value)}")
                     accelerator.backward(value)
@@ -103,13 +111,18 @@ class Trainer:
                     optimizer.step()
                     optimizer.zero_grad()
                     losses.append(float(accelerator.reduce(value.detach(), "mean")))
-                    if not math.isfinite(losses[-1]):
-                        raise DeploykitError(
-                            f"the loss became {losses[-1]} at step {step + 1} of {total}; "
-                            f"try a learning_rate below {chosen.learning_rate:g}"
-                        )
                     if on_step is not None:
                         on_step(step, losses[-1])
+                    judged = (step + 1) % max(1, total // EVALUATIONS) == 0 or step + 1 == total
+                    went_wrong = best.went_wrong(step + 1, losses[-1], judged)
+                    if went_wrong:
+                        hint = f"{went_wrong} at step {step + 1} of {total}; try a learning_rate below "
+                        hint += f"{chosen.learning_rate:g}"
+                        if not best.is_good:
+                            raise DeploykitError(hint)
+                        say(f"training stopped: {hint}. {best.said}")
+                        break
+                best.restore()
             finally:
                 accelerator.unwrap_model(module, keep_fp32_wrapper=False)
                 accelerator.free_memory()
@@ -169,6 +182,82 @@ def augment(
     return {**inputs, images[0]: (x if layout == "NHWC" else x.permute(0, 3, 1, 2)).contiguous()}
 
 
+class _Best:
+    """The state of a module that did best on held-out data so far."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        data: DataSet | None,
+        loss: Loss,
+        teacher: nn.Module | None,
+        batch: int,
+        accelerator: Accelerator,
+    ) -> None:
+        """Judges the module as it is."""
+        self.module, self.data, self.loss, self.teacher = module, data, loss, teacher
+        self.batch, self.accelerator = batch, accelerator
+        self.step, self.state, self.start, self.value = 0, {}, math.inf, math.inf
+        if data is not None:
+            self.start = self._judge()
+            self._keep_if_better(0, self.start)
+
+    @property
+    def is_good(self) -> bool:
+        """Whether there is a state with a finite loss."""
+        return math.isfinite(self.value)
+
+    @property
+    def said(self) -> str:
+        """Which it is, for the user."""
+        when = f"after step {self.step}" if self.step else "before training"
+        return f"The state {when} is kept: it did best on held-out samples."
+
+    def went_wrong(self, step: int, loss: float, judged: bool) -> str:
+        """What is wrong with the training, if anything; at a step that is to be judged, judges it."""
+        if not math.isfinite(loss):
+            return f"the loss became {loss}"
+        if self.data is None or not judged:
+            return ""
+        found = self._judge()
+        self._keep_if_better(step, found)
+        grew = 0 < self.start * DIVERGED < found
+        return f"the held-out loss went from {self.start:.4g} to {found:.4g}" if grew or math.isnan(found) else ""
+
+    def restore(self) -> None:
+        """Puts the best state back."""
+        if self.is_good:
+            self.module.load_state_dict(self.state)
+
+    def _keep_if_better(self, step: int, value: float) -> None:
+        if value < self.value:
+            self.step, self.value = step, value
+            self.state = {name: tensor.detach().clone() for name, tensor in self.module.state_dict().items()}
+
+    def _judge(self) -> float:
+        """Mean loss on the held-out samples, all parts in evaluation mode."""
+        import torch
+
+        assert self.data is not None
+        before = _State.of(self.module)
+        total = torch.zeros((), device=self.accelerator.device)
+        with torch.no_grad():
+            self.module.eval()
+            for arrays in self.data.batches(self.batch):
+                inputs, labels = _to_device(arrays, self.accelerator.device)
+                batch = TrainBatch(inputs, labels, _answers(self.teacher, inputs))
+                total += self.loss(self.module(**inputs), batch) * len(next(iter(inputs.values())))
+        before.restore_modes()
+        return float(self.accelerator.reduce(total, "mean")) / len(self.data)
+
+
+def _answers(teacher: nn.Module | None, inputs: dict[str, Tensor]) -> Any:
+    import torch
+
+    with torch.no_grad():
+        return None if teacher is None else teacher(**inputs)
+
+
 @dataclass(frozen=True)
 class _State:
     """Device and modes of a module, to be put back."""
@@ -185,6 +274,9 @@ class _State:
     def restore(self) -> None:
         if self.device is not None:
             self.module.to(self.device)
+        self.restore_modes()
+
+    def restore_modes(self) -> None:
         for module, training in zip(self.module.modules(), self.training, strict=True):
             module.training = training
 

@@ -20,8 +20,9 @@ from deploykit import exporters
 from deploykit.check import ENOUGH_DB, ENOUGH_INT8_DB, class_scores, sqnr_db
 from deploykit.core.artifact import Check, File
 from deploykit.core.errors import DeploykitError, GateFailed
-from deploykit.core.golden import HUB, NAME, ORIGINAL, Golden, load_golden, some_values
+from deploykit.core.golden import NAME, ORIGINAL, Golden, hub_of, load_golden, some_values
 from deploykit.core.manifest import Manifest, changed_files, load_manifest
+from deploykit.core.precision import is_integer
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -140,8 +141,11 @@ def _again(
         how = f"{_worst_db(then, now):.1f} dB from the export"
     detail = f"{how}; {_classes(now, then)}{runtime}"
     checks = []
-    for who, name in ((HUB, "answers against the hub (dB)"), (ORIGINAL, "answers against the original model (dB)")):
-        if who not in golden.answers or (who == HUB and "int8" not in file.precision):
+    whose = [(ORIGINAL, "answers against the original model (dB)")]
+    if is_integer(file.precision):
+        whose.insert(0, (hub_of(file.precision), "answers against the hub (dB)"))
+    for who, name in whose:
+        if who not in golden.answers:
             continue
         value, before = (_worst_db(golden.answers[who], answers) for answers in (now, then))
         bound = min(before - SLACK_DB, ENOUGH_DB.get(file.precision, ENOUGH_INT8_DB))

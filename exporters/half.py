@@ -38,7 +38,7 @@ def bake_half(model: ir.Model) -> tuple[str, ...]:
         _bake_attributes(node)
         for value in node.outputs:
             if value.dtype == FLOAT:
-                value.dtype = HALF
+                value.type = ir.TensorType(HALF)  # the graph that this one was cloned from has the same type object
     for value in graph.inputs:
         if value.dtype == FLOAT:
             _cast_input(graph, value)

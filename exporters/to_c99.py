@@ -7,14 +7,16 @@ has no integer form is refused.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
 from deploykit.core.artifact import Check, File, Runner, Runtime
 from deploykit.core.errors import DeploykitError
-from deploykit.core.target import Precision, Target
+from deploykit.core.precision import Precision
+from deploykit.core.target import Target
+from deploykit.exporters import refuse_uncarried
 from deploykit.exporters.c99.budget import Footprint, require_fit
 from deploykit.exporters.c99.compiled import PARTS, Compiled, compiler, compiler_version, open_runner
 from deploykit.exporters.c99.emit import SOURCE, emit, flash_note, ram_note, stored
@@ -26,15 +28,34 @@ from deploykit.exporters.c99.program import Program
 from deploykit.exporters.c99.rounding import MAX_MISMATCH
 from deploykit.hub.graph import Hub
 
+CARRIES: tuple[Precision, ...] = ("int8",)
+FLOATS = "integer C has no floating point"
+WIDTH = "its kernels read weights and activations of 8 bits"
+WHY_NOT: Mapping[Precision, str] = {
+    "fp32": FLOATS,
+    "fp16": FLOATS,
+    "bf16": FLOATS,
+    "int8-fp16": FLOATS,
+    "int16x8": WIDTH,
+    "w4a8": WIDTH,
+    "w3a8": WIDTH,
+    "w2a8": WIDTH,
+    "w4a4": WIDTH,
+    "w8": FLOATS,
+    "dynamic": FLOATS,
+    "w4": FLOATS,
+}
 
-def export(hub: Hub, target: Target, out_dir: Path, precisions: Sequence[Precision]) -> tuple[File, ...]:
+
+def export(hubs: Mapping[Precision, Hub], target: Target, out_dir: Path) -> tuple[File, ...]:
     """Writes ``model.c`` and everything around it; see `c99.emit`.
 
     Raises:
         DeploykitError: a precision other than int8, no calibration, wrong options, operators without an integer form
             (all are named), or a budget of the target that is exceeded (the layer that needs most is named).
     """
-    _refuse_floats(precisions, target)
+    refuse_uncarried(target, hubs, CARRIES, WHY_NOT)
+    (hub,) = hubs.values()
     lowered = _lowered(hub, target)
     arena, size = _fitted(lowered.program, target)
     emit(lowered.program, arena, golden(lowered.program, hub.samples), size, options(target), out_dir)
@@ -44,9 +65,10 @@ def export(hub: Hub, target: Target, out_dir: Path, precisions: Sequence[Precisi
     return (file,)
 
 
-def rehearse(hub: Hub, target: Target, precisions: Sequence[Precision], final: bool) -> None:
+def rehearse(hubs: Mapping[Precision, Hub], target: Target, final: bool) -> None:
     """What `export` refuses, without computing golden outputs and spelling C; budgets only if the size is ``final``."""
-    _refuse_floats(precisions, target)
+    refuse_uncarried(target, hubs, CARRIES, WHY_NOT)
+    (hub,) = hubs.values()
     lowered = _lowered(hub, target)
     if final:
         _fitted(lowered.program, target)
@@ -70,7 +92,7 @@ def runtime() -> Runtime:
     return Runtime(compiler_version(compiler()), "needs the board; the C was checked on this machine")
 
 
-def max_mismatch(target: Target) -> float:
+def max_mismatch(target: Target, hub: Hub) -> float:
     """What the target's rounding costs; see `MAX_MISMATCH`."""
     return MAX_MISMATCH[options(target).rounding]
 
@@ -85,13 +107,6 @@ def checks(hub: Hub, target: Target, folder: Path, file: File) -> tuple[Check, .
     samples = len(next(iter(vectors.inputs.values())))
     detail = f"{count} values of {samples} golden samples"
     return (Check("C equals the integer oracle (differing values)", "int8", float(wrong), 0.0, wrong == 0, detail),)
-
-
-def _refuse_floats(precisions: Sequence[Precision], target: Target) -> None:
-    if tuple(precisions) != ("int8",):
-        raise DeploykitError(
-            f"target {target.name}: integer C is written in int8 only; asked for {', '.join(precisions)}"
-        )
 
 
 def _fitted(program: Program, target: Target) -> tuple[Plan, Footprint]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -12,38 +13,88 @@ import onnxruntime as ort
 
 from deploykit.core.artifact import Arrays, File, Runner, Runtime
 from deploykit.core.errors import DeploykitError
-from deploykit.core.target import Precision, Target
+from deploykit.core.precision import FORMATS, Precision, is_integer
+from deploykit.core.target import Target
+from deploykit.exporters import refuse_uncarried
 from deploykit.exporters.half import bake_half
+from deploykit.exporters.int4 import OPSET as INT4_OPSET
+from deploykit.exporters.int4 import narrow_weights, store_int4
+from deploykit.exporters.stored import stored_model
 from deploykit.hub.graph import Hub
+from deploykit.hub.widen import widened
+
+CARRIES: tuple[Precision, ...] = ("fp32", "fp16", "int16x8", "int8", "w8", "dynamic", "w4", "w4a8", "w3a8", "w2a8", "w4a4")
+WHY_NOT: Mapping[Precision, str] = {
+    "bf16": "ONNX Runtime has no bfloat16 kernels for processors",
+    "int8-fp16": "ONNX Runtime's kernels for processors have no float16, and its optimizer breaks such files",
+}
 
 
-def export(hub: Hub, target: Target, out_dir: Path, precisions: Sequence[Precision]) -> tuple[File, ...]:
+def export(hubs: Mapping[Precision, Hub], target: Target, out_dir: Path) -> tuple[File, ...]:
     """Writes ``model.PRECISION.onnx`` for each precision.
 
     Raises:
         DeploykitError: the graph's operator set is above the target's, or a precision this exporter does not write.
     """
+    refuse_uncarried(target, hubs, CARRIES, WHY_NOT)
     written = []
-    for precision in precisions:
-        notes: tuple[str, ...] = ()
-        if precision == "fp32":
-            model = onnx.load_model_from_string(hub.graph.bytes)
+    for precision, hub in hubs.items():
+        if hub.spec.placement == "weights" and is_integer(precision):
+            stored, notes = stored_model(hub, dynamic=FORMATS[precision].kind == "dynamic")
+            model = ir.to_proto(stored)
+        elif is_integer(precision):
+            model, notes = _integer_model(hub, target)
         elif precision == "fp16":
             half = hub.graph.copy()
             notes = bake_half(half)
             model = ir.to_proto(half)
-        elif precision == "int8":
-            model = onnx.load_model_from_string(hub.bytes)
         else:
-            raise DeploykitError(f"the onnx exporter writes fp32, fp16 and int8; asked for {precision}")
-        _fit_opset(model, target)
+            model, notes = onnx.load_model_from_string(hub.graph.bytes), ()
+        _fit_opset(next(o.version for o in model.opset_import if o.domain == ""), target, precision)
         del model.graph.value_info[:]  # runtimes infer shapes again
         onnx.checker.check_model(model)
         path = f"model.{precision}.onnx"
         (out_dir / path).write_bytes(model.SerializeToString(deterministic=True))
-        integer = precision == "int8"
+        integer = is_integer(precision)
         written.append(File(path, precision, hub.counts() if integer else {}, hub.islands() if integer else (), notes))
     return tuple(written)
+
+
+def _integer_model(hub: Hub, target: Target) -> tuple[onnx.ModelProto, tuple[str, ...]]:
+    """The hub as this runtime computes it in integers, and what the user should know."""
+    model, notes = widened(onnx.load_model_from_string(hub.bytes), fused=True), []
+    if hub.spec.activation_bits == 16:
+        notes.append(
+            "ONNX Runtime's kernels for processors compute 16-bit activations in float: not faster than fp32 there; "
+            "runtimes of some NPUs have integer kernels for them"
+        )
+    elif hub.spec.activation_bits == 4:
+        notes.append("activations of 4 bits are stored in 8, and a Clip keeps them within 4: not faster than int8")
+        _lower_opset(model, min(hub.graph.model.opset_imports[""], max(INT4_OPSET - 1, target.opset)))
+    narrow = narrow_weights(hub)
+    if narrow and target.opset < INT4_OPSET:
+        notes.append(
+            f"weights of 4 bits and fewer are stored in int8: INT4 begins with operator set {INT4_OPSET}, and target "
+            f"'{target.name}' reads {target.opset}"
+        )
+    elif narrow:
+        count, values = store_int4(model, narrow)
+        notes.append(
+            f"{count} of {len(narrow)} weights of 4 bits and fewer are stored as INT4, {-(-values // 2):,} bytes; ONNX "
+            "Runtime (1.23 and later) widens them to int8 when it loads the file: smaller than int8, not faster"
+        )
+    return model, tuple(notes)
+
+
+def rehearse(hubs: Mapping[Precision, Hub], target: Target, final: bool) -> None:
+    """Refuses what `export` would refuse; files that need no other operators and may be large are not written."""
+    with tempfile.TemporaryDirectory() as folder:
+        for precision, hub in hubs.items():
+            model = hub.quantized if hub.spec.placement == "weights" else hub.graph.model
+            if model is not None and (precision == "fp32" or hub.spec.placement == "weights"):
+                _fit_opset(model.opset_imports[""], target, precision)
+            else:
+                export({precision: hub}, target, Path(folder))
 
 
 def load(path: Path, threads: int = 1) -> Runner:
@@ -86,9 +137,15 @@ def runtime() -> Runtime:
     return Runtime(f"onnxruntime {ort.__version__}")
 
 
-def _fit_opset(model: onnx.ModelProto, target: Target) -> None:
-    opset = next(o.version for o in model.opset_import if o.domain == "")
+def _lower_opset(model: onnx.ModelProto, opset: int) -> None:
+    """Back to the operator set from before 4-bit types needed the one that has them; they are gone."""
+    for imported in model.opset_import:
+        if imported.domain == "" and imported.version == INT4_OPSET:
+            imported.version = opset
+
+
+def _fit_opset(opset: int, target: Target, precision: Precision) -> None:
     if opset > target.opset:
         raise DeploykitError(
-            f"target '{target.name}' reads operator sets up to {target.opset}; this graph needs {opset}"
+            f"target '{target.name}' reads operator sets up to {target.opset}; the {precision} graph needs {opset}"
         )

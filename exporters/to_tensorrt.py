@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
@@ -30,7 +30,9 @@ import onnx_ir as ir
 
 from deploykit.core.artifact import Arrays, File, Island, Port, Runner, Runtime, TensorSpec
 from deploykit.core.errors import DeploykitError
-from deploykit.core.target import Precision, Target
+from deploykit.core.precision import FORMATS, Precision, is_integer
+from deploykit.core.target import Target
+from deploykit.exporters import refuse_uncarried
 from deploykit.exporters.half import bake_half
 from deploykit.exporters.tensorrt import lint as trt_lint
 from deploykit.exporters.tensorrt.device.build import PLANS, legal_plans
@@ -54,38 +56,55 @@ HOLDS = {
 """What the file of a precision holds, for the guide."""
 
 
-def export(hub: Hub, target: Target, out_dir: Path, precisions: Sequence[Precision]) -> tuple[File, ...]:
-    """Writes the bundle.
+CARRIES: tuple[Precision, ...] = ("fp32", "fp16", "int8", "int8-fp16")
+KERNELS = "TensorRT's integer kernels for convolutions read weights and activations of 8 bits"
+STORED = "its weight-only kernels are for generated text; networks are built in int8 or fp16"
+WHY_NOT: Mapping[Precision, str] = {
+    "bf16": "its files are checked in ONNX Runtime, which has no bfloat16 kernels for processors",
+    "int16x8": KERNELS,
+    "w4a8": KERNELS,
+    "w3a8": KERNELS,
+    "w2a8": KERNELS,
+    "w4a4": KERNELS,
+    "w8": STORED,
+    "dynamic": STORED,
+    "w4": STORED,
+}
 
-    Golden inputs are ``hub.samples``, or seeded random numbers where there are none.
+
+def export(hubs: Mapping[Precision, Hub], target: Target, out_dir: Path) -> tuple[File, ...]:
+    """Writes the bundle. The hubs are of one model.
+
+    Golden inputs are the hubs' ``samples``, or seeded random numbers where there are none.
 
     Raises:
         DeploykitError: operators that the operator set or float16 does not have (all of them named), a file that
             breaks a rule TensorRT rejects, wrong options, int8 without calibration.
     """
-    settings = options(target)
-    if "fp16" in precisions and "fp32" not in precisions and settings.newest < FLOAT16_WEIGHTS:
+    refuse_uncarried(target, hubs, CARRIES, WHY_NOT)
+    settings, first = options(target), next(iter(hubs.values()))
+    if "fp16" in hubs and "fp32" not in hubs and settings.newest < FLOAT16_WEIGHTS:
         raise DeploykitError(
             f"target {target.name}: TensorRT {settings.trt[1]} reads no float16 weights and builds fp16 from the fp32 "
             "file: give --precision fp32 too"
         )
-    reference = _variant(hub, "fp32", settings)
+    reference = _variant(first, "fp32", settings)
     graph = ir.from_proto(reference[0]).graph
     takes, gives = specs(list(graph.inputs)), specs(list(graph.outputs))
     dynamic = isinstance(takes[0].shape[0], str)
     batch = settings.batch if dynamic else 3 * (int(takes[0].shape[0]),)
-    inputs, origin = golden_inputs(hub, takes, batch[1])
+    inputs, origin = golden_inputs(first, takes, batch[1])
     compute = _runner(reference[0].SerializeToString(), "the float model", threads=1)
     golden = [compute(sample) for sample in inputs]
 
     files, models, findings = [], {}, {}
-    for precision in precisions:
+    for precision, hub in hubs.items():
         proto, notes = reference if precision == "fp32" else _variant(hub, precision, settings)
         found = lint(proto, (settings.readers(precision)[1], settings.newest))
         _refuse_errors(found, precision, target)
         path = out_dir / f"model.{precision}.onnx"
         path.write_bytes(proto.SerializeToString(deterministic=True))
-        counts, islands = _integer_operators(proto, found, hub) if precision.startswith("int8") else ({}, ())
+        counts, islands = _integer_operators(proto, found, hub) if is_integer(precision) else ({}, ())
         in_islands = {island.layer for island in islands}
         notes += [str(f) for f in found if f.node not in in_islands]
         unreadable = precision == "fp16" and settings.newest < FLOAT16_WEIGHTS
@@ -200,14 +219,15 @@ def runtime() -> Runtime:
 
 def _variant(hub: Hub, precision: Precision, settings: Options) -> tuple[onnx.ModelProto, list[str]]:
     """One variant's model, verified, and notes about it."""
-    if precision.startswith("int8") and hub.quantized is None:
+    if is_integer(precision) and hub.quantized is None:
         raise DeploykitError(f"{precision} needs calibration: give --calib")
-    source = hub.quantized if precision.startswith("int8") else hub.graph.model
+    source = hub.quantized if is_integer(precision) else hub.graph.model
     assert source is not None
     opset, oldest = settings.readers(precision)
     model = bind_batch(source, settings.bound)
     lower_opset(model, opset, unread(oldest))
-    notes = list(bake_half(model)) if precision.endswith("fp16") else []
+    half = precision == "fp16" or FORMATS[precision].half
+    notes = list(bake_half(model)) if half else []
     _forget_origin(model)
     proto = onnx.load_model_from_string(serialize(model))
     del proto.graph.value_info[:]  # parsers infer shapes again

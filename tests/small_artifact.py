@@ -22,7 +22,7 @@ def small_artifact(folder: Path, target: str = "x86", **changes: Any) -> Manifes
     profile = targets.load(target)
     graph, data = residual(), images()
     hub = quantize(graph, measured(graph, data), profile.quant)
-    files = exporters.load(profile.exporter).export(hub, profile, folder, profile.precisions)
+    files = exporters.load(profile.exporter).export(dict.fromkeys(profile.precisions, hub), profile, folder)
     scores = [
         Score(p, 16, "eval", a, g, None, {"y": 30.0}) for p, a, g in (("original", 80.0, 100.0), ("int8", 79.5, 98.0))
     ]

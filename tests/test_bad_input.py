@@ -293,7 +293,7 @@ EXPORT: dict[str, tuple[str, ...]] = {
     f"net.onnx {GOOD} --thresholds kl": ("no threshold method 'kl'", "Known: entropy, minmax"),
     f"net.onnx {GOOD} --precision int4": ("no precision 'int4'", "Did you mean 'int8'?"),
     f"net.onnx {GOOD} --precision int8-fp16": (
-        "target 'x86' does not take int8-fp16; it takes fp32, int8", "The nearest is --precision int8",
+        "target 'x86' does not take int8-fp16 (ONNX Runtime's kernels", "The nearest is --precision int8",
     ),
     "net.onnx --calib calib.npy --target jetson-nano --precision int8": (
         "target 'jetson-nano' does not take int8", "INT8 needs compute capability 6.1", "nearest is --precision fp16",
@@ -710,7 +710,7 @@ def test_a_runtimes_error_comes_through_without_its_greeting_also_where_it_raise
 def test_once_greeted_files_are_opened_without_touching_the_descriptor(
     unmet: threading.Event, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (file,) = to_tflite.export(Hub(residual(), QuantSpec()), targets.load("mobile-arm"), tmp_path, ["fp32"])
+    (file,) = to_tflite.export({"fp32": Hub(residual(), QuantSpec())}, targets.load("mobile-arm"), tmp_path)
     unmet.set()
     monkeypatch.setattr(runner, "ungreeted", None)
     assert to_tflite.load(tmp_path / file.path)({"x": normal(0, 1, 3, 8, 8)})["y"].shape == (1, 4)

@@ -93,7 +93,7 @@ def whole_hub(target: Target, count: int = 4) -> tuple[Hub, dict[str, NDArray[An
 
 def exported(hub: Hub, target: Target, folder: Path) -> Any:
     folder.mkdir(exist_ok=True)
-    (file,) = to_c99.export(hub, target, folder, ["int8"])
+    (file,) = to_c99.export({"int8": hub}, target, folder)
     return file
 
 
@@ -394,7 +394,7 @@ def test_a_budget_that_is_exceeded_is_refused_naming_the_layer(
 ) -> None:
     small = replace(MCU, options={"rounding": "tflm_double", **budget})
     with pytest.raises(DeploykitError) as refused:
-        to_c99.export(residual_hub(), small, tmp_path, ["int8"])
+        to_c99.export({"int8": residual_hub()}, small, tmp_path)
     assert all(part in str(refused.value) for part in said), str(refused.value)
     assert not list(tmp_path.iterdir())
 
@@ -431,7 +431,7 @@ def refusal(nodes: list[Node], inputs: Mapping[str, Any], constants: Mapping[str
     made = graph(nodes, inputs, constants)
     fed = {name: normal(i, 4, *shape) for i, (name, shape) in enumerate(inputs.items())}
     with pytest.raises(DeploykitError) as refused:
-        to_c99.export(quantized(made, fed), MCU, tmp_path, ["int8"])
+        to_c99.export({"int8": quantized(made, fed)}, MCU, tmp_path)
     return str(refused.value)
 
 
@@ -457,7 +457,7 @@ def test_a_layer_kept_in_float_is_refused_by_name(tmp_path: Path) -> None:
     data = DataSet.of({"x": normal(0, 4, 2, 3, 3)})
     hub = quantize(made, calibrate(made, data), MCU.quant, keep_float=["a_node"])
     with pytest.raises(DeploykitError, match=r"a_node \(Conv\): kept in float on request"):
-        to_c99.export(hub, MCU, tmp_path, ["int8"])
+        to_c99.export({"int8": hub}, MCU, tmp_path)
 
 
 def test_a_result_far_finer_than_its_summands_is_refused_before_it_overflows(tmp_path: Path) -> None:
@@ -469,7 +469,7 @@ def test_a_result_far_finer_than_its_summands_is_refused_before_it_overflows(tmp
     tiny = replace(hub.ranges.tensors["y"], low=-1e-3, high=1e-3)
     ranges = replace(hub.ranges, tensors={**hub.ranges.tensors, "y": tiny})
     with pytest.raises(DeploykitError, match="more than 32 bits hold"):
-        to_c99.export(quantize(hub.graph, ranges, MCU.quant), MCU, tmp_path, ["int8"])
+        to_c99.export({"int8": quantize(hub.graph, ranges, MCU.quant)}, MCU, tmp_path)
 
 
 def test_sums_that_could_leave_32_bits_are_refused(tmp_path: Path) -> None:
@@ -478,7 +478,7 @@ def test_sums_that_could_leave_32_bits_are_refused(tmp_path: Path) -> None:
     hub = quantized(made, {"x": np.abs(normal(0, 2, 70_000))})
     unlimited = replace(MCU, options={"rounding": "tflm_double"})
     with pytest.raises(DeploykitError, match=r"y_node \(Gemm\): its sums can reach 2\.2.e\+09, more than 32 bits hold"):
-        to_c99.export(hub, unlimited, tmp_path, ["int8"])
+        to_c99.export({"int8": hub}, unlimited, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -494,15 +494,15 @@ def test_sums_that_could_leave_32_bits_are_refused(tmp_path: Path) -> None:
 )
 def test_a_target_this_exporter_cannot_serve_is_refused(change: Any, said: str, tmp_path: Path) -> None:
     with pytest.raises(DeploykitError, match=said):
-        to_c99.export(residual_hub(), replace(MCU, **change), tmp_path, ["int8"])
+        to_c99.export({"int8": residual_hub()}, replace(MCU, **change), tmp_path)
 
 
 def test_only_int8_is_written_and_it_needs_calibration(tmp_path: Path) -> None:
     hub = residual_hub()
-    with pytest.raises(DeploykitError, match="int8 only; asked for fp32"):
-        to_c99.export(hub, MCU, tmp_path, ["fp32"])
+    with pytest.raises(DeploykitError, match="does not write fp32 .* it writes int8"):
+        to_c99.export({"fp32": hub}, MCU, tmp_path)
     with pytest.raises(DeploykitError, match="give --calib"):
-        to_c99.export(Hub(hub.graph, MCU.quant), MCU, tmp_path, ["int8"])
+        to_c99.export({"int8": Hub(hub.graph, MCU.quant)}, MCU, tmp_path)
 
 
 # ------------------------------------------------------------------ running it here

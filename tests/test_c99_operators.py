@@ -163,7 +163,7 @@ def test_every_operator_of_the_table_has_a_case() -> None:
 
 def both(hub: Hub, target: Any, fed: Mapping[str, NDArray[Any]], folder: Path) -> tuple[Any, ...]:
     """The C's and the oracle's integers, the oracle's reals, and the `File`."""
-    (file,) = to_c99.export(hub, target, folder, ["int8"])
+    (file,) = to_c99.export({"int8": hub}, target, folder)
     assert hub.quantized is not None
     program = lower(hub.quantized, target.options["rounding"]).program
     integers = {port.name: to_integers(port, fed[port.name]) for port in program.inputs}

@@ -134,7 +134,7 @@ def test_the_numbers_are_those_of_tensorflow_lite_micro(tmp_path: Path) -> None:
 
     graph, data = residual(), images(64)
     hub = quantize(graph, measured(graph, data), targets.load("cortex-m4").quant)
-    (file,) = to_tflite.export(hub, targets.load("mobile-arm"), tmp_path, ["int8"])
+    (file,) = to_tflite.export({"int8": hub}, targets.load("mobile-arm"), tmp_path)
     assert hub.quantized is not None
     program = lower(hub.quantized, "tflm_double").program
     (port,) = program.inputs

@@ -18,11 +18,12 @@ import pytest
 from commands import artifact, enter
 from graphs import normal, residual
 
-from deploykit import bench, cli, load, pipeline, targets
+from deploykit import bench, load, pipeline, targets
 from deploykit.bench import timing
 from deploykit.core.figures import file_size
 from deploykit.core.manifest import load_manifest
 from deploykit.report import result_table
+from deploykit.show import print_table
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = (
@@ -335,7 +336,7 @@ def test_a_narrow_terminal_shows_every_name_and_size_in_full(
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setenv("TERM", "dumb")
     manifest = replace(load_manifest(x86), target="jetson-agx-xavier")
-    cli._print_table(result_table([(x86, manifest)]))
+    print_table(result_table([(x86, manifest)]))
     lines = capsys.readouterr().out.splitlines()
     sizes = [file_size(f.size(x86)) for f in manifest.files]
     assert max(map(len, lines)) <= 80
@@ -348,7 +349,7 @@ def test_plan_says_which_steps_apply_and_why_the_others_do_not() -> None:
     said = enter("plan nets.py:build --target x86 --calib calib.npy")
     assert said.code == 0
     lines = {line.split("(")[0].strip(): line for line in said.out.splitlines()[2:]}
-    assert lines["+ equalize"] and lines["+ bias_correct"]
+    assert lines["+ equalize"] and lines["+ weight_correct"]
     assert "pays where unstructured or small_file does" in lines["- prune"]
     assert "needs --train" in lines["- qat"]
     assert "works on the model" in enter("plan net.onnx --target mobile-arm").out
@@ -358,7 +359,7 @@ def test_plan_of_a_recipe_lists_its_steps_in_order() -> None:
     Path("steps.toml").write_text('[[step]]\nname = "equalize"\n[[step]]\nname = "qat"\nsteps = 5\n')
     found = json.loads(enter("plan --target x86 --recipe steps.toml --json").out)
     assert [(f["step"].split("(")[0], f["applies"]) for f in found] == [
-        ("Equalize", True), ("BiasCorrect", True), ("Qat", True),
+        ("Equalize", True), ("WeightCorrect", True), ("Qat", True),
     ]  # fmt: skip
 
 

@@ -15,8 +15,9 @@ from typing import get_args
 import pytest
 
 from deploykit import exporters, passes, targets
+from deploykit.core.precision import PRECISIONS
 from deploykit.core.recipe import STAGES
-from deploykit.core.target import PRECISIONS, Need, Profit
+from deploykit.core.target import Need, Profit
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -47,7 +47,7 @@ def compare(name: str, data: Any, folder: Path) -> None:
     hub = quantized(graph(nodes, inputs, constants), fed)
     adds_to_one = name == "Pad" and inputs["x"][0] == 1 and any(constants["p"].reshape(2, 4)[:, 1])
     assume(not adds_to_one)  # refused: the runtime computes it wrong
-    fp32, int8 = to_openvino.export(hub, targets.load("x86-openvino"), folder, ["fp32", "int8"])
+    fp32, int8 = to_openvino.export(dict.fromkeys(("fp32", "int8"), hub), targets.load("x86-openvino"), folder)
     expected = reference(hub.graph.bytes, fed)["y"]
     found = to_openvino.load(folder / fp32.path)(fed)["y"]
     assert found.shape == expected.shape

@@ -223,7 +223,7 @@ def weights(artifact: Artifact) -> list[NDArray[np.int8]]:
     """The integer weights of its int8 file."""
     model = onnx.load(artifact.folder / "model.int8.onnx")
     arrays = [onnx.numpy_helper.to_array(i) for i in model.graph.initializer]
-    return [a for a in arrays if a.dtype == np.int8 and a.ndim > 1]
+    return [a.astype(np.int8) for a in arrays if a.dtype.name in ("int8", "int4") and a.ndim > 1]
 
 
 def divergence(artifact: Artifact, model: nn.Module, x: NDArray[np.float32]) -> float:
@@ -308,7 +308,7 @@ def test_a_step_that_cannot_pay_runs_only_by_force_and_is_noted(tmp_path: Path, 
         out(tmp_path, tiny_mlp, "x86", normal(0, 40, 4), recipe=steps)
     out(tmp_path, tiny_mlp, "x86", normal(0, 40, 4), recipe=steps, force=True, gate=LENIENT)
     manifest = load_manifest(tmp_path / "x86")
-    assert manifest.steps == ("Prune(sparsity=0.25)", "BiasCorrect()")
+    assert manifest.steps == ("Prune(sparsity=0.25)", "WeightCorrect(samples=64, positions=16, widest=256)")
     assert "cannot pay" in " ".join(manifest.notes)
 
 

@@ -171,7 +171,9 @@ def test_the_version_is_read_from_the_banner(banner: str, version: tuple[int, ..
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("exported")
     target = targets.load("jetson")
-    to_tensorrt.export(hub(small_net(), target.quant, {"x": samples()}), target, folder, target.precisions)
+    to_tensorrt.export(
+        dict.fromkeys(target.precisions, hub(small_net(), target.quant, {"x": samples()})), target, folder
+    )
     return folder
 
 
@@ -213,7 +215,9 @@ def test_a_jetson_nano_builds_what_is_made_for_it(tmp_path: Path) -> None:
     target = targets.load("jetson-nano")
     folder = tmp_path / "nano"
     folder.mkdir()
-    to_tensorrt.export(hub(small_net(), target.quant, {"x": samples()}), target, folder, target.precisions)
+    to_tensorrt.export(
+        dict.fromkeys(target.precisions, hub(small_net(), target.quant, {"x": samples()})), target, folder
+    )
     done = start(folder, version="v8201")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "skipped fp16-file: TensorRT 8.2.1 has no float16 weights" in done.stdout

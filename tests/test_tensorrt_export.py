@@ -38,7 +38,7 @@ def calibrated() -> Hub:
 def bundle(calibrated: Hub, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bundle")
     target = targets.load("jetson")
-    to_tensorrt.export(calibrated, target, folder, target.precisions)
+    to_tensorrt.export(dict.fromkeys(target.precisions, calibrated), target, folder)
     return folder
 
 
@@ -133,7 +133,7 @@ def test_the_batch_is_bound_for_jetson_and_free_for_servers(bundle: Path, calibr
 
     assert batch(bundle / "model.int8.onnx") == 1
     target = targets.load("gpu-t4")
-    to_tensorrt.export(calibrated, target, tmp_path, ["int8"])
+    to_tensorrt.export({"int8": calibrated}, target, tmp_path)
     assert batch(tmp_path / "model.int8.onnx") == "batch"
     about = json.loads((tmp_path / "bundle.json").read_text())
     assert (about["dynamic"], about["batch"]) == (True, [1, 8, 32])
@@ -163,14 +163,14 @@ def test_an_engine_may_have_twice_the_noise_of_its_file_and_never_has_to_reach_m
 def test_the_files_bind_the_batch_of_the_target_and_say_so(calibrated: Hub, tmp_path: Path) -> None:
     for name, first in (("jetson", 1), ("gpu-t4", "1..32")):
         (tmp_path / name).mkdir()
-        (file,) = to_tensorrt.export(calibrated, targets.load(name), tmp_path / name, ["int8"])
+        (file,) = to_tensorrt.export({"int8": calibrated}, targets.load(name), tmp_path / name)
         assert file.inputs == (Port("x", (first, 3, 8, 8), "float32"),)
         assert file.outputs == (Port("y", (first, 10), "float32"),)
 
 
 def test_real_samples_become_the_golden_inputs(calibrated: Hub, tmp_path: Path) -> None:
     real = dataclasses.replace(calibrated, samples={"x": samples(3)})
-    to_tensorrt.export(real, targets.load("jetson"), tmp_path, ["fp32"])
+    to_tensorrt.export({"fp32": real}, targets.load("jetson"), tmp_path)
     about = json.loads((tmp_path / "bundle.json").read_text())
     assert about["golden_from"] == "samples of the calibration data"
     found = [np.fromfile(tmp_path / run["inputs"]["x"], "<f4").reshape(3, 8, 8) for run in about["golden"]]
@@ -180,7 +180,7 @@ def test_real_samples_become_the_golden_inputs(calibrated: Hub, tmp_path: Path) 
 def test_samples_of_another_model_are_refused(calibrated: Hub, tmp_path: Path) -> None:
     wrong = dataclasses.replace(calibrated, samples={"x": samples(2, 3, 9, 9)})
     with pytest.raises(DeploykitError, match="do not fit the model's inputs x"):
-        to_tensorrt.export(wrong, targets.load("jetson"), tmp_path, ["fp32"])
+        to_tensorrt.export({"fp32": wrong}, targets.load("jetson"), tmp_path)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8", "int8-fp16"])
@@ -198,7 +198,7 @@ def test_a_bound_file_runs_any_batch(bundle: Path, calibrated: Hub, precision: s
 def test_a_larger_bound_batch_is_filled_up_and_cut(calibrated: Hub, tmp_path: Path) -> None:
     target = targets.load("jetson")
     fours = dataclasses.replace(target, options={**target.options, "batch": (4, 4, 4)})
-    to_tensorrt.export(calibrated, fours, tmp_path, ["fp32"])
+    to_tensorrt.export({"fp32": calibrated}, fours, tmp_path)
     run = to_tensorrt.load(tmp_path / "model.fp32.onnx")
     np.testing.assert_allclose(run({"x": samples(6)})["y"], original(calibrated, samples(6)), atol=1e-5)
 
@@ -211,7 +211,9 @@ def test_half_files_keep_their_answer_in_onnx_runtime(bundle: Path) -> None:
 
 
 def test_integer_operators_are_counted_in_the_file(calibrated: Hub, tmp_path: Path) -> None:
-    files = to_tensorrt.export(calibrated, targets.load("jetson"), tmp_path, ["fp32", "int8", "int8-fp16"])
+    files = to_tensorrt.export(
+        dict.fromkeys(("fp32", "int8", "int8-fp16"), calibrated), targets.load("jetson"), tmp_path
+    )
     assert [dict(f.quantized) for f in files] == [{}, {"Conv": 2, "Gemm": 1}, {"Conv": 2, "Gemm": 1}]
     assert all(f.islands == () and f.notes == () for f in files)
 
@@ -219,13 +221,13 @@ def test_integer_operators_are_counted_in_the_file(calibrated: Hub, tmp_path: Pa
 def test_transposed_convolutions_are_islands_with_a_reason(tmp_path: Path) -> None:
     target = targets.load("jetson")
     found = hub(small_net("ConvTranspose"), target.quant, {"x": samples()})
-    (file,) = to_tensorrt.export(found, target, tmp_path, ["int8"])
+    (file,) = to_tensorrt.export({"int8": found}, target, tmp_path)
     assert dict(file.quantized) == {"Conv": 1, "Gemm": 1}
     (island,) = file.islands
     assert island.operator == "ConvTranspose"
     assert "float" in island.why
     forced = dataclasses.replace(target.quant, float_operators=())
-    (file,) = to_tensorrt.export(hub(small_net("ConvTranspose"), forced, {"x": samples()}), target, tmp_path, ["int8"])
+    (file,) = to_tensorrt.export({"int8": hub(small_net("ConvTranspose"), forced, {"x": samples()})}, target, tmp_path)
     assert [i.why for i in file.islands] == ["TensorRT runs transposed convolutions in float, quantized or not"]
 
 
@@ -233,30 +235,30 @@ def test_a_layer_kept_in_float_is_an_island_with_the_hubs_reason(tmp_path: Path)
     target = targets.load("jetson")
     proto = small_net()
     found = hub(proto, target.quant, {"x": samples()}, keep_float=("c2",))
-    (file,) = to_tensorrt.export(found, target, tmp_path, ["int8"])
+    (file,) = to_tensorrt.export({"int8": found}, target, tmp_path)
     assert file.islands == (Island("Conv", "c2", "kept in float on request"),)
 
 
 def test_the_canonical_hub_is_refused_with_the_rules_it_breaks(tmp_path: Path) -> None:
     canonical = hub(small_net(), targets.load("x86").quant, {"x": samples()})
     with pytest.raises(DeploykitError, match=r"TensorRT would reject model\.int8\.onnx: Q1 at .*; Q7 at"):
-        to_tensorrt.export(canonical, targets.load("jetson"), tmp_path, ["int8"])
+        to_tensorrt.export({"int8": canonical}, targets.load("jetson"), tmp_path)
 
 
 def test_int8_without_calibration_is_refused(calibrated: Hub, tmp_path: Path) -> None:
     with pytest.raises(DeploykitError, match="needs calibration"):
-        to_tensorrt.export(Hub(calibrated.graph, calibrated.spec), targets.load("jetson"), tmp_path, ["int8"])
+        to_tensorrt.export({"int8": Hub(calibrated.graph, calibrated.spec)}, targets.load("jetson"), tmp_path)
 
 
 def test_a_second_free_dimension_is_refused(tmp_path: Path) -> None:
     graph = from_proto(model("y = Relu(x)", "float[batch,length] x", "float[batch,length] y", 20), "test")
     with pytest.raises(DeploykitError, match=r"one free dimension.*x \[batch,\s*length\]"):
-        to_tensorrt.export(Hub(graph, targets.load("jetson").quant), targets.load("jetson"), tmp_path, ["fp32"])
+        to_tensorrt.export({"fp32": Hub(graph, targets.load("jetson").quant)}, targets.load("jetson"), tmp_path)
 
 
 def test_a_model_exported_with_a_fixed_batch_keeps_it(tmp_path: Path) -> None:
     graph = FloatGraph(from_proto(model("y = Relu(x)", "float[1,4] x", "float[1,4] y", 20), "test").model)
-    to_tensorrt.export(Hub(graph, targets.load("gpu-t4").quant), targets.load("gpu-t4"), tmp_path, ["fp32"])
+    to_tensorrt.export({"fp32": Hub(graph, targets.load("gpu-t4").quant)}, targets.load("gpu-t4"), tmp_path)
     about = json.loads((tmp_path / "bundle.json").read_text())
     assert (about["dynamic"], about["batch"]) == (False, [1, 1, 1])
 
@@ -266,7 +268,7 @@ def test_integer_inputs_stay_integers(tmp_path: Path) -> None:
         "y = Gather(table, i)", "int64[batch,3] i", "float[batch,3,4] y", 20, table=np.eye(4, dtype=np.float32)
     )
     target = targets.load("jetson")
-    to_tensorrt.export(Hub(from_proto(proto, "test"), target.quant), target, tmp_path, ["fp32", "fp16"])
+    to_tensorrt.export(dict.fromkeys(("fp32", "fp16"), Hub(from_proto(proto, "test"), target.quant)), target, tmp_path)
     ids = np.array([[0, 1, 3]])
     y = to_tensorrt.load(tmp_path / "model.fp16.onnx")({"i": ids})["y"]
     np.testing.assert_array_equal(y, np.eye(4)[ids])
@@ -274,7 +276,7 @@ def test_integer_inputs_stay_integers(tmp_path: Path) -> None:
 
 def test_a_jetson_nano_gets_operator_set_13_and_no_integers(calibrated: Hub, tmp_path: Path) -> None:
     target = targets.load("jetson-nano")
-    fp32, fp16 = to_tensorrt.export(calibrated, target, tmp_path, target.precisions)
+    fp32, fp16 = to_tensorrt.export(dict.fromkeys(target.precisions, calibrated), target, tmp_path)
     about = json.loads((tmp_path / "bundle.json").read_text())
     assert about["sparsity"] is False
     for file in (fp32, fp16):
@@ -285,12 +287,12 @@ def test_a_jetson_nano_gets_operator_set_13_and_no_integers(calibrated: Hub, tmp
         np.testing.assert_allclose(y, original(calibrated, samples(3)), atol=1e-5 if file is fp32 else 2e-2)
     assert fp16.notes == ("TensorRT 8.2 reads no float16 weights: build.py builds fp16 from the fp32 file",)
     with pytest.raises(DeploykitError, match="builds fp16 from the fp32 file: give --precision fp32 too"):
-        to_tensorrt.export(calibrated, target, tmp_path, ["fp16"])
+        to_tensorrt.export({"fp16": calibrated}, target, tmp_path)
 
 
 def test_a_xavier_gets_int8_in_operator_set_17_and_a_float16_file_it_can_read(calibrated: Hub, tmp_path: Path) -> None:
     target = targets.load("jetson-xavier-nx")
-    files = to_tensorrt.export(calibrated, target, tmp_path, target.precisions)
+    files = to_tensorrt.export(dict.fromkeys(target.precisions, calibrated), target, tmp_path)
     assert [onnx.load(tmp_path / f.path).opset_import[0].version for f in files] == [17, 17, 17]
     assert [dict(f.quantized) for f in files] == [{}, {}, {"Conv": 2, "Gemm": 1}]
     assert all(f.notes == () for f in files)
@@ -299,7 +301,7 @@ def test_a_xavier_gets_int8_in_operator_set_17_and_a_float16_file_it_can_read(ca
 @pytest.mark.parametrize("name", ["jetson-nano", "jetson-xavier-nx", "jetson", "gpu-h100"])
 def test_the_guide_lists_the_files_and_variants_of_its_own_bundle(calibrated: Hub, tmp_path: Path, name: str) -> None:
     target = targets.load(name)
-    files = to_tensorrt.export(calibrated, target, tmp_path, target.precisions)
+    files = to_tensorrt.export(dict.fromkeys(target.precisions, calibrated), target, tmp_path)
     guide = (tmp_path / "BUILD.md").read_text()
     assert set(re.findall(r"model\.[\w-]+\.onnx", guide)) == {f.path for f in files} and "@" not in guide
     (asked,) = re.findall(r"--only ([\w-]+)", guide)
@@ -311,7 +313,7 @@ def test_a_xavier_with_old_software_is_a_profile_of_three_lines(calibrated: Hub,
     profile = tmp_path / "old-xavier.toml"
     profile.write_text('extends = "jetson-xavier-nx"\nopset = 13\n[options]\ntrt = ["8.2", "8.2"]\nopset_weak = 13\n')
     target = targets.load(str(profile))
-    fp32, int8 = to_tensorrt.export(calibrated, target, tmp_path, ["fp32", "int8"])
+    fp32, int8 = to_tensorrt.export(dict.fromkeys(("fp32", "int8"), calibrated), target, tmp_path)
     assert onnx.load(tmp_path / int8.path).opset_import[0].version == 13
     assert dict(int8.quantized) == {"Conv": 2, "Gemm": 1}
     y, z = (to_tensorrt.load(tmp_path / f.path)({"x": samples()})["y"] for f in (fp32, int8))
@@ -327,7 +329,7 @@ def normed(target: Target) -> Hub:
 def test_what_an_old_parser_lacks_is_written_out_and_kept_for_a_new_one(tmp_path: Path) -> None:
     for name, has in (("jetson", {"fp32": False, "fp16": True}), ("jetson-thor", {"fp32": True, "fp16": True})):
         target = targets.load(name)
-        for file in to_tensorrt.export(normed(target), target, tmp_path, ["fp32", "fp16"]):
+        for file in to_tensorrt.export(dict.fromkeys(("fp32", "fp16"), normed(target)), target, tmp_path):
             operators = {n.op_type for n in onnx.load(tmp_path / file.path).graph.node}
             assert ("LayerNormalization" in operators) == has[file.precision], (name, file.precision)
             assert "HardSwish" in operators
@@ -336,26 +338,26 @@ def test_what_an_old_parser_lacks_is_written_out_and_kept_for_a_new_one(tmp_path
 def test_what_no_parser_of_the_device_reads_is_refused_with_operator_layer_and_release(tmp_path: Path) -> None:
     target = targets.load("jetson-nano")
     with pytest.raises(DeploykitError, match=r"operator set 13: Trilu \(layer 'y'\) is defined since 14"):
-        to_tensorrt.export(normed(target), target, tmp_path, ["fp32"])
+        to_tensorrt.export({"fp32": normed(target)}, target, tmp_path)
     proto = model("i = IsInf(x) y = Cast<to=1>(i)", "float[batch,4] x", "float[batch,4] y", 20)
     xavier, orin = targets.load("jetson-xavier-nx"), targets.load("jetson")
     with pytest.raises(DeploykitError, match=r"model\.fp32\.onnx: Q21 at 'i': TensorRT 8\.5 has no IsInf"):
-        to_tensorrt.export(Hub(from_proto(proto, "test"), xavier.quant), xavier, tmp_path, ["fp32"])
-    (file,) = to_tensorrt.export(Hub(from_proto(proto, "test"), orin.quant), orin, tmp_path, ["fp32"])
+        to_tensorrt.export({"fp32": Hub(from_proto(proto, "test"), xavier.quant)}, xavier, tmp_path)
+    (file,) = to_tensorrt.export({"fp32": Hub(from_proto(proto, "test"), orin.quant)}, orin, tmp_path)
     assert file.notes == ("Q21 at 'i': TensorRT has IsInf since 8.6; older ones will not build this file",)
 
 
 def test_pixels_as_they_are_need_a_parser_that_reads_them(tmp_path: Path) -> None:
     proto = model("c = Cast<to=1>(x) y = Relu(c)", "uint8[batch,4] x", "float[batch,4] y", 20)
     nano, xavier = targets.load("jetson-nano"), targets.load("jetson-xavier-nx")
-    to_tensorrt.export(Hub(from_proto(proto, "test"), xavier.quant), xavier, tmp_path, ["fp32"])
+    to_tensorrt.export({"fp32": Hub(from_proto(proto, "test"), xavier.quant)}, xavier, tmp_path)
     with pytest.raises(DeploykitError, match=r"Q21 at 'x': TensorRT 8\.2 has no uint8 inputs"):
-        to_tensorrt.export(Hub(from_proto(proto, "test"), nano.quant), nano, tmp_path, ["fp32"])
+        to_tensorrt.export({"fp32": Hub(from_proto(proto, "test"), nano.quant)}, nano, tmp_path)
 
 
 def test_the_same_hub_gives_the_same_bytes(calibrated: Hub, bundle: Path, tmp_path: Path) -> None:
     target = targets.load("jetson")
-    to_tensorrt.export(calibrated, target, tmp_path, target.precisions)
+    to_tensorrt.export(dict.fromkeys(target.precisions, calibrated), target, tmp_path)
     for path in bundle.rglob("*"):
         if path.is_file():
             assert path.read_bytes() == (tmp_path / path.relative_to(bundle)).read_bytes(), path.name

@@ -46,7 +46,7 @@ def judge(*files: Path) -> list[dict[str, Any]]:
 def export(proto: onnx.ModelProto, target_name: str, folder: Path, data: np.ndarray[Any, Any]) -> list[Path]:
     target = targets.load(target_name)
     name = proto.graph.input[0].name
-    files = to_tensorrt.export(hub(proto, target.quant, {name: data}), target, folder, target.precisions)
+    files = to_tensorrt.export(dict.fromkeys(target.precisions, hub(proto, target.quant, {name: data})), target, folder)
     return [folder / f.path for f in files]
 
 
@@ -101,7 +101,7 @@ def test_families_of_networks_are_taken_in_older_operator_sets(family: str, targ
 
     found, board = example(family), targets.load(target)
     graph = lower(found.module, next(found.data.batches(2)).inputs)
-    files = to_tensorrt.export(Hub(graph, board.quant), board, tmp_path, ["fp32", "fp16"])
+    files = to_tensorrt.export(dict.fromkeys(("fp32", "fp16"), Hub(graph, board.quant)), board, tmp_path)
     for verdict in judge(*(tmp_path / f.path for f in files)):
         assert verdict["accepted"], verdict
 

@@ -71,7 +71,7 @@ def test_a_network_is_written_in_three_precisions_that_agree_with_the_model(tiny
     x = normal(1, 5, 3, 16, 16)
     expected = tiny_cnn(torch.from_numpy(x)).detach().numpy()
     tolerance = {"fp32": 1e-5, "fp16": 1e-2, "int8": 0.1}
-    files = to_tflite.export(hub, targets.load("mobile-arm"), tmp_path, ["fp32", "fp16", "int8"])
+    files = to_tflite.export(dict.fromkeys(("fp32", "fp16", "int8"), hub), targets.load("mobile-arm"), tmp_path)
     assert [f.path for f in files] == ["model.fp32.tflite", "model.fp16.tflite", "model.int8.tflite"]
     for file in files:
         found = to_tflite.load(tmp_path / file.path)({"x": x})["output"]
@@ -346,11 +346,11 @@ def test_a_table_is_stored_in_int8(tmp_path: Path) -> None:
 def test_precisions_and_options_nobody_knows_are_refused(cnn_hub: Hub, tmp_path: Path) -> None:
     target = targets.load("raspberry-pi-5")
     with pytest.raises(DeploykitError, match="int8-fp16"):
-        to_tflite.export(cnn_hub, target, tmp_path, ["int8-fp16"])
+        to_tflite.export({"int8-fp16": cnn_hub}, target, tmp_path)
     with pytest.raises(DeploykitError, match="speed"):
-        to_tflite.export(cnn_hub, replace(target, options={"speed": 1}), tmp_path, ["fp32"])
+        to_tflite.export({"fp32": cnn_hub}, replace(target, options={"speed": 1}), tmp_path)
     with pytest.raises(DeploykitError, match="int8 needs calibration"):
-        to_tflite.export(replace(cnn_hub, quantized=None), target, tmp_path, ["int8"])
+        to_tflite.export({"int8": replace(cnn_hub, quantized=None)}, target, tmp_path)
 
 
 def test_the_same_hub_gives_the_same_bytes_in_another_process(cnn_hub: Hub, tmp_path: Path) -> None:
@@ -431,7 +431,7 @@ def test_without_litert_the_error_names_the_extra(
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, "ai_edge_litert", None)
     with pytest.raises(MissingExtra, match="deploykit\\[tflite\\]"):
-        to_tflite.export(cnn_hub, targets.load("mobile-arm"), tmp_path, ["int8"])
+        to_tflite.export({"int8": cnn_hub}, targets.load("mobile-arm"), tmp_path)
     with pytest.raises(MissingExtra, match="deploykit\\[tflite\\]"):
         to_tflite.load(tmp_path / file.path)
 

@@ -11,6 +11,7 @@ from tflite_graphs import Node, graph, kinds, quantized, versions, written
 
 pytest.importorskip("ai_edge_litert", reason="the extra 'tflite' is not installed")
 
+from deploykit.core.precision import spec_of
 from deploykit.core.target import QuantSpec
 from deploykit.hub.graph import Hub
 
@@ -85,3 +86,23 @@ def test_transposing_more_than_four_axes_needs_a_newer_version(tmp_path: Path) -
     file, _ = written(Hub(graph(nodes, {"x": (8, 3, 5)}), QuantSpec()), tmp_path, "fp32")
     assert "TRANSPOSE" in kinds(tmp_path / file.path)
     assert versions(tmp_path / file.path)["TRANSPOSE"] == 4
+
+
+NARROW = {"CONV_2D": 7, "CONV_2D grouped": 7, "DEPTHWISE_CONV_2D": 7, "FULLY_CONNECTED keeping axes": 10}
+WIDE = {
+    "CONV_2D": 4, "CONV_2D grouped": 6, "DEPTHWISE_CONV_2D": 5, "TRANSPOSE_CONV": 3, "FULLY_CONNECTED keeping axes": 10,
+    "ADD": 3, "MEAN": 3, "MAX_POOL_2D": 3, "LOGISTIC": 3, "RESIZE_NEAREST_NEIGHBOR": 4,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("precision", "expected"), [("w4a8", NARROW), ("w2a8", NARROW), ("int16x8", WIDE)], ids=["w4a8", "w2a8", "int16x8"]
+)
+def test_other_widths_need_newer_versions(precision: Any, expected: dict[str, int], tmp_path: Path) -> None:
+    for name, version in expected.items():
+        node, constants, *_ = CASES[name]
+        made = quantized(
+            graph([node], {"x": (4, 6, 6)}, constants), {"x": normal(8, 4, 6, 6)}, spec_of(QuantSpec(), precision)
+        )
+        file, _ = written(made, tmp_path, precision)
+        assert versions(tmp_path / file.path)[name.split()[0]] == version, name

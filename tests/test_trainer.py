@@ -206,6 +206,46 @@ def test_the_trainer_is_what_a_context_expects() -> None:
     assert trainer.fit is not None
 
 
+# ------------------------------------------------------------------ held-out samples
+
+
+def flipped(n: int = 48) -> DataSet:
+    """The points under wrong classes: what is learned elsewhere only makes them worse."""
+    data = points(n)
+    return DataSet.of(next(data.batches(n)).inputs, (np.arange(n) + 1) % 3)
+
+
+def test_of_all_states_the_one_is_kept_that_does_best_on_held_out_samples(tiny_mlp: nn.Module) -> None:
+    before = weights(tiny_mlp)
+    trained(tiny_mlp, learning_rate=1e-2, epochs=5, holdout=points(48))
+    assert accuracy(tiny_mlp, points(48)) == 1.0
+    tiny_mlp.load_state_dict(before)
+    trained(tiny_mlp, learning_rate=1e-2, epochs=5, holdout=flipped())
+    assert all(torch.equal(before[n], t) for n, t in tiny_mlp.state_dict().items())
+
+
+def test_held_out_samples_are_judged_in_evaluation_mode_and_not_learned_from(tiny_cnn: nn.Module) -> None:
+    modes: list[tuple[bool, bool]] = []
+    hook = tiny_cnn.register_forward_hook(lambda m, *_: modes.append((m.training, torch.is_grad_enabled())))
+    x = np.random.default_rng(0).standard_normal((8, 3, 16, 16)).astype(np.float32)
+    data = DataSet.of({"x": x}, np.arange(8))
+    Trainer(TrainSettings(batch=4)).fit(tiny_cnn, data, cross_entropy, holdout=data, steps=2)
+    hook.remove()
+    assert modes == [(False, False)] * 2 + ([(True, True)] + [(False, False)] * 2) * 2
+
+
+def test_training_stops_where_it_runs_away(tiny_mlp: nn.Module, capsys: pytest.CaptureFixture[str]) -> None:
+    trained(tiny_mlp, learning_rate=1e-2, epochs=10)
+    before = weights(tiny_mlp)
+    losses = Trainer(TrainSettings(batch=16)).fit(
+        tiny_mlp, flipped(), cross_entropy, holdout=points(48), steps=400, learning_rate=0.1
+    )
+    assert len(losses) < 400
+    assert all(torch.equal(before[n], t) for n, t in tiny_mlp.state_dict().items())
+    said = capsys.readouterr().err
+    assert "the held-out loss went from" in said and "The state before training is kept" in said
+
+
 # ------------------------------------------------------------------ what cannot be trained
 
 

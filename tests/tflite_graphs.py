@@ -63,7 +63,7 @@ def reference(model: bytes, data: Mapping[str, NDArray[Any]]) -> dict[str, NDArr
 
 def written(hub: Hub, folder: Path, precision: Any) -> Any:
     """Exports one precision; gives the `File` and its runner."""
-    (file,) = to_tflite.export(hub, targets.load("mobile-arm"), folder, [precision])
+    (file,) = to_tflite.export({precision: hub}, targets.load("mobile-arm"), folder)
     return file, to_tflite.load(folder / file.path)
 
 

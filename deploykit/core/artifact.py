@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from deploykit.core.errors import DeploykitError, unknown
-from deploykit.core.target import Precision
+from deploykit.core.precision import Precision
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -73,6 +73,8 @@ class File:
     inputs: tuple[Port, ...] = ()
     """In the file's order; empty where it takes what the model takes."""
     outputs: tuple[Port, ...] = ()
+    steps: tuple[str, ...] = ()
+    """The hub steps that its integers went through, as ``Pass(options)``."""
     read_instead: str = ""
     """The file the device makes this precision from, where it cannot read this one, which then shows what it costs."""
 

@@ -82,6 +82,7 @@ class DataSet:
         classes: the names behind the labels, where they are known.
         pixels: the same samples before scale, mean, std and layout: images are uint8 ``[h, w, c]``, resized and
             cropped, their channels in the declared order; None for data used as it came.
+        synthetic: made up, where there is no real data. Files are calibrated with it and never judged by it.
     """
 
     sample: Callable[[int], Sample]
@@ -91,6 +92,7 @@ class DataSet:
     preprocess: Preprocess | None = None
     classes: tuple[str, ...] = field(default=())
     pixels: Callable[[int], Sample] | None = None
+    synthetic: bool = False
 
     @staticmethod
     def of(inputs: Mapping[str, NDArray[Any]], labels: NDArray[Any] | None = None, origin: str = "memory") -> DataSet:

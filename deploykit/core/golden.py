@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from deploykit.core.errors import DeploykitError
+from deploykit.core.precision import FORMATS, Precision
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -35,7 +36,7 @@ class Golden:
     inputs: Mapping[str, NDArray[Any]]
     """``[n, ...]`` by name, as files take them."""
     answers: Mapping[str, Mapping[str, NDArray[Any]]]
-    """By `ORIGINAL`, `HUB` (where there is one) and the precision of each file: ``[n, values]`` by output name."""
+    """By `ORIGINAL`, `hub_of` integer files and the precision of each file: ``[n, values]`` by output name."""
 
     def save(self, folder: Path) -> None:
         """Writes ``golden.npz``; equal values give equal bytes."""
@@ -44,6 +45,12 @@ class Golden:
         written = io.BytesIO()  # a full disk is then an OSError like any other
         np.savez(written, **arrays)  # type: ignore[arg-type]
         (folder / NAME).write_bytes(written.getvalue())
+
+
+def hub_of(precision: Precision) -> str:
+    """Who answers as the hub that integer files of a precision were written from: those with the target's own numbers
+    share one."""
+    return f"{HUB} {precision}" if FORMATS[precision].numbers else HUB
 
 
 def load_golden(folder: Path) -> Golden | None:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
+from typing import cast
 
 import msgspec
 
@@ -17,6 +18,7 @@ from deploykit.core.data import Preprocess
 from deploykit.core.device import Facts
 from deploykit.core.errors import DeploykitError
 from deploykit.core.machine import Machine
+from deploykit.core.precision import FORMATS, Precision, is_integer
 from deploykit.core.recipe import dump_recipe
 from deploykit.core.request import Request
 
@@ -65,6 +67,22 @@ class OperatorError:
     """Percent of the outputs that differ by more than a quarter of a step although they are no ties."""
     sqnr_db: float
     """Signal to noise of this operator quantized alone, fed with what the float network feeds it."""
+    precision: Precision = "int8"
+    """Of the file; one that shares its hub (int8-fp16) is not looked at again."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a step found out on its way: a table, and a curve where it has one."""
+
+    step: str
+    """As ``Pass(options)``."""
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str | float | None, ...], ...]
+    """None: not measured."""
+    curve: tuple[str, str] | None = None
+    """The columns that are drawn, y over x."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +91,12 @@ class Layer:
 
     name: str
     operator: str
+    inputs: int | None = None
+    """Channels that a product multiplies, of one group; None: it is no product with constant weights."""
+    outputs: int | None = None
+    """Channels that it gives."""
+    weights: int = 0
+    """How many."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +118,7 @@ class Manifest:
     request: Request
     """What was asked for, enough to ask again."""
     steps: tuple[str, ...]
-    """What was run, as ``Pass(options)``."""
+    """What was run, as ``Pass(options)``; hub steps of all files, each of which has a list of its own."""
     graph: str
     """Hash of the float graph."""
     inputs: tuple[TensorSpec, ...]
@@ -107,9 +131,11 @@ class Manifest:
     """Names of the classes the first output scores, where the data had them."""
     checks: tuple[Check, ...] = ()
     operators: tuple[OperatorError, ...] = ()
-    """The integer operators one by one, the worst first."""
+    """The integer operators one by one, precision by precision, the worst first."""
     layers: tuple[Layer, ...] = ()
     """All operators that quantizing decided about, integer or not, in the network's order."""
+    findings: tuple[Finding, ...] = ()
+    """Of the steps, in the order in which they ran."""
     scores: tuple[Score, ...] = ()
     measurements: tuple[Measurement, ...] = ()
     advice: tuple[str, ...] = ()
@@ -128,6 +154,11 @@ class Manifest:
     def passed(self) -> bool:
         """Whether no check failed. Checks that could not run here (``passed`` None) do not count as passed."""
         return all(check.passed is not False for check in self.checks)
+
+    def operators_of(self, precision: str) -> tuple[OperatorError, ...]:
+        """The integer operators of the hub that the file of a precision was written from, the worst first."""
+        numbers = FORMATS[cast(Precision, precision)].numbers if is_integer(precision) else None
+        return tuple(o for o in self.operators if FORMATS[o.precision].numbers == numbers)
 
     @property
     def recipe(self) -> str:

@@ -17,6 +17,8 @@ from deploykit.core.files import no_such_file, write_in_place
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+FORMAT = "deploykit-ranges-1"
+
 
 @dataclass(frozen=True)
 class Histogram:
@@ -36,6 +38,8 @@ class Stats:
     """Mean over samples of each sample's minimum; `average_high` likewise (for moving-average ranges)."""
     average_high: float
     histogram: Histogram | None = None
+    growth: tuple[tuple[float, float], ...] = ()
+    """(low, high) on the parts of the data that `Ranges.parts` names, each within the next."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,10 @@ class Ranges:
     tensors: Mapping[str, Stats] = field(default_factory=dict)
     means: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
     """Mean per channel, over samples and positions, of the outputs of products (before their activation)."""
+    parts: tuple[int, ...] = ()
+    """Sizes of growing parts of the data, the last is all of it; empty: not kept (`deploykit.calibration.growth`)."""
+    notes: tuple[str, ...] = ()
+    """What is to be said about the samples, one sentence each (`deploykit.calibration.lint`)."""
 
     @property
     def has_histograms(self) -> bool:
@@ -75,10 +83,13 @@ class Ranges:
             }  # fmt: skip
             if s.histogram is not None:
                 entry["histogram"] = {"limit": s.histogram.limit, "counts": s.histogram.counts.tolist()}
+            if s.growth:
+                entry["growth"] = [list(pair) for pair in s.growth]
             tensors[name] = entry
         return {
-            "format": "deploykit-ranges-1", "graph": self.graph, "data": self.data, "samples": self.samples,
-            "tensors": tensors, "means": {name: mean.tolist() for name, mean in self.means.items()},
+            "format": FORMAT, "graph": self.graph, "data": self.data, "samples": self.samples,
+            "parts": list(self.parts), "notes": list(self.notes), "tensors": tensors,
+            "means": {name: mean.tolist() for name, mean in self.means.items()},
         }  # fmt: skip
 
 
@@ -95,6 +106,7 @@ class _StatsFile:
     average_low: float
     average_high: float
     histogram: _HistogramFile | None = None
+    growth: tuple[tuple[float, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -105,6 +117,9 @@ class _RangesFile:
     samples: int
     tensors: dict[str, _StatsFile]
     means: dict[str, list[float]]
+    parts: tuple[int, ...] = ()
+    """This and what follows is not in older files of the format."""
+    notes: tuple[str, ...] = ()
 
 
 def load_ranges(path: Path) -> Ranges:
@@ -121,15 +136,17 @@ def load_ranges(path: Path) -> Ranges:
         raise DeploykitError(f"cannot read {path}: {error.strerror or error}") from None
     except (msgspec.DecodeError, msgspec.ValidationError) as error:
         raise DeploykitError(f"{path} is not a ranges file that `deploykit calibrate` wrote: {error}") from None
-    if raw.format != "deploykit-ranges-1":
+    if raw.format != FORMAT:
         raise DeploykitError(f"{path}: ranges format '{raw.format}' is not known; calibrate again")
 
     def stats(s: _StatsFile) -> Stats:
         histogram = None
         if s.histogram is not None:
             histogram = Histogram(s.histogram.limit, np.asarray(s.histogram.counts, np.int64))
-        return Stats(s.low, s.high, s.average_low, s.average_high, histogram)
+        return Stats(s.low, s.high, s.average_low, s.average_high, histogram, s.growth)
 
     tensors = {name: stats(s) for name, s in raw.tensors.items()}
     means = {name: np.asarray(m, np.float64) for name, m in raw.means.items()}
-    return Ranges(raw.graph, raw.data, raw.samples, tensors, means)
+    if any(len(s.growth) != len(raw.parts) for s in tensors.values()):
+        raise DeploykitError(f"{path}: some tensors have no 'growth' for each of the 'parts'; calibrate again")
+    return Ranges(raw.graph, raw.data, raw.samples, tensors, means, raw.parts, raw.notes)

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from deploykit.core.context import Role
 from deploykit.core.data import Preprocess
 from deploykit.core.errors import DeploykitError
+from deploykit.core.precision import Precision
 from deploykit.core.recipe import Recipe
-from deploykit.core.target import Precision
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Settings:
     """Empty: those of the target."""
     correction: bool = True
     keep_float: tuple[str, ...] = ()
-    """Layers that stay in float, by name."""
+    """Layers that stay in float, by name or by pattern (`deploykit.core.patterns`)."""
     seed: int = 0
     force: bool = False
     """Run steps the target cannot profit from."""

@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from deploykit.core.precision import Precision
 
 Need = Literal["data", "labels", "train", "teacher"]
 Profit = Literal[
     "structured", "2:4", "unstructured", "codebook", "low_rank", "fp16", "int8", "int4", "small_file"
 ]  # fmt: skip
-Precision = Literal["fp32", "fp16", "int8", "int8-fp16"]
-PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+GROUPS = (16, 32, 64, 128, 256)
+"""Sizes of groups that kernels read."""
+WIDTHS = (*range(2, 9), 16)
+"""Bits of activations that there is a storage for."""
 
 
 @dataclass(frozen=True)
 class QuantSpec:
     """How numbers are stored and where quantization happens. Two targets with equal specs share one hub.
 
-    Integers of fewer than 8 bits are stored in 8: ``weight_bits=7`` means -63..63 in int8.
+    Integers of fewer than 8 bits are stored in 8: ``weight_bits=7`` means -63..63 in int8. Only activations of 4 bits
+    are stored in 4, so that what lies outside their range is cut at its ends.
     """
 
     activation_bits: int = 8
+    port_bits: int | None = None
+    """Bits of the network's inputs and outputs; None: as many as activations have."""
     activation_signed: bool = False
     """False: unsigned storage (uint8). True: signed (int8)."""
     activation_symmetric: bool = False
@@ -32,11 +39,16 @@ class QuantSpec:
     scale: Literal["float", "power_of_two"] = "float"
     bias: Literal["int32", "float"] = "int32"
     """int32 biases have the scale s_x * s_w and zero point 0."""
-    placement: Literal["everywhere", "linear_inputs"] = "everywhere"
+    placement: Literal["everywhere", "linear_inputs", "weights"] = "everywhere"
     """everywhere: every tensor an integer kernel reads or writes. linear_inputs: the inputs of convolutions and
-    matrix products, and the skip branch of residual adds (what TensorRT fuses best)."""
+    matrix products, and the skip branch of residual adds (what TensorRT fuses best). weights: nothing but weights."""
+    weight_group: int = 32
+    """How many weights along the input axis share a scale, where weights alone are quantized and have 4 bits."""
     shared_scale: tuple[str, ...] = ("AveragePool", "Concat", "Resize")
     """ONNX operators whose inputs and outputs must have one scale on this target, beyond those that only move data."""
+    float_outputs: tuple[str, ...] = ()
+    """ONNX operators whose integer kernels can write floats: an output of the network that they compute is not rounded
+    again."""
     float_operators: tuple[str, ...] = ()
     """ONNX operators that stay in float on this target although they have an integer form."""
     weight_scale_floor: float = 2.0**-24
@@ -44,8 +56,21 @@ class QuantSpec:
 
     def __post_init__(self) -> None:
         """Refuses widths this project has no storage for."""
-        if not (2 <= self.weight_bits <= 8 and 2 <= self.activation_bits <= 8):
-            raise ValueError("weight_bits and activation_bits must be between 2 and 8")
+        if not (2 <= self.weight_bits <= 8 and self.activation_bits in WIDTHS and self.ports.activation_bits in WIDTHS):
+            raise ValueError("weight_bits must be between 2 and 8, activation_bits and port_bits between 2 and 8 or 16")
+        if self.weight_group not in GROUPS:
+            raise ValueError(f"weight_group must be one of {', '.join(map(str, GROUPS))}")
+
+    @property
+    def ports(self) -> QuantSpec:
+        """The spec as it holds for the network's inputs and outputs."""
+        return self if self.port_bits is None else replace(self, activation_bits=self.port_bits, port_bits=None)
+
+    @property
+    def activation_storage(self) -> str:
+        """What activations are stored in, as numpy calls it, e.g. ``"uint8"``."""
+        bits = self.activation_bits if self.activation_bits in (4, 16) else 8
+        return f"{'int' if self.activation_signed else 'uint'}{bits}"
 
     @property
     def activation_range(self) -> tuple[int, int]:
@@ -91,6 +116,8 @@ class Target:
     """Channel counts that are a multiple of this fill the vector or matrix unit."""
     opset: int
     """Highest ONNX operator set the device's runtime reads (the graph is never above it)."""
+    on_request: tuple[Precision, ...] = ()
+    """What is written too, where it is asked for."""
     quant: QuantSpec = field(default_factory=QuantSpec)
     pixels: Literal["folded", "float"] = "float"
     """How uint8 images enter where that is asked for. folded: scaling and normalising become part of the first

@@ -1,4 +1,4 @@
-"""Integer activations at the inputs of a hub's layers, for steps that go through it layer by layer.
+"""Activations at the inputs of a hub's layers, for steps that go through it layer by layer.
 
 A step changes layer after layer, each on what the layers changed before it make of the data. The network runs over the
 samples once, in stretches from one wanted tensor to the next. What a stretch produced waits in spooled temporary files
@@ -25,12 +25,12 @@ IN_MEMORY = 4 << 20
 """A tensor's activations above this many bytes wait on disk."""
 
 
-class IntegerActivations:
-    """The values of QuantizeLinear outputs on all samples.
+class Activations:
+    """The values of some tensors on all samples.
 
     Args:
-        slicer: of the Q/DQ model; weights and biases that were changed by then are seen by later stretches.
-        wanted: integer tensors in the order in which they will be asked for; repeated ones are kept.
+        slicer: of the model; weights and biases that were changed by then are seen by later stretches.
+        wanted: inner tensors in the order in which they will be asked for; repeated ones are kept.
         data: the samples.
         batch: how many run at once.
     """
@@ -39,6 +39,7 @@ class IntegerActivations:
         """Nothing is computed yet."""
         self.slicer, self.data, self.batch = slicer, data, batch
         self._stored: dict[str, Spool] = {}
+        self._means: dict[str, NDArray[np.float64]] = {}
         self._uses: Counter[str] = Counter()
         known: list[str] = []
         for name in dict.fromkeys(wanted):
@@ -46,13 +47,21 @@ class IntegerActivations:
             known.append(name)
 
     def mean(self, name: str) -> NDArray[np.float32]:
-        """Mean over all samples of the real values behind a tensor, ``[1, ...]``."""
+        """Mean over all samples of the real values behind an integer tensor, ``[1, ...]``."""
         scale, zero = self.parameters(name)
-        return ((self._spool(name).mean() - zero) * scale).astype(np.float32)[None]
+        self._spool(name)
+        return ((self._means[name] - zero) * scale).astype(np.float32)[None]
 
     def batches(self, name: str) -> Iterator[NDArray[Any]]:
-        """The integers of a tensor, ``[batch, ...]``, in the order of the data."""
+        """A tensor, ``[batch, ...]``, in the order of the data."""
         return self._spool(name).batches()
+
+    def named(self, names: Sequence[str]) -> Iterator[dict[str, NDArray[Any]]]:
+        """Several tensors, graph inputs among them, batch by batch; those that others still wait for are there."""
+        for name in names:
+            if name not in self.slicer.inputs:
+                self._spool(name)
+        return self._inputs(names)
 
     def close(self) -> None:
         """Removes the temporary files."""
@@ -60,7 +69,7 @@ class IntegerActivations:
             spool.file.close()
 
     def parameters(self, name: str) -> tuple[float, float]:
-        """Scale and zero point of a tensor."""
+        """Scale and zero point of an integer tensor."""
         scale, zero = (float(self.slicer.array(i)) for i in self.slicer.producer[name].input[1:3])
         return scale, zero
 
@@ -72,10 +81,13 @@ class IntegerActivations:
     def _compute(self, name: str) -> Spool:
         sources = self.slicer.boundary([name], list(self._stored))
         run = session(self.slicer.cut([name], list(self._stored)))
-        spool = Spool()
+        spool, total, rows = Spool(), np.zeros((), np.float64), 0
         for arrays in self._inputs(sources):
-            (integers,) = run.run(None, arrays)
-            spool.add(integers)
+            (array,) = run.run(None, arrays)
+            spool.add(array)
+            total = total + array.sum(axis=0, dtype=np.int32 if array.dtype.kind in "iu" else np.float64)
+            rows += len(array)
+        self._means[name] = total / rows
         for source in sources:
             self._uses[source] -= 1
             if self._uses[source] == 0 and source in self._stored:
@@ -99,18 +111,12 @@ class Spool:
         self.file = tempfile.SpooledTemporaryFile(max_size=IN_MEMORY)  # noqa: SIM115 (closed by its owner)
         self._shapes: list[tuple[int, ...]] = []
         self._dtype: Any = None
-        self._sum: Any = 0
 
     def add(self, array: NDArray[Any]) -> None:
         """The next batch ``[n, ...]``."""
         self.file.write(np.ascontiguousarray(array).tobytes())
         self._shapes.append(array.shape)
         self._dtype = array.dtype
-        self._sum = self._sum + array.sum(axis=0, dtype=np.int32 if array.dtype.kind in "iu" else np.float64)
-
-    def mean(self) -> NDArray[np.float64]:
-        """Over samples."""
-        return np.asarray(self._sum, np.float64) / sum(shape[0] for shape in self._shapes)
 
     def batches(self) -> Iterator[NDArray[Any]]:
         """As they were added."""

@@ -13,11 +13,16 @@ import numpy as np
 import onnx_ir as ir
 
 from deploykit.core.artifact import Island, TensorSpec
+from deploykit.core.manifest import Finding
 from deploykit.core.ranges import Ranges
 from deploykit.core.target import QuantSpec
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+
+LARGE = 1024
+"""Constants with more elements than this are weights, never shapes."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +101,8 @@ class Hub:
     """Integer weight initializer -> the float graph's weight it came from."""
     bits: Mapping[str, int] = field(default_factory=dict)
     """Integer weight initializer -> its bits, where they are not the spec's (mixed precision)."""
+    findings: tuple[Finding, ...] = ()
+    """What the steps that it went through found out, for the report."""
     samples: Mapping[str, NDArray[Any]] = field(default_factory=dict)
     """A few real inputs by name, stacked, for exporters that ship inputs with expected outputs; may be empty."""
 
@@ -155,9 +162,15 @@ def take_name(wanted: str, taken: set[str | None]) -> str:
 
 def add_initializer(graph: ir.Graph, name: str, array: NDArray[Any]) -> ir.Value:
     """Registers an array under a name that is not taken yet, and returns its value."""
-    unique = fresh_name(graph, name)
-    tensor = ir.tensor(array, name=unique)
-    value = ir.Value(name=unique, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape))
+    return register(graph, name, ir.tensor(array))
+
+
+def register(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Value:
+    """Registers a constant under a name that is not taken yet, and returns its value."""
+    tensor.name = fresh_name(graph, name)
+    value = ir.Value(
+        name=tensor.name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape)
+    )
     graph.register_initializer(value)
     return value
 

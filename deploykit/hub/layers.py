@@ -131,6 +131,11 @@ class MatrixForm:
         return int(self.attributes.get("group", 1)) if self.operator == "Conv" else 1
 
     @property
+    def channels(self) -> int:
+        """How many outputs there are at a position."""
+        return self.shape[-1] if self._transposed() else self.shape[0]
+
+    @property
     def inputs_per_output(self) -> int:
         """k."""
         return prod(self.shape[1:]) if self.operator == "Conv" or not self._transposed() else self.shape[0]
@@ -153,35 +158,42 @@ class MatrixForm:
         kernel = prod(self.shape[2:]) if self.operator == "Conv" else 1
         return np.repeat(channels, kernel).reshape(self.group, -1, 1)
 
-    def positions(self, y: tuple[int, ...]) -> int:
-        """How many output positions a sample has, from the shape of its output ``[1, ...]``."""
-        return prod(y[2:]) if self.operator == "Conv" else prod(y[:-1])
+    @property
+    def images(self) -> bool:
+        """Whether positions are those of every sample's image (convolutions), not rows of a batch."""
+        return self.operator == "Conv"
 
-    def outputs(self, y: NDArray[Any], chosen: NDArray[np.int64]) -> NDArray[Any]:
-        """``[g, o, n]``: a sample's output ``[1, ...]`` at n chosen positions."""
-        rows = y.reshape(y.shape[1], -1) if self.operator == "Conv" else y.reshape(-1, y.shape[-1]).T
-        return np.ascontiguousarray(rows[:, chosen]).reshape(self.group, -1, len(chosen))
+    def positions(self, y: tuple[int, ...]) -> int:
+        """How many output positions there are, from the shape of a batch's output: of each image, or all rows."""
+        return prod(y[2:]) if self.images else prod(y[:-1])
+
+    def outputs(self, y: NDArray[Any]) -> NDArray[Any]:
+        """``[g, o, n]``, from a batch's output at some positions: of images ``[samples, channels, positions]``, or rows
+        ``[positions, channels]``."""
+        channels = y.swapaxes(0, 1).reshape(y.shape[1], -1) if self.images else y.T
+        return channels.reshape(self.group, -1, channels.shape[1])
 
     def inputs(self, x: NDArray[Any], y: tuple[int, ...], chosen: NDArray[np.int64], padding: float) -> NDArray[Any]:
-        """``[g, k, n]``: what a sample's output is computed from at n chosen positions.
+        """``[g, k, n]``: what a batch's output is computed from at some positions, ordered as `outputs` are.
 
         Args:
-            x: the sample's input ``[1, ...]``.
+            x: the batch's input.
             y: shape of its output.
             chosen: positions in the output.
             padding: what stands beyond the border of x.
         """
-        if self.operator != "Conv":
+        if not self.images:
             return np.ascontiguousarray(x.reshape(-1, x.shape[-1])[chosen].T)[None]
         kernel = self.shape[2:]
         rank = len(kernel)
         strides = self.attributes.get("strides") or [1] * rank
         dilations = self.attributes.get("dilations") or [1] * rank
         pads = self.attributes.get("pads") or [0] * (2 * rank)
-        sides = [(0, 0), *((pads[i], pads[rank + i]) for i in range(rank))]
-        image = np.pad(x[0], sides, constant_values=padding) if any(pads) else x[0]
+        sides = [(0, 0), (0, 0), *((pads[i], pads[rank + i]) for i in range(rank))]
+        images = np.pad(x, sides, constant_values=padding) if any(pads) else x
         corner = np.unravel_index(chosen, y[2:])
         offset = np.unravel_index(np.arange(prod(kernel)), kernel)
         where = [corner[i][None, :] * strides[i] + offset[i][:, None] * dilations[i] for i in range(rank)]
-        flat = np.ravel_multi_index(where, image.shape[1:])  # [kernel, n]
-        return image.reshape(len(image), -1)[:, flat].reshape(self.group, -1, len(chosen))
+        flat = np.ravel_multi_index(where, images.shape[2:])  # [kernel, positions]
+        patches = images.reshape(*images.shape[:2], -1)[:, :, flat]  # [samples, channels, kernel, positions]
+        return patches.transpose(1, 2, 0, 3).reshape(self.group, -1, len(x) * len(chosen))

@@ -19,7 +19,9 @@ import onnx_ir as ir
 from deploykit.core.errors import DeploykitError
 from deploykit.core.progress import say
 from deploykit.hub.canonical import Dim, canonical, dims, refuse_branches, refuse_passing_through
+from deploykit.hub.external import leave_outside, load_small
 from deploykit.hub.graph import (
+    LARGE,
     NAMES,
     FloatGraph,
     constant,
@@ -36,8 +38,6 @@ if TYPE_CHECKING:
 OPSET = 20
 """LayerNormalization, Gelu and HardSwish are single operators here, and ReduceMean takes its axes as an input."""
 OLDEST_OPSET = 11
-LARGE = 1024
-"""Constants with more elements than this are weights, never shapes."""
 FOLD_LIMIT = 1 << 28
 """Constants up to this many bytes are folded; recurrent weights are reordered by folded Slice and Concat nodes."""
 
@@ -119,6 +119,8 @@ def lower_program(program: torch.export.ExportedProgram) -> FloatGraph:
 def read_onnx(path: Path) -> FloatGraph:
     """The float graph of a user's ``.onnx``.
 
+    Large weights in files beside it stay there: they are read one at a time, whenever they are needed.
+
     Raises:
         DeploykitError: missing, truncated or foreign file; already quantized; operator set too old.
     """
@@ -128,17 +130,18 @@ def read_onnx(path: Path) -> FloatGraph:
     if not path.is_file():
         raise DeploykitError(f"no file {path}")
     try:
-        proto = onnx.load(path)
+        proto = onnx.load(path, load_external_data=False)
+        load_small(proto, path.parent)
         onnx.checker.check_model(_without_weights(proto))
     except (DecodeError, onnx.checker.ValidationError, OSError, ValueError) as error:
         raise DeploykitError(f"{path} is not a valid ONNX model: {_first_line(error)}") from None
     if any(node.op_type in ("QuantizeLinear", "DequantizeLinear", "QLinearConv") for node in proto.graph.node):
         raise DeploykitError(f"{path} is already quantized; deploykit starts from the float model")
-    return from_proto(proto, str(path))
+    return from_proto(proto, str(path), path.parent)
 
 
-def from_proto(proto: onnx.ModelProto, origin: str) -> FloatGraph:
-    """The float graph of an ONNX model in memory; see `read_onnx`."""
+def from_proto(proto: onnx.ModelProto, origin: str, folder: Path | None = None) -> FloatGraph:
+    """The float graph of an ONNX model in memory, but for weights in files of ``folder``; see `read_onnx`."""
     import onnx
 
     for imported in proto.opset_import:
@@ -159,6 +162,8 @@ def from_proto(proto: onnx.ModelProto, origin: str) -> FloatGraph:
         inferred = onnx.shape_inference.infer_shapes(_without_weights(proto))
         proto.graph.value_info.extend(info for info in inferred.graph.value_info if info.name not in known)
     model = ir.from_proto(proto)
+    if folder is not None:
+        leave_outside(model.graph, folder)
     initialized = set(model.graph.initializers)
     for value in [v for v in model.graph.inputs if v.name in initialized]:  # IR < 4 lists weights as inputs
         model.graph.inputs.remove(value)
@@ -207,7 +212,7 @@ def simplify(model: ir.Model) -> ir.Model:
     drop_unused(model.graph)
     _complete_shapes(model)
     for value in model.graph.initializers.values():
-        if value.const_value is not None:
+        if value.const_value is not None and not isinstance(value.const_value, ir.LazyTensor):
             value.const_value = ir.tensor(np.asarray(value.const_value.numpy(), order="C"), name=value.name)
     model.graph.sort()
     model.metadata_props.clear()

@@ -1,22 +1,19 @@
 """What the quantized network feeds a layer and what the float network computes there, as second moments.
 
 Means, H = E[x xᵀ], C = E[y xᵀ] and E[y²], centred, are all that the weights of a linear layer can be chosen by. They
-are averages over output positions drawn at random, the same number from every sample.
+are averages over output positions drawn at random, the same number from every batch of samples.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from deploykit.calibration.observe import channel_mean
-from deploykit.hub.activations import IntegerActivations
+from deploykit.hub.activations import Activations
 from deploykit.hub.float_outputs import FloatOutputs
 from deploykit.hub.layers import Layer, MatrixForm
 
@@ -31,22 +28,22 @@ COLUMNS = 1024
 class Moments:
     """Centred second moments of a layer ``y = W x``: float64, g groups side by side."""
 
-    h: Tensor
+    h: NDArray[np.float64]
     """H = E[x xᵀ], [g, k, k]."""
-    c: Tensor
+    c: NDArray[np.float64]
     """C = E[y xᵀ], [g, o, k]."""
-    yy: Tensor
+    yy: NDArray[np.float64]
     """E[y²], [g, o]."""
-    power: Tensor
+    power: NDArray[np.float64]
     """Largest E[x²] of any input before means were taken off, [g]: H is known up to a share of it."""
 
-    def outputs(self, rows: Tensor) -> Moments:
+    def outputs(self, rows: NDArray[np.int64]) -> Moments:
         """Those of some outputs of every group."""
         return replace(self, c=self.c[:, rows], yy=self.yy[:, rows])
 
-    def error(self, w: Tensor) -> Tensor:
+    def error(self, w: NDArray[np.float64]) -> NDArray[np.float64]:
         """E[(y - W x)²] per output ``[g, o]``, for W ``[g, o, k]``."""
-        return self.yy - 2 * (w * self.c).sum(2) + ((w @ self.h) * w).sum(2)
+        return np.asarray(self.yy - 2 * (w * self.c).sum(2) + ((w @ self.h) * w).sum(2))
 
 
 class _Sums:
@@ -54,7 +51,7 @@ class _Sums:
 
     def __init__(self) -> None:
         self._n = 0
-        self._sums: tuple[Tensor, ...] = ()
+        self._sums: tuple[NDArray[np.float64], ...] = ()
         self._waiting: list[tuple[NDArray[Any], NDArray[Any]]] = []
 
     def add(self, x: NDArray[Any], y: NDArray[Any]) -> None:
@@ -66,11 +63,13 @@ class _Sums:
     def _multiply(self) -> None:
         if not self._waiting:
             return
-        # a copy lies where torch wants it: products of memory that is aligned otherwise differ in their last bits
-        x, y = (torch.from_numpy(np.concatenate(part, axis=2)).clone() for part in zip(*self._waiting, strict=True))
+        x, y = (np.concatenate(part, axis=2) for part in zip(*self._waiting, strict=True))
         self._waiting = []
         self._n += x.shape[2]
-        products = tuple(p.double() for p in (x.sum(2), y.sum(2), x @ x.mT, y @ x.mT, y.square().sum(2)))
+        transposed = x.swapaxes(1, 2)
+        products = tuple(
+            np.asarray(p, np.float64) for p in (x.sum(2), y.sum(2), x @ transposed, y @ transposed, (y * y).sum(2))
+        )
         self._sums = _added(self._sums, products) if self._sums else products
 
     def moments(self, other: _Sums | None = None) -> Moments:
@@ -82,39 +81,32 @@ class _Sums:
             n, sums = n + other._n, _added(sums, other._sums)
         x, y, xx, yx, yy = (s / n for s in sums)
         return Moments(
-            xx - x[:, :, None] * x[:, None, :], yx - y[:, :, None] * x[:, None, :], (yy - y.square()).clamp_min(0.0),
-            torch.diagonal(xx, dim1=1, dim2=2).amax(1),
+            xx - x[:, :, None] * x[:, None, :], yx - y[:, :, None] * x[:, None, :], np.maximum(yy - y * y, 0.0),
+            np.diagonal(xx, axis1=1, axis2=2).max(1),
         )  # fmt: skip
 
 
-def _added(some: Sequence[Tensor], others: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def _added(
+    some: Sequence[NDArray[np.float64]], others: Sequence[NDArray[np.float64]]
+) -> tuple[NDArray[np.float64], ...]:
     return tuple(a + b for a, b in zip(some, others, strict=True))
 
 
 def moments(
-    layer: Layer, form: MatrixForm, inputs: IntegerActivations, outputs: FloatOutputs
+    layer: Layer, form: MatrixForm, inputs: Activations, outputs: FloatOutputs
 ) -> tuple[Moments, tuple[Moments, ...]]:
-    """Of all samples; of every other one and of the rest, if there is more than one."""
+    """Of all samples; of every other batch and of the rest, if there is more than one."""
     scale, zero = inputs.parameters(layer.x)
     halves = _Sums(), _Sums()
     # about the means of all positions: what is then taken off the second moments is small, and they lose no digits
     mean_x = channel_mean(inputs.mean(layer.x), 1 if form.operator == "Conv" else -1)
-    centre_x, centre_y = form.per_input(mean_x), outputs.mean(layer.y).reshape(form.group, -1, 1).astype(np.float32)
+    middle = form.per_input((mean_x / np.float32(scale) + np.float32(zero)).astype(np.float32))
+    centre = outputs.mean(layer.y).reshape(form.group, -1, 1).astype(np.float32)
     for i, (integers, y) in enumerate(zip(inputs.batches(layer.x), outputs.samples(layer.y), strict=True)):
-        x = form.inputs(integers, outputs.shapes[layer.y], outputs.positions(layer.y, i), zero)
-        real = (x.astype(np.float32) - np.float32(zero)) * np.float32(scale)
-        halves[i % 2].add(real - centre_x, y - centre_y)
+        x = form.inputs(integers, outputs.shape(layer.y), outputs.positions(layer.y, i), zero)
+        real = np.subtract(x, middle, dtype=np.float32)
+        real *= np.float32(scale)
+        halves[i % 2].add(real, y - centre)
     if i == 0:
         return halves[0].moments(), ()
     return halves[0].moments(halves[1]), (halves[0].moments(), halves[1].moments())
-
-
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """torch on one thread: sums that are split among threads would differ in their last bits with their number."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

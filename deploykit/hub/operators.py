@@ -135,6 +135,20 @@ def channel_axis(operator: str) -> int:
     return 1 if operator in ("Conv", "ConvTranspose") else -1
 
 
+def is_nonnegative(value: ir.Value) -> bool:
+    """Whether a value is known, without data, to be 0 or more everywhere."""
+    node = value.producer()
+    if node is None:
+        return False
+    if node.op_type == "Clip":
+        low = constant(node.inputs[1]) if len(node.inputs) > 1 else None
+        return low is not None and bool(low.min() >= 0)
+    if node.op_type in ("MaxPool", "AveragePool", "GlobalAveragePool", "Reshape", "Flatten", "Transpose", "Slice"):
+        first = node.inputs[0]
+        return first is not None and is_nonnegative(first)
+    return node.op_type in ("Relu", "Sigmoid", "HardSigmoid", "Softmax")
+
+
 def is_float(value: ir.Value | None) -> bool:
     """Whether a value holds float32 numbers (unknown counts as float)."""
     return value is not None and value.dtype in (None, ir.DataType.FLOAT)

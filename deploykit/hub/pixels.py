@@ -171,7 +171,7 @@ def _front(graph: ir.Graph, name: str, p: Preprocess, how: Affine | None = None)
 def _fold_integers(graph: ir.Graph, name: str, p: Preprocess, spec: QuantSpec) -> str:
     """Feeds the pixels, as the integers they are, to the convolutions; returns why that is not possible, if so."""
     old = _input(graph, name)
-    if spec.activation_range != (0, LARGEST) or spec.activation_symmetric or spec.scale != "float":
+    if spec.ports.activation_range != (0, LARGEST) or spec.activation_symmetric or spec.scale != "float":
         return "this target's activations cannot hold a pixel value with a zero point of its own"
     quantizers = [node for node, _ in old.uses()]
     if len(quantizers) != 1 or quantizers[0].op_type != "QuantizeLinear":
@@ -188,6 +188,8 @@ def _fold_integers(graph: ir.Graph, name: str, p: Preprocess, spec: QuantSpec) -
         if weight is None or source is None:
             return "a convolution that reads it has no integer weights"
         parts.append((node, fold(weight, _bias(node), attribute(node, "group", 1), how)))
+    # what was rounded once, to few bits, would suffer from being rounded to as few again
+    spec = replace(spec, weight_bits=max(spec.weight_bits, 7))
     for node, folded in parts:
         w, b = folded.weight.astype(np.float32), folded.bias.astype(np.float32)
         scale = weight_scale(w, 0, spec, b, 1.0)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
-from deploykit.core.errors import unknown
+from deploykit.core.patterns import matching
 from deploykit.core.target import QuantSpec
 from deploykit.hub.graph import Decision, FloatGraph, constant
 from deploykit.hub.operators import (
@@ -80,16 +80,13 @@ def plan(graph: ir.Graph, spec: QuantSpec, keep_float: Iterable[str] = ()) -> Pl
     Args:
         graph: the float graph; not changed.
         spec: placement, shared scales, operators that stay float.
-        keep_float: names of nodes that stay in float.
+        keep_float: names of nodes that stay in float, or patterns of names (`deploykit.core.patterns`).
 
     Raises:
-        DeploykitError: no operator has one of those names.
+        DeploykitError: no operator has one of those names, or matches one of the patterns.
     """
     made = Plan()
-    excluded = set(keep_float)
-    layers = {name_of(node) for node in graph}
-    for name in excluded - layers:
-        raise unknown("layer", name, layers)
+    excluded = matching("layer", keep_float, (name_of(node) for node in graph))
     stays = excluded | {name_of(node) for node in graph if node.op_type in spec.float_operators}
     wanted = _wanted(graph, stays)
     done: set[str] = set()
@@ -167,6 +164,8 @@ def _plan_everywhere(node: ir.Node, kind: str, spec: QuantSpec, wanted: set[str]
     chain = fused(node)
     tail = chain[-1] if chain else None
     outputs = [v for v in (tail or node).outputs if is_float(v)]
+    if node.op_type in spec.float_outputs:
+        outputs = [v for v in outputs if not v.is_graph_output() or list(v.uses())]
     sources = [name_of(node.inputs[i]) for i in data_inputs(node) if constant(node.inputs[i]) is None]
     made.integer[name_of(node)] = tail
     made.inputs.extend((node, i) for i in data_inputs(node))
@@ -178,7 +177,7 @@ def _plan_everywhere(node: ir.Node, kind: str, spec: QuantSpec, wanted: set[str]
         for source in sources:
             if root_of(made, source) not in made.fixed:  # a fixed range is converted at the edge instead
                 _unite(made, name_of(outputs[0]), source)
-    elif node.op_type in FIXED_OUTPUT and not spec.activation_symmetric:
+    elif node.op_type in FIXED_OUTPUT and (not spec.activation_symmetric or spec.activation_bits == 16):
         made.fixed[name_of(outputs[0])] = FIXED_OUTPUT[node.op_type]
     return chain
 

@@ -25,12 +25,23 @@ BIAS_LIMIT = 2.0**29
 otherwise get a scale so small that its bias saturates and the integer accumulator wraps."""
 
 
+OPSET = 21
+"""The first with integers of 4 and 16 bits."""
+IR_VERSION = 10
+"""Goes with it."""
+
+
 @dataclass(frozen=True)
 class QParams:
-    """scale (float32) and zero point of one activation: real = scale * (integer - zero_point)."""
+    """scale (float32) and zero point of one activation: real = scale * (integer - zero_point).
+
+    The zero point has the type of the integers, which are cut where it ends.
+    """
 
     scale: NDArray[np.float32]
     zero_point: NDArray[Any]
+    limits: tuple[int, int]
+    """Smallest and largest integer that the calibrated range takes."""
 
 
 def quantize(
@@ -48,7 +59,7 @@ def quantize(
         spec: how numbers are stored and where.
         method: how thresholds are chosen (`deploykit.calibration.thresholds`); graph outputs always use min-max,
             because cutting the largest logit changes the answer.
-        keep_float: names of nodes that stay in float.
+        keep_float: names of nodes that stay in float, or patterns of names.
 
     Raises:
         DeploykitError: the ranges belong to another graph, or lack what the method needs.
@@ -98,7 +109,7 @@ def quantize(
         array = constant(current)
         if array is not None:
             own = params[shared_root] if shared_root else _range_params(array, spec)
-            node.replace_input_with(position, _constant_operand(g, node, current, own, spec))
+            node.replace_input_with(position, _constant_operand(g, node, current, own))
             continue
         source = _behind_pair(current)
         root = shared_root or root_of(made, names[id(source or current)])
@@ -113,6 +124,9 @@ def quantize(
     for node in made.stored:
         _store_weights(g, node, spec, shared)
     drop_unused(g)
+    if not {spec.activation_storage, spec.ports.activation_storage} <= {"int8", "uint8"}:
+        model.opset_imports[""] = max(model.opset_imports[""], OPSET)
+        model.ir_version = max(model.ir_version, IR_VERSION)
     weights = {name_of(_stored(value)): name for (name, _, _), value in shared.items()}
     return Hub(graph, spec, model, ranges, tuple(made.decisions), weights)
 
@@ -161,6 +175,8 @@ def _insert_pair(graph: ir.Graph, value: ir.Value, name: str, scale: ir.Value, z
 def _activation_params(graph: ir.Graph, made: Plan, ranges: Ranges, spec: QuantSpec, method: str) -> dict[str, QParams]:
     """Scale and zero point per root tensor: the union of the ranges of all tensors that share it."""
     exact = {v.name for v in graph.outputs}
+    ports = {root_of(made, name_of(v)) for v in [*graph.inputs, *graph.outputs]}
+    specs = {root: spec.ports for root in ports}
     lows: dict[str, float] = {}
     highs: dict[str, float] = {}
     names = {*made.written, *(name_of(node.inputs[i]) for node, i in made.inputs if constant(node.inputs[i]) is None)}
@@ -172,9 +188,9 @@ def _activation_params(graph: ir.Graph, made: Plan, ranges: Ranges, spec: QuantS
         if name not in ranges.tensors:
             raise DeploykitError(f"the ranges have no tensor '{name}'; calibrate again")
         stats: Stats = ranges.tensors[name]
-        steps = spec.activation_range[1] - spec.activation_range[0]
+        bottom, top = specs.get(root, spec).activation_range
         how = "minmax" if name in exact else method
-        low, high = threshold(stats, how, steps, spec.activation_symmetric)
+        low, high = threshold(stats, how, top - bottom, spec.activation_symmetric)
         lows[root] = min(lows.get(root, 0.0), low)
         highs[root] = max(highs.get(root, 0.0), high)
     before_renaming = {id(v): name_of(v) for node in graph for v in node.outputs}
@@ -183,9 +199,9 @@ def _activation_params(graph: ir.Graph, made: Plan, ranges: Ranges, spec: QuantS
         if array is not None and root in lows and root not in made.fixed:
             lows[root], highs[root] = min(lows[root], float(array.min())), max(highs[root], float(array.max()))
     return {
-        root: _fixed_params(made.fixed[root], spec)
+        root: _fixed_params(made.fixed[root], specs.get(root, spec))
         if root in made.fixed
-        else activation_params(lows[root], highs[root], spec)
+        else activation_params(lows[root], highs[root], specs.get(root, spec))
         for root in lows
     }
 
@@ -200,7 +216,6 @@ def activation_params(low: float, high: float, spec: QuantSpec) -> QParams:
     """
     low, high = min(low, 0.0), max(high, 0.0)
     bottom, top = spec.activation_range
-    dtype = np.int8 if spec.activation_signed else np.uint8
     if low == high:  # nothing but zeros: any scale does, and kernels dislike tiny ones
         high = 1.0
     if spec.activation_symmetric:
@@ -221,16 +236,22 @@ def activation_params(low: float, high: float, spec: QuantSpec) -> QParams:
     scale = max(scale, 2.0**-24)
     if spec.scale == "power_of_two":
         scale = 2.0 ** np.ceil(np.log2(scale))
-    return QParams(np.asarray(scale, np.float32), np.asarray(zero, dtype))
+    return _params(scale, zero, spec)
+
+
+def _params(scale: float, zero: int, spec: QuantSpec) -> QParams:
+    dtype = ir.DataType[spec.activation_storage.upper()].numpy()
+    return QParams(np.asarray(scale, np.float32), np.asarray(zero).astype(dtype), spec.activation_range)
 
 
 def _fixed_params(limits: tuple[float, float], spec: QuantSpec) -> QParams:
     """[0, 1) or [-1, 1) in 2^bits steps: what integer softmax, sigmoid and tanh kernels write."""
-    bottom, _ = spec.activation_range
-    dtype = np.int8 if spec.activation_signed else np.uint8
     half = 2 ** (spec.activation_bits - 1)
+    if spec.activation_symmetric:  # half of the integers of [0, 1) are not used
+        return _params(1 / half, 0, spec)
+    bottom, _ = spec.activation_range
     scale, zero = (1 / (2 * half), bottom) if limits[0] == 0 else (1 / half, bottom + half)
-    return QParams(np.asarray(scale, np.float32), np.asarray(zero, dtype))
+    return _params(scale, zero, spec)
 
 
 def weight_scale(
@@ -380,12 +401,11 @@ def _range_params(array: NDArray[Any], spec: QuantSpec) -> QParams:
     return activation_params(float(array.min()), float(array.max()), spec)
 
 
-def _constant_operand(graph: ir.Graph, node: ir.Node, value: ir.Value, p: QParams, spec: QuantSpec) -> ir.Value:
+def _constant_operand(graph: ir.Graph, node: ir.Node, value: ir.Value, p: QParams) -> ir.Value:
     """A constant operand of an operator that is not a product becomes an integer tensor."""
     array = constant(value)
     assert array is not None
-    bottom, top = spec.activation_range
-    stored = np.clip(np.rint(array / p.scale) + p.zero_point, bottom, top).astype(p.zero_point.dtype)
+    stored = np.clip(np.rint(array / p.scale) + float(p.zero_point), *p.limits).astype(p.zero_point.dtype)
     held = add_initializer(graph, f"{value.name}_q", stored)
     scale, zero = (
         add_initializer(graph, f"{value.name}_scale", p.scale),

@@ -22,28 +22,29 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
 import onnx_ir as ir
-import torch
-from torch import Tensor
+from threadpoolctl import threadpool_limits
 
 from deploykit.core.data import DataSet
 from deploykit.core.progress import track
 from deploykit.core.target import QuantSpec
-from deploykit.hub.activations import IntegerActivations
+from deploykit.hub.activations import Activations
 from deploykit.hub.float_outputs import FloatOutputs
 from deploykit.hub.graph import Hub, constant
 from deploykit.hub.layers import Layer, MatrixForm, layers, mean_output, shift_bias
-from deploykit.hub.moments import Moments, moments, one_thread
+from deploykit.hub.moments import Moments, moments
 from deploykit.hub.quantize import BIAS_LIMIT, round_bias
 from deploykit.hub.slices import Slicer
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+    Matrices = NDArray[np.float64]
 
 RIDGES = (1e-2, 0.1, 1.0, 10.0)
 """λ as a share of the mean variance of the inputs."""
@@ -51,14 +52,28 @@ BLUR = 1e-5
 DAMPING = 0.1
 """Most that is added to H where integers are chosen: what few samples say about the target may be doubtful, which
 errors of it would show is less so."""
+BATCH = 4
+FEW = 1 / 3
+"""Where fewer layers than this share are narrow enough to be refitted, the noise of the others decides, and the float
+network is not run once more for them."""
 JUDGED = 32
 """Outputs per group that λ is judged by; they are enough to tell shares that lie factors apart."""
 
-Rounding = Callable[[Tensor, Tensor, Tensor, QuantSpec], tuple[Tensor, Tensor]]
+Rounding = Callable[["Matrices", "Matrices", "Matrices", QuantSpec], "tuple[Matrices, Matrices]"]
 """(T [g, o, k], H + λI [g, k, k], smallest scales [g, o], spec) -> integers [g, o, k] and scales [g, o], float64."""
 
 
-def refit(hub: Hub, data: DataSet, who: str, rounding: Rounding, positions: int, seed: int) -> Hub:
+def refit(
+    hub: Hub,
+    data: DataSet,
+    who: str,
+    rounding: Rounding,
+    *,
+    samples: int | None = None,
+    positions: int = 1,
+    widest: int | None = None,
+    seed: int = 0,
+) -> Hub:
     """The hub with weights, scales and biases chosen by the data.
 
     Args:
@@ -66,73 +81,78 @@ def refit(hub: Hub, data: DataSet, who: str, rounding: Rounding, positions: int,
         data: calibration samples.
         who: the step's name, for the progress bar.
         rounding: how a target becomes integers.
-        positions: output positions that H and C are averaged over, of all samples together.
+        samples: how many of the data, evenly spread, weights are chosen by; None: all.
+        positions: output positions that H and C are averaged over, per input of a layer, of all samples together.
+        widest: layers with more inputs per output than this keep their integers; None: none do. Where less than a third
+            of the layers is left (`FEW`), they keep theirs too. Biases are corrected in any case.
         seed: which positions.
     """
     slicer = Slicer(onnx.load_model_from_string(hub.bytes))
     found = layers(slicer)
-    free = {layer.name: weight for layer in found if (weight := _free_weight(layer, found, hub)) is not None}
-    forms = {layer.y: MatrixForm.of(layer, free[layer.name].shape) for layer in found if layer.name in free}
-    with one_thread(), torch.no_grad(), contextlib.ExitStack() as stack:
-        outputs = FloatOutputs(hub.graph, found, forms, data, positions, seed)
+    weights = {layer.y: weight for layer in found if (weight := _free_weight(layer, found, hub)) is not None}
+    forms = {layer.y: MatrixForm.of(layer, weights[layer.y].shape) for layer in found if layer.y in weights}
+    if widest is not None:
+        forms = {y: form for y, form in forms.items() if form.inputs_per_output <= widest}
+        forms = forms if len(forms) >= FEW * len(found) else {}
+    if forms and samples is not None:
+        data = data.spread(samples)
+    # what calibration measured on these very samples need not be computed again
+    means = hub.ranges.means if hub.ranges is not None and hub.ranges.samples == len(data) else {}
+    measured = [layer for layer in found if layer.y in forms or (layer.bias and layer.y not in means)]
+    batch = hub.graph.batch or (BATCH if len(data) >= 2 * BATCH else 1)  # at least two: they are compared
+    # sums that are split among threads would differ in their last bits with their number
+    with threadpool_limits(1, user_api="blas"), contextlib.ExitStack() as stack:
+        outputs = FloatOutputs(hub.graph, measured, forms, data, batch, positions, seed)
         stack.callback(outputs.close)
-        inputs = IntegerActivations(slicer, [layer.x for layer in found], data)
+        inputs = Activations(slicer, [layer.x for layer in found if layer.y in forms or layer.bias], data, batch)
         stack.callback(inputs.close)
         for layer in track(found, f"{who}: layers"):
-            if layer.name in free:
+            if layer.y in forms:
                 form = forms[layer.y]
                 whole, halves = moments(layer, form, inputs, outputs)
-                w = torch.tensor(form.matrix(free[layer.name]), dtype=torch.float64)
+                w = form.matrix(weights[layer.y]).astype(np.float64)
                 ridge = best_ridge(halves, w)
-                least = torch.tensor(_least_scale(slicer, layer, hub.spec, inputs)).reshape(w.shape[:2])
-                h = damped(whole, min(ridge, DAMPING)).h
+                least = _least_scale(slicer, layer, hub.spec, inputs).reshape(w.shape[:2])
+                h = damped(whole, min(ridge, DAMPING))[0]
                 q, s = rounding(regressed(whole, w, ridge), h, least, hub.spec_of(layer.weight))
-                _store(slicer, layer, form.weight(q.numpy()), s.numpy().reshape(-1), inputs)
+                _store(slicer, layer, form.weight(q), s.reshape(-1), inputs)
             if layer.bias:
-                shift_bias(slicer, layer, outputs.mean(layer.y) - mean_output(slicer, layer, inputs.mean(layer.x)))
+                mean = means[layer.y] if layer.y in means else outputs.mean(layer.y)
+                shift_bias(slicer, layer, mean - mean_output(slicer, layer, inputs.mean(layer.x)))
     return replace(hub, quantized=ir.from_proto(slicer.model))
 
 
-@dataclass(frozen=True)
-class Damped:
-    """H + λI."""
+def damped(found: Moments, ridge: float) -> tuple[Matrices, Matrices]:
+    """H + λI ``[g, k, k]`` and λ ``[g, 1, 1]``.
 
-    share: Tensor
-    """λ, [g, 1, 1]."""
-    h: Tensor
-    """[g, k, k]"""
-    factor: Tensor
-    """Its lower Cholesky factor."""
-
-
-def damped(found: Moments, ridge: float) -> Damped:
-    """H + λI, with λ = ``ridge`` times the mean variance and no less than what float32 products blur of H.
-
-    Where that is not enough for a factor (inputs that repeat each other on few positions), it grows until there is one.
+    λ is ``ridge`` times the mean variance and no less than what float32 products blur of H. Where that does not make it
+    positive definite (inputs that repeat each other on few positions), it grows until it does.
     """
-    variance = torch.diagonal(found.h, dim1=1, dim2=2).mean(1).clamp_min(0.0)
-    share = (ridge * variance + BLUR * found.power).clamp_min(1e-12)[:, None, None]
-    one = torch.eye(found.h.shape[1], dtype=torch.float64)
+    variance = np.maximum(np.diagonal(found.h, axis1=1, axis2=2).mean(1), 0.0)
+    share = np.maximum(ridge * variance + BLUR * found.power, 1e-12)[:, None, None]
+    one = np.eye(found.h.shape[1])
     while True:
         h = found.h + share * one
-        factor, failed = torch.linalg.cholesky_ex(h)
-        if not failed.any():
-            return Damped(share, h, factor)
-        share = share * 10
+        try:
+            np.linalg.cholesky(h)
+        except np.linalg.LinAlgError:
+            share = share * 10
+        else:
+            return h, share
 
 
-def regressed(found: Moments, w: Tensor, ridge: float) -> Tensor:
+def regressed(found: Moments, w: Matrices, ridge: float) -> Matrices:
     """T = (C + λW)(H + λI)⁻¹, ``[g, o, k]``."""
-    d = damped(found, ridge)
-    return torch.cholesky_solve((found.c + d.share * w).mT, d.factor).mT
+    h, share = damped(found, ridge)
+    return np.asarray(np.linalg.solve(h, (found.c + share * w).swapaxes(1, 2)).swapaxes(1, 2), np.float64)
 
 
-def best_ridge(halves: Sequence[Moments], w: Tensor) -> float:
+def best_ridge(halves: Sequence[Moments], w: Matrices) -> float:
     """The λ whose target, fitted to one half of the samples, answers the other half best; the largest for a single
     sample."""
     if len(halves) < 2:
         return RIDGES[-1]
-    rows = torch.linspace(0, w.shape[1] - 1, min(JUDGED, w.shape[1])).long()
+    rows = np.linspace(0, w.shape[1] - 1, min(JUDGED, w.shape[1])).astype(np.int64)
     (first, second), some = (half.outputs(rows) for half in halves), w[:, rows]
 
     def cost(ridge: float) -> float:
@@ -151,7 +171,7 @@ def _free_weight(layer: Layer, found: Sequence[Layer], hub: Hub) -> NDArray[np.f
     return constant(hub.graph.model.graph.initializers[origin])
 
 
-def _least_scale(slicer: Slicer, layer: Layer, spec: QuantSpec, inputs: IntegerActivations) -> NDArray[np.float64]:
+def _least_scale(slicer: Slicer, layer: Layer, spec: QuantSpec, inputs: Activations) -> NDArray[np.float64]:
     """The smallest scale per output channel at which the bias keeps its room and fp16 its precision."""
     least = np.full(slicer.array(layer.weight_scale).size, spec.weight_scale_floor)
     if not layer.bias_scale:
@@ -162,7 +182,7 @@ def _least_scale(slicer: Slicer, layer: Layer, spec: QuantSpec, inputs: IntegerA
 
 
 def _store(
-    slicer: Slicer, layer: Layer, integers: NDArray[Any], scale: NDArray[np.float64], inputs: IntegerActivations
+    slicer: Slicer, layer: Layer, integers: NDArray[Any], scale: NDArray[np.float64], inputs: Activations
 ) -> None:
     """Writes integers and scales, and the bias again in its new steps."""
     slicer.set_array(layer.weight, integers.astype(np.int8))

@@ -1,26 +1,32 @@
 """Integer weights of one layer for the least error of its output, given the second moments of its input.
 
-Everything is for matrices side by side: W, Q ``[g, o, k]``, s ``[g, o]``, H ``[g, k, k]`` (positive definite). The
-error of a rounding is tr (sQ - W) H (sQ - W)ᵀ. `to_nearest` and `gptq` are whole roundings, as `deploykit.hub.refit`
-takes them; the rest are their parts.
+Everything is for matrices side by side: W, Q ``[g, o, k]``, s ``[g, o]``, H ``[g, k, k]`` (positive definite), all
+float64. The error of a rounding is tr (sQ - W) H (sQ - W)ᵀ. `to_nearest` and `gptq` are whole roundings, as
+`deploykit.hub.refit` takes them; the rest are their parts.
 """
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from deploykit.core.target import QuantSpec
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Matrices = NDArray[np.float64]
 
 BLOCK = 64
 """Columns whose effect on the others waits until the block is done: the same numbers, as one product of matrices."""
 SWEEPS = 6
 REFITS = 2
-SHRINK = torch.linspace(1.0, 0.4, 13).tolist()
+SHRINK = np.linspace(1.0, 0.4, 13).tolist()
 """Scales that are tried, as shares of the one that cuts no weight."""
 
 
-def to_nearest(w: Tensor, h: Tensor, least: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+def to_nearest(w: Matrices, h: Matrices, least: Matrices, spec: QuantSpec) -> tuple[Matrices, Matrices]:
     """Each weight by itself, nothing cut.
 
     Args:
@@ -33,7 +39,7 @@ def to_nearest(w: Tensor, h: Tensor, least: Tensor, spec: QuantSpec) -> tuple[Te
     return nearest(w, s, spec.weight_max), s
 
 
-def gptq(w: Tensor, h: Tensor, least: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+def gptq(w: Matrices, h: Matrices, least: Matrices, spec: QuantSpec) -> tuple[Matrices, Matrices]:
     """Columns in order, then single integers, then scales and integers in turn.
 
     Args:
@@ -45,9 +51,17 @@ def gptq(w: Tensor, h: Tensor, least: Tensor, spec: QuantSpec) -> tuple[Tensor, 
     top = spec.weight_max
     s = searched_scale(w, h, least, spec)
     q = _better(column_by_column(w, s, h, top), s, nearest(w, s, top), s, w, h)[0]
+    return polished(q, s, w, h, least, spec)
+
+
+def polished(
+    q: Matrices, s: Matrices, w: Matrices, h: Matrices, least: Matrices, spec: QuantSpec
+) -> tuple[Matrices, Matrices]:
+    """A rounding and its scales after coordinate descent, and after fitting scales to integers and back."""
+    top = spec.weight_max
     q = descend(q, w, s, h, top)
     for _ in range(REFITS):
-        other = storable(fitted_scale(q, w, h, s, spec).maximum(least), spec)
+        other = storable(np.maximum(fitted_scale(q, w, h, s, spec), least), spec)
         tried = descend(q, w, other, h, top)
         if spec.weight_granularity == "channel":
             q, s = _better(q, s, tried, other, w, h)
@@ -56,67 +70,69 @@ def gptq(w: Tensor, h: Tensor, least: Tensor, spec: QuantSpec) -> tuple[Tensor, 
     return q, s
 
 
-def _better(q: Tensor, s: Tensor, tried: Tensor, other: Tensor, w: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+def _better(
+    q: Matrices, s: Matrices, tried: Matrices, other: Matrices, w: Matrices, h: Matrices
+) -> tuple[Matrices, Matrices]:
     """Per output those of two roundings, with their scales, that lose less."""
     gains = error(tried, other, w, h) < error(q, s, w, h)
-    return torch.where(gains[:, :, None], tried, q), torch.where(gains, other, s)
+    return np.where(gains[:, :, None], tried, q), np.where(gains, other, s)
 
 
-def nearest(w: Tensor, s: Tensor, top: int) -> Tensor:
+def nearest(w: Matrices, s: Matrices, top: int) -> Matrices:
     """Integers nearest to W / s."""
-    return (w / s[:, :, None]).round().clamp(-top, top)
+    return np.clip(np.rint(w / s[:, :, None]), -top, top)
 
 
-def error(q: Tensor, s: Tensor, w: Tensor, h: Tensor) -> Tensor:
+def error(q: Matrices, s: Matrices, w: Matrices, h: Matrices) -> Matrices:
     """(sQ - W) H (sQ - W)ᵀ per output ``[g, o]``."""
     e = q * s[:, :, None] - w
-    return ((e @ h) * e).sum(2)
+    return np.asarray(((e @ h) * e).sum(2))
 
 
-def widest(w: Tensor, least: Tensor, spec: QuantSpec) -> Tensor:
+def widest(w: Matrices, least: Matrices, spec: QuantSpec) -> Matrices:
     """The scale that cuts no weight: per output, or one for all."""
-    s = (w.abs().amax(2) / spec.weight_max).maximum(least)
-    return s.max().expand_as(s) if spec.weight_granularity == "tensor" else s
+    s = np.maximum(np.abs(w).max(2) / spec.weight_max, least)
+    return np.full_like(s, s.max()) if spec.weight_granularity == "tensor" else s
 
 
-def storable(s: Tensor, spec: QuantSpec) -> Tensor:
+def storable(s: Matrices, spec: QuantSpec) -> Matrices:
     """The scale as a float32 (or the power of two above it), so that what is rounded to it is what is stored."""
-    return 2.0 ** s.log2().ceil() if spec.scale == "power_of_two" else s.float().double()
+    return 2.0 ** np.ceil(np.log2(s)) if spec.scale == "power_of_two" else s.astype(np.float32).astype(np.float64)
 
 
-def searched_scale(w: Tensor, h: Tensor, least: Tensor, spec: QuantSpec) -> Tensor:
+def searched_scale(w: Matrices, h: Matrices, least: Matrices, spec: QuantSpec) -> Matrices:
     """Of scales up to the widest the one whose plain rounding has the least error."""
     whole = widest(w, least, spec)
-    best, cost = whole, torch.full_like(whole, torch.inf)
+    best, cost = whole, np.full_like(whole, np.inf)
     for share in SHRINK:
-        s = storable((whole * share).maximum(least), spec)
+        s = storable(np.maximum(whole * share, least), spec)
         found = error(nearest(w, s, spec.weight_max), s, w, h)
         if spec.weight_granularity == "tensor":
-            found = found.sum().expand_as(found)
-        best, cost = torch.where(found < cost, s, best), torch.minimum(found, cost)
+            found = np.full_like(found, found.sum())
+        best, cost = np.where(found < cost, s, best), np.minimum(found, cost)
     return best
 
 
-def fitted_scale(q: Tensor, w: Tensor, h: Tensor, s: Tensor, spec: QuantSpec) -> Tensor:
+def fitted_scale(q: Matrices, w: Matrices, h: Matrices, s: Matrices, spec: QuantSpec) -> Matrices:
     """The best scale for given integers; the old one where there is none above 0."""
     qh = q @ h
     up, down = (qh * w).sum(2), (qh * q).sum(2)
     if spec.weight_granularity == "tensor":
-        up, down = up.sum().expand_as(up), down.sum().expand_as(down)
-    best = up / down.clamp_min(1e-300)
-    return torch.where(best > 0, best, s)
+        up, down = np.full_like(up, up.sum()), np.full_like(down, down.sum())
+    best = up / np.maximum(down, 1e-300)
+    return np.where(best > 0, best, s)
 
 
-def column_by_column(w: Tensor, s: Tensor, h: Tensor, top: int) -> Tensor:
+def column_by_column(w: Matrices, s: Matrices, h: Matrices, top: int) -> Matrices:
     """GPTQ (Frantar et al. 2023, algorithm 1): each column's error is made good by the columns after it."""
-    u = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
-    w, q = w.clone(), torch.zeros_like(w)
+    u = np.linalg.cholesky(np.linalg.inv(h)).swapaxes(1, 2)
+    w, q = w.copy(), np.zeros_like(w)
     k = w.shape[2]
     for start in range(0, k, BLOCK):
         end = min(start + BLOCK, k)
-        errors = torch.zeros_like(w[:, :, start:end])
+        errors = np.zeros_like(w[:, :, start:end])
         for j in range(start, end):
-            q[:, :, j] = (w[:, :, j] / s).round().clamp(-top, top)
+            q[:, :, j] = np.clip(np.rint(w[:, :, j] / s), -top, top)
             e = (w[:, :, j] - q[:, :, j] * s) / u[:, j, j, None]
             w[:, :, j:end] -= e[:, :, None] * u[:, j, None, j:end]
             errors[:, :, j - start] = e
@@ -124,21 +140,21 @@ def column_by_column(w: Tensor, s: Tensor, h: Tensor, top: int) -> Tensor:
     return q
 
 
-def descend(q: Tensor, w: Tensor, s: Tensor, h: Tensor, top: int) -> Tensor:
+def descend(q: Matrices, w: Matrices, s: Matrices, h: Matrices, top: int) -> Matrices:
     """Coordinate descent: every integer in turn to its best value given the others, until none changes."""
-    q = q.clone()
+    q = q.copy()
     residual = (q * s[:, :, None] - w) @ h
-    diagonal = torch.diagonal(h, dim1=1, dim2=2)
+    diagonal = np.diagonal(h, axis1=1, axis2=2)
     k = w.shape[2]
     for _ in range(SWEEPS):
         changed = False
         for start in range(0, k, BLOCK):
             end = min(start + BLOCK, k)
-            r, block = residual[:, :, start:end].clone(), h[:, start:end, start:end]
-            before = q[:, :, start:end].clone()
+            r, block = residual[:, :, start:end].copy(), h[:, start:end, start:end]
+            before = q[:, :, start:end].copy()
             for j in range(end - start):
                 old = q[:, :, start + j]
-                best = (old - r[:, :, j] / (s * diagonal[:, start + j, None])).round().clamp(-top, top)
+                best = np.clip(np.rint(old - r[:, :, j] / (s * diagonal[:, start + j, None])), -top, top)
                 step = (best - old) * s
                 if step.any():
                     q[:, :, start + j] = best

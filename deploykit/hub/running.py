@@ -13,7 +13,9 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from deploykit.calibration.observe import Extremes, Seen
-from deploykit.hub.graph import add_initializer
+from deploykit.hub.graph import add_initializer, drop_unused, serialize
+from deploykit.hub.operators import is_nonnegative
+from deploykit.hub.widen import widened
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -21,18 +23,33 @@ if TYPE_CHECKING:
 Run = Callable[[Mapping[str, "NDArray[Any]"]], "dict[str, NDArray[Any]]"]
 
 
-def session(model: onnx.ModelProto | bytes | str, threads: int = 1, optimize: bool = True) -> ort.InferenceSession:
+MAPPED = 1 << 26
+"""Weights of more bytes are not copied into a session: they are mapped from a file, and not laid out anew. In 4 bits
+they have an eighth of that."""
+
+
+def session(
+    model: ir.Model | onnx.ModelProto | bytes | str, threads: int = 1, optimize: bool = True
+) -> ort.InferenceSession:
     """A session on the CPU; without optimization the Q/DQ nodes run in float, one by one.
 
     Args:
-        model: in memory, or the path of a file.
+        model: a graph, which may be large; a model in memory (its activations of 4 bits come and go as 8), serialized,
+            or the path of a file.
         threads: of the runtime; 1 makes results independent of the machine's number of cores.
         optimize: fuse operators (Q/DQ groups become integer kernels).
     """
+    if isinstance(model, ir.Model):
+        if optimize and is_large(model):
+            return _mapped_session(model, threads)
+        model = serialize(model)
     options = _options(threads)
     if not optimize:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    data = model.SerializeToString() if isinstance(model, onnx.ModelProto) else model
+        options.execution_order = ort.ExecutionOrder.PRIORITY_BASED  # weights become floats when they are needed
+    data = widened(model).SerializeToString() if isinstance(model, onnx.ModelProto) else model
+    if not optimize and len(data) > MAPPED // 8:  # the floats that weights become are handed back
+        options.enable_cpu_mem_arena = options.enable_mem_pattern = False
     return ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
 
 
@@ -43,6 +60,7 @@ def exposing(model: ir.Model, tensors: Sequence[str]) -> Run:
     exposed = model.clone()
     values = {v.name: v for node in exposed.graph for v in node.outputs}
     exposed.graph.outputs[:] = [values[name] for name in wanted]
+    drop_unused(exposed.graph)
     running = _mapped_session(exposed)
 
     def run(arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
@@ -70,18 +88,14 @@ def summarizing(
     known = {v.name: v for v in [*graph.inputs, *(v for node in graph for v in node.outputs)]}
     reduced: list[ir.Value] = []
 
-    def reduce(operator: str, value: ir.Value, axes: list[int]) -> str:
-        name = f"{value.name}.{operator}"
-        where = [value, add_initializer(graph, f"{name}.axes", np.asarray(axes, np.int64))]
-        node = ir.Node("", operator, where, [ir.AttrInt64("keepdims", 0)], outputs=[ir.Value(name=name)], name=name)
-        node.outputs[0].dtype = ir.DataType.FLOAT
-        graph.append(node)
-        reduced.append(node.outputs[0])
-        return name
+    def reduce(operator: str, value: ir.Value, but: int | None = None) -> str:
+        reduced.append(append_reduction(graph, operator, value, but))
+        return str(reduced[-1].name)
 
-    low = {name: reduce("ReduceMin", known[name], _axes(known[name])) for name in tensors}
-    high = {name: reduce("ReduceMax", known[name], _axes(known[name])) for name in tensors}
-    mean = {name: reduce("ReduceMean", known[name], _axes(known[name], but=axis)) for name, axis in channels.items()}
+    # every range includes 0, so the least of what is never negative need not be looked for
+    low = {name: reduce("ReduceMin", known[name]) for name in tensors if not is_nonnegative(known[name])}
+    high = {name: reduce("ReduceMax", known[name]) for name in tensors}
+    mean = {name: reduce("ReduceMean", known[name], axis) for name, axis in channels.items()}
     inner = [n for n in tensors if not known[n].is_graph_input()] if values else []
     graph.outputs[:] = [*reduced, *(known[n] for n in inner)]
     names = [v.name for v in graph.outputs]
@@ -91,29 +105,57 @@ def summarizing(
         computed = running.run(names, dict(arrays)) if names else []
         found = dict(arrays) | dict(zip(names, computed, strict=True))
         extremes = {
-            n: Extremes(float(found[low[n]]), float(found[high[n]]), found[n] if values else None) for n in tensors
-        }
+            n: Extremes(
+                float(found[low[n]]) if n in low else 0.0, float(found[high[n]]), found[n] if values else None
+            )
+            for n in tensors
+        }  # fmt: skip
         return Seen(extremes, {n: found[reduction] for n, reduction in mean.items()})
 
     return run
 
 
-def _axes(value: ir.Value, but: int | None = None) -> list[int]:
-    """All axes of a value, but one."""
+def append_reduction(graph: ir.Graph, operator: str, value: ir.Value, but: int | None = None) -> ir.Value:
+    """A reduction of a value over all its axes, or all but one, at the end of a graph."""
     rank = len(value.shape) if value.shape is not None else 0
-    return [i for i in range(rank) if but is None or i != but % rank]
+    axes = np.asarray([i for i in range(rank) if but is None or i != but % rank], np.int64)
+    name = f"{value.name}.{operator}"
+    inputs = [value, add_initializer(graph, f"{name}.axes", axes)]
+    return append_node(graph, operator, inputs, name, ir.DataType.FLOAT, ir.AttrInt64("keepdims", 0))
 
 
-def _mapped_session(model: ir.Model) -> ort.InferenceSession:
-    """A session in little memory: weights come through a temporary file, and nothing is held back for later runs."""
-    options = _options(1)
-    options.enable_cpu_mem_arena = False
-    options.enable_mem_pattern = False
-    options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
+def append_node(
+    graph: ir.Graph, operator: str, inputs: Sequence[ir.Value], name: str, dtype: ir.DataType, *attributes: ir.Attr
+) -> ir.Value:
+    """The only output, called ``name``, of a new node at the end of a graph."""
+    node = ir.Node("", operator, inputs, attributes, outputs=[ir.Value(name=name)], name=name)
+    node.outputs[0].dtype = dtype
+    graph.append(node)
+    return node.outputs[0]
+
+
+def _mapped_session(model: ir.Model, threads: int = 1) -> ort.InferenceSession:
+    """A session in little memory: weights come through a temporary file."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         ir.save(model, path, external_data="weights")
-        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        return lean_session(path, threads, large=is_large(model))
+
+
+def is_large(model: ir.Model) -> bool:
+    """Whether its weights should not be copied."""
+    return sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None) > MAPPED
+
+
+def lean_session(path: Path, threads: int = 1, large: bool = True) -> ort.InferenceSession:
+    """A file in little memory: nothing is held back for later runs; ``large``: external weights stay as they are."""
+    options = _options(threads)
+    options.enable_cpu_mem_arena = False
+    options.enable_mem_pattern = False
+    options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
+    if large:
+        options.add_session_config_entry("session.disable_prepacking", "1")
+    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
 def _options(threads: int) -> ort.SessionOptions:

@@ -13,23 +13,15 @@ stretches from one layer to the next (`deploykit.hub.activations`).
 
 from __future__ import annotations
 
-import contextlib
-from dataclasses import dataclass, replace
-from typing import ClassVar
-
-import onnx
-import onnx_ir as ir
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
 from deploykit.core.context import Context
-from deploykit.core.progress import track
 from deploykit.core.recipe import Stage
 from deploykit.core.target import Need, Profit
-from deploykit.hub.activations import IntegerActivations
-from deploykit.hub.graph import Hub
-from deploykit.hub.layers import layers, mean_output, shift_bias
-from deploykit.hub.slices import Slicer
 
-BATCH = 4
+if TYPE_CHECKING:
+    from deploykit.hub.graph import Hub
 
 
 @dataclass(frozen=True)
@@ -42,13 +34,7 @@ class BiasCorrect:
 
     def __call__(self, hub: Hub, context: Context) -> Hub:
         """The hub with corrected biases."""
-        data = context.need("calibration", "bias_correct")
-        assert hub.quantized is not None and hub.ranges is not None
-        slicer = Slicer(onnx.load_model_from_string(hub.bytes))
-        means = hub.ranges.means
-        corrected = [layer for layer in layers(slicer) if layer.bias and layer.y in means]
-        inputs = IntegerActivations(slicer, [layer.x for layer in corrected], data, hub.graph.batch or BATCH)
-        with contextlib.closing(inputs):
-            for layer in track(corrected, "correcting biases"):
-                shift_bias(slicer, layer, means[layer.y] - mean_output(slicer, layer, inputs.mean(layer.x)))
-        return replace(hub, quantized=ir.from_proto(slicer.model))
+        from deploykit.hub.refit import refit
+        from deploykit.hub.rounding import to_nearest
+
+        return refit(hub, context.need("calibration", "bias_correct"), "bias_correct", to_nearest, widest=0)

@@ -1,32 +1,42 @@
 """Quantization-aware training: the hub itself is trained, with the model as it came in for a teacher.
 
 The forward pass is what the device computes; gradients pass rounding straight through (Jacob et al. 2018, "Quantization
-and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference", section 3). Normalisation is folded
-and so frozen. The loss is the Kullback-Leibler divergence from the original model's answers (Hinton et al. 2015), so
-no labels are needed; ``loss`` in the recipe's ``[train]`` table replaces it. Scales stay as they are, zeros stay zero.
+and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference", section 3). Scales of activations and
+weights are learned with the weights (Esser et al. 2020, "Learned Step Size Quantization"; `deploykit.hub.fake_quant`),
+zero points stay. Normalisation is folded and so frozen. The loss is the Kullback-Leibler divergence from the original
+model's answers (Hinton et al. 2015), so no labels are needed; ``loss`` in the recipe's ``[train]`` table replaces it.
+Held-out samples decide which state is kept. Zeros stay zero.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
+
+import numpy as np
 
 from deploykit.core.context import Context
+from deploykit.core.data import DataSet
 from deploykit.core.errors import DeploykitError
 from deploykit.core.recipe import Stage
 from deploykit.core.target import Need, Profit
 from deploykit.hub.graph import Hub
 
+KEPT_OUT = 10
+"""Without held-out calibration data every tenth training sample is kept out, but no more than `MOST_KEPT_OUT`."""
+MOST_KEPT_OUT = 500
+
 
 @dataclass(frozen=True)
 class Qat:
-    """Trains weights and biases of the hub for a number of optimizer steps."""
+    """Trains weights, biases and scales of the hub for a number of optimizer steps."""
 
     steps: int = 100
-    learning_rate: float = 1e-4
-    """Small on purpose: larger rates were measured to lose accuracy on an already calibrated hub."""
+    learning_rate: float = 1e-3
+    """What one step changes at most: of a weight the share of what its channel can hold, of a scale its share."""
     temperature: float = 1.0
     """Of the distillation; 1 compares plain probabilities."""
+    scales: Literal["learned", "fixed"] = "learned"
 
     stage: ClassVar[Stage] = "hub"
     needs: ClassVar[tuple[Need, ...]] = ("train", "teacher")
@@ -38,7 +48,7 @@ class Qat:
             raise ValueError("steps, learning_rate and temperature must be above 0")
 
     def __call__(self, hub: Hub, context: Context) -> Hub:
-        """The trained hub.
+        """The hub in the trained state that does best on held-out samples; as it came, if training made it no better.
 
         Raises:
             DeploykitError: there is no teacher (the model came as .onnx), or an operator cannot be trained.
@@ -46,12 +56,27 @@ class Qat:
         from deploykit.hub.torch_module import HubModule
         from deploykit.losses import distill_kl
 
-        data = context.need("train", "qat")
+        data, holdout = split(context.need("train", "qat"), context.data.get("holdout"))
         if context.original is None or context.trainer is None:
             raise DeploykitError("qat needs the PyTorch model as teacher; an .onnx file has none")
-        student = HubModule(hub)
+        student = HubModule(hub, learn_scales=self.scales == "learned")
         context.trainer.fit(
-            student, data, context.loss or distill_kl(self.temperature), teacher=context.original, steps=self.steps,
-            learning_rate=self.learning_rate,
+            student, data, context.loss or distill_kl(self.temperature), teacher=context.original, holdout=holdout,
+            steps=self.steps, learning_rate=self.learning_rate,
         )  # fmt: skip
         return student.to_hub()
+
+
+def split(data: DataSet, holdout: DataSet | None) -> tuple[DataSet, DataSet | None]:
+    """What is trained on, and what states are judged on.
+
+    Held-out calibration samples, if the loss finds labels there as it does in the training data; else part of the
+    training data, where there is enough.
+    """
+    if holdout is not None and (data.labels is None or holdout.labels is not None):
+        return data, holdout
+    kept = np.zeros(len(data), bool)
+    kept[KEPT_OUT - 1 :: max(KEPT_OUT, len(data) // MOST_KEPT_OUT)] = True
+    if not kept.any():
+        return data, None
+    return data.pick(np.flatnonzero(~kept)), data.pick(np.flatnonzero(kept))

@@ -30,6 +30,9 @@ class WeightCorrect:
     """Of the calibration data, evenly spread; more cost time and hardly help at 8 bits."""
     positions: int = 16
     """Output positions per input of a layer that the statistics are averaged over, of all samples together."""
+    widest: int = 256
+    """Layers with more inputs per output keep their integers: noise averages out in them, and their equations cost the
+    cube of their width. Their biases are corrected all the same."""
 
     stage: ClassVar[Stage] = "hub"
     needs: ClassVar[tuple[Need, ...]] = ("data",)
@@ -37,13 +40,15 @@ class WeightCorrect:
 
     def __post_init__(self) -> None:
         """Refuses what gives no statistics."""
-        if self.positions < 1 or self.samples < 1:
-            raise ValueError("positions and samples must be 1 or more")
+        if self.positions < 1 or self.samples < 1 or self.widest < 0:
+            raise ValueError("positions and samples must be 1 or more, widest 0 or more")
 
     def __call__(self, hub: Hub, context: Context) -> Hub:
         """The hub with other integers, weight scales and biases."""
         from deploykit.hub.refit import refit
         from deploykit.hub.rounding import to_nearest
 
-        data = context.need("calibration", "weight_correct").spread(self.samples)
-        return refit(hub, data, "weight_correct", to_nearest, self.positions, context.seed)
+        return refit(
+            hub, context.need("calibration", "weight_correct"), "weight_correct", to_nearest, samples=self.samples,
+            positions=self.positions, widest=self.widest, seed=context.seed,
+        )  # fmt: skip

@@ -11,6 +11,7 @@ from deploykit import exporters, trial
 from deploykit.core.artifact import Artifact
 from deploykit.core.errors import DeploykitError, GateFailed
 from deploykit.core.files import folder_in_place, refuse_existing
+from deploykit.core.precision import integers, is_corrected
 from deploykit.core.ranges import Ranges
 from deploykit.core.request import Gate, Request, Settings
 from deploykit.core.target import Target
@@ -58,12 +59,14 @@ def export(
     have = prepared.have
     calibrated = "calibration" in prepared.data or ranges is not None
     for target in chosen:
-        exporters.load(target.exporter).runtime()  # a missing extra is said before any long work
+        exporter = exporters.load(target.exporter)
+        exporter.runtime()  # a missing extra is said before any long work
         written, _ = precisions(target, settings.precisions, calibrated)
+        exporters.refuse_uncarried(target, written, exporter.CARRIES, exporter.WHY_NOT)
         for planned in plan(settings.recipe, target, have, settings.correction, prepared.model.enters):
             if not planned.automatic:
                 insist(planned.step, planned.refusal, settings.force)
-                if planned.step.stage == "hub" and not any("int8" in p for p in written):
+                if planned.step.stage == "hub" and not any(map(is_corrected, written)):
                     raise DeploykitError(
                         f"step {planned.step!r} works on integers, and for '{target.name}' only {', '.join(written)} "
                         "would be written. Give --calib, ask for int8, or leave the step out."
@@ -97,9 +100,10 @@ def export(
         missed = [c for c in manifest.checks if c.passed is False and c.value is not None and c.bound is not None]
         failed += [f"{folder}: {c.name} {c.value:.4g}, bound {c.bound:.4g} ({c.precision}; {c.detail})" for c in missed]
         mends |= dict.fromkeys(text for c in missed if (text := mend(c, manifest)))
-        if manifest.operators and any("int8" in c.precision for c in missed):
-            worst = ", ".join(f"{o.layer} ({o.operator}, {o.sqnr_db:.1f} dB)" for o in manifest.operators[:3])
-            failed.append(f"{folder}: layers that lose most in int8: {worst}")
+        for precision in integers(dict.fromkeys(c.precision for c in missed)):
+            if losing := manifest.operators_of(precision)[:3]:
+                worst = ", ".join(f"{o.layer} ({o.operator}, {o.sqnr_db:.1f} dB)" for o in losing)
+                failed.append(f"{folder}: layers that lose most in {precision}: {worst}")
     if failed:
         listed = "\n  ".join(["the files were written but failed their checks:", *failed])
         raise GateFailed("\n".join([listed, *mends]))

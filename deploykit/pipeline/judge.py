@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from deploykit import exporters
-from deploykit.core.artifact import Check, File, Runner
+from deploykit.core.artifact import Arrays, Check, File
 from deploykit.core.errors import DeploykitError
-from deploykit.core.golden import HUB, ORIGINAL, SAMPLES, Golden, some_samples, some_values
+from deploykit.core.golden import ORIGINAL, SAMPLES, Golden, hub_of, some_samples, some_values
 from deploykit.core.manifest import OperatorError, Score
+from deploykit.core.precision import FORMATS, Precision, integers, is_integer, needs_calibration
 from deploykit.core.request import Gate, Settings
 from deploykit.core.target import Target
 from deploykit.pipeline.prepared import HELD_OUT, HELD_OUT_LABEL, Prepared
 from deploykit.trial import Exam
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from deploykit.check import Answers, Metric
     from deploykit.hub.graph import FloatGraph, Hub
 
@@ -44,6 +47,8 @@ class Judge:
     """What the user should know about data and model."""
     baseline: tuple[Answers, Score] | None = None
     """The original model's answers and score, once they were computed."""
+    shown: tuple[Arrays, dict[str, NDArray[Any]]] | None = None
+    """A few samples as files take them, and the original model's answers to them, once they were computed."""
 
     def check_labels(self) -> None:
         """Refuses labels that are no classes of this model; what a metric of the user's reads is its own business."""
@@ -55,7 +60,7 @@ class Judge:
         if self.metric is not None:
             return
         data = self.prepared.evaluation
-        scores = class_scores(to_onnx.runner(session(self.reference.bytes))(self.prepared.example))
+        scores = class_scores(to_onnx.runner(session(self.reference.model))(self.prepared.example))
         if data is None or data.labels is None or scores is None:
             if self.gate.max_drop is not None:
                 why = "the model's first output is no class scores" if scores is None else NO_LABELS
@@ -69,9 +74,9 @@ class Judge:
         check_labels(data, scores.shape[1])
 
     def evaluate(
-        self, hub: Hub, target: Target, folder: Path, files: Sequence[File], exact: bool
-    ) -> tuple[list[Score], list[Check], Sequence[OperatorError]]:
-        """Answers of every file on the evaluation data, against labels, the original model and the hub.
+        self, hubs: Mapping[Precision, Hub], target: Target, folder: Path, files: Sequence[File], exact: bool
+    ) -> tuple[list[Score], list[Check], list[OperatorError]]:
+        """Answers of every file on the evaluation data, against labels, the original model and its own hub.
 
         ``exact``: no step changed the model, so float files must answer as it does.
         """
@@ -86,26 +91,29 @@ class Judge:
         reference, baseline = self.original()
         scores = [baseline]
         checks = [] if judged else [Check("accuracy", "all", None, None, None, NOT_EVALUATED)]
-        operators: Sequence[OperatorError] = ()
+        operators: list[OperatorError] = []
         for file in files:
+            hub = hubs[file.precision]
             answers = check.answer(exporter.load(folder / file.path, threads), data, f"{target.name} {file.precision}")
             found = check.score(answers, reference, file.precision, baseline.data, self.metric)
             scores.append(found)
             if not judged:  # these inputs show whether the files compute the network, not how well it answers
                 found = replace(found, metric=None, agreement=None)
             checks += check.check_score(found, baseline, self.gate, exact=exact)
-            if "int8" in file.precision:
+            if is_integer(file.precision):
                 checks.append(check.check_integer(hub, file))
                 part = data.spread(HUB_SAMPLES)
                 hub_run = to_onnx.runner(session(hub.bytes, threads, optimize=False))
                 ours = check.answer(exporter.load(folder / file.path, threads), part, "file against hub")
                 checks += check.check_file_against_hub(
-                    ours, check.answer(hub_run, part, "hub"), file.precision, self.gate
+                    ours, check.answer(hub_run, part, "hub"), file.precision, self.gate,
+                    ties=needs_calibration(file.precision),
                 )  # fmt: skip
             checks += exporters.own_checks(exporter, hub, target, folder, file)
-            if file.precision == "int8":
-                found_checks, operators = check.check_operators(hub, exporter, target, data, self.gate)
+            if is_integer(file.precision) and not FORMATS[file.precision].half:
+                found_checks, errors = check.check_operators(hub, exporter, target, data, self.gate, file.precision)
                 checks += found_checks
+                operators += errors
         return scores if judged else [], checks, operators
 
     def original(self) -> tuple[Answers, Score]:
@@ -117,26 +125,38 @@ class Judge:
         if self.baseline is None:
             data = self.prepared.judged
             label = data.origin if not self.prepared.held_out else HELD_OUT_LABEL
-            run = to_onnx.runner(session(self.reference.bytes, self.settings.threads))
+            run = to_onnx.runner(session(self.reference.model, self.settings.threads))
             answers = check.answer(run, data, "original model")
             self.baseline = answers, check.score(answers, answers, "original", label, self.metric)
             self.notes += [] if self.metric is not None else check.doubts(answers)
         return self.baseline
 
-    def golden(self, hub: Hub, target: Target, folder: Path, files: Sequence[File]) -> Golden:
+    def few(self) -> tuple[Arrays, dict[str, NDArray[Any]]]:
+        """A few samples as files take them, and what the original model answers to them; computed once."""
+        from deploykit.exporters import to_onnx
+        from deploykit.hub.running import session
+
+        if self.shown is None:
+            plain, fed = (next(p.judged.spread(SAMPLES).batches(SAMPLES)).inputs for p in (self.prepared, self.fed))
+            inputs = some_samples(fed)
+            count = len(next(iter(inputs.values())))
+            run = to_onnx.runner(session(self.reference.model))
+            self.shown = inputs, run({name: a[:count] for name, a in plain.items()})
+        return self.shown
+
+    def golden(self, hubs: Mapping[Precision, Hub], target: Target, folder: Path, files: Sequence[File]) -> Golden:
         """A few samples and what everybody answers to them, for ``deploykit verify``."""
         from deploykit.exporters import to_onnx
         from deploykit.hub.running import session
 
         exporter = exporters.load(target.exporter)
-        plain, fed = (next(p.judged.spread(SAMPLES).batches(SAMPLES)).inputs for p in (self.prepared, self.fed))
-        inputs = some_samples(fed)
-        count = len(next(iter(inputs.values())))
-        original = to_onnx.runner(session(self.reference.bytes))({name: a[:count] for name, a in plain.items()})
-        runs: dict[str, Runner] = {file.precision: exporter.load(folder / file.path, 1) for file in files}
-        if hub.quantized is not None:
-            runs[HUB] = to_onnx.runner(session(hub.bytes, optimize=False))
-        answers = {ORIGINAL: original, **{who: run(inputs) for who, run in runs.items()}}
+        inputs, original = self.few()
+        answers = {ORIGINAL: original}  # one runtime at a time: models may be large
+        for file in files:
+            answers[file.precision] = exporter.load(folder / file.path, 1)(inputs)
+        for precision in integers(hubs):
+            if hub_of(precision) not in answers:
+                answers[hub_of(precision)] = to_onnx.runner(session(hubs[precision].bytes, optimize=False))(inputs)
         return Golden(inputs, {who: some_values(outputs) for who, outputs in answers.items()})
 
     def exam(self) -> Exam | None:

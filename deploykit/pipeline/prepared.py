@@ -48,6 +48,14 @@ class Prepared:
         return found or DataSet.of(dict(self.example), origin="the example inputs")
 
     @property
+    def made_up(self) -> list[str]:
+        """That calibration used no real data."""
+        data = self.data.get("calibration")
+        if data is None or not data.synthetic:
+            return []
+        return [f"calibrated without real data, on {len(data)} {data.origin}: judge the files on samples of your own"]
+
+    @property
     def have(self) -> list[Need]:
         """What there is of what passes may need."""
         return available(self.data, teacher=self.model.onnx is None)
@@ -77,8 +85,8 @@ def prepare(
     check_magnitudes(list(data.values()))
     held_out = False
     given = dict(data)
-    if hold_out and "calibration" in given and "eval" not in given:
-        calibration = given["calibration"]
+    calibration = given.get("calibration")
+    if hold_out and calibration is not None and "eval" not in given and not calibration.synthetic:
         positions = np.arange(len(calibration))
         last = positions % HELD_OUT == HELD_OUT - 1
         if last.any():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +17,16 @@ from deploykit.core.artifact import Check
 from deploykit.core.context import Context
 from deploykit.core.errors import DeploykitError
 from deploykit.core.machine import this_machine
-from deploykit.core.manifest import Layer, Manifest, Source, stored_files, versions
+from deploykit.core.manifest import Manifest, Source, stored_files, versions
+from deploykit.core.precision import (
+    FORMATS,
+    Precision,
+    integers,
+    is_corrected,
+    is_integer,
+    needs_calibration,
+    spec_of,
+)
 from deploykit.core.progress import say, status
 from deploykit.core.ranges import Ranges
 from deploykit.core.recipe import Pass, Stage
@@ -26,7 +36,7 @@ from deploykit.pipeline import steps
 from deploykit.pipeline.judge import HUB_SAMPLES, NOT_EVALUATED, Judge
 from deploykit.pipeline.prepared import Prepared
 from deploykit.pipeline.steps import step_context
-from deploykit.planning import plan, precisions
+from deploykit.planning import Planned, plan, precisions
 
 if TYPE_CHECKING:
     from deploykit.check import Metric
@@ -45,8 +55,9 @@ class Road:
         self.fed = prepared.as_pixels() if settings.uint8_input else prepared
         """What the files are fed with; the original model takes what is in ``prepared``."""
         self.seconds: dict[str, float] = {}
-        self.hubs: dict[tuple[QuantSpec, tuple[str, ...]], Hub] = {}
-        """By the numbers of a target and the hub steps that ran; a hub step reads ``hub.spec``, never a target."""
+        self.hubs: dict[tuple[QuantSpec, bool, tuple[str, ...]], Hub] = {}
+        """By the numbers of a precision, whether they are quantized, and the hub steps that ran; a hub step reads
+        ``hub.spec``, never a target."""
         self.notes: list[str] = []
         if prepared.model.compressed:
             self.notes.append(f"'original' is {prepared.model.origin} as compress wrote it; its loss comes on top")
@@ -61,6 +72,7 @@ class Road:
         """Model-stage steps, lowering, graph-stage steps, calibration (where somebody will need it)."""
         from deploykit.check import check_lowering
         from deploykit.hub.plan import plan as plan_integers
+        from deploykit.hub.running import is_large
 
         target = chosen[0]
         context = step_context(self.prepared, self.settings, target)
@@ -77,8 +89,9 @@ class Road:
         assert original is not None
         self.lowering_check = (check_lowering(self.reference, original, self.prepared.example),)
         self.judge.check_labels()
-        if self.metric is not None:
+        if self.metric is not None or is_large(self.reference.model):
             self.judge.original()  # a metric that fails is refused before any long work
+            self.judge.few()  # while nothing else is in memory
         with self._phase("compress"):
             for step in model_steps:
                 module = self._run(step, module, context)
@@ -98,86 +111,104 @@ class Road:
         self.ranges = given
         if given is not None and self.prepared.held_out:
             self.notes.append("the samples scored on may be among those that --ranges were measured on")
-        wanted = [p for t in chosen for p in self.settings.precisions or t.precisions]
+        wanted = [p for t in chosen for p in self._asked(t)]
         if given is not None and "calibration" not in self.prepared.data and self.settings.correction:
             self.notes.append(
                 "--ranges without --calib: what rounding costs was not corrected, which needs the samples"
             )
-        if given is None and "calibration" in self.prepared.data and any("int8" in p for p in wanted):
+        if given is None and "calibration" in self.prepared.data and any(map(needs_calibration, wanted)):
             with self._phase("calibrate"):
-                self.ranges = steps.calibrate(self.graph, self.prepared.data["calibration"], self.settings.thresholds)
+                self.ranges = steps.calibrate(
+                    self.graph, self.prepared.data["calibration"], self.settings.thresholds, model.module,
+                    as_lowered=self.graph is self.reference and not model.compressed,
+                )  # fmt: skip
+        if self.ranges is not None:
+            self.notes += [*self.prepared.made_up, *self.ranges.notes]
+
+    def _asked(self, target: Target) -> tuple[Precision, ...]:
+        """What would be written for a target if there is data enough."""
+        return self.settings.precisions or target.precisions
 
     def _early(self, chosen: Sequence[Target], stage: Stage) -> list[Pass]:
-        """The steps of a stage in front of the hub. All targets share what they make, so what one of them gets without
-        being asked (equalizing, which changes no answer) all get."""
+        """The steps of a stage in front of the hub. All targets and precisions share what they make, so what one of
+        them gets without being asked (equalizing, which changes no answer) all get."""
         settings, calibrated = self.settings, "calibration" in self.prepared.data
         found: dict[str, Pass] = {}
         for target in chosen:
-            planned = plan(settings.recipe, target, self.prepared.have, settings.correction and calibrated)
-            found |= {
-                repr(p.step): p.step for p in planned if p.step.stage == stage and not (p.automatic and p.refusal)
-            }
+            for numbers in dict.fromkeys(spec_of(target.quant, p) for p in self._asked(target)):
+                each = replace(target, quant=numbers)
+                planned = plan(settings.recipe, each, self.prepared.have, settings.correction and calibrated)
+                found |= {
+                    repr(p.step): p.step for p in planned if p.step.stage == stage and not (p.automatic and p.refusal)
+                }
         return list(found.values())
 
     def _rehearse(self, chosen: Sequence[Target], final: bool) -> None:
         """Exports the original model and throws the files away: operators, operator sets, options and budgets that an
         exporter cannot serve are refused before anything is trained or calibrated.
 
-        Float files show it, where a target takes some. ``final``: no step will make the model smaller.
+        Float files show it for integers with the target's own numbers, where it takes floats. ``final``: no step will
+        make the model smaller.
         """
-        from deploykit.hub.graph import Hub
-
         problems: dict[str, None] = {}  # of all the targets, so that one look is enough
         for target in chosen:
-            asked = self.settings.precisions or target.precisions
-            floats = [p for p in asked if "int8" not in p] or [p for p in target.precisions if p == "fp32"]
+            asked = self._asked(target)
+            floats = [p for p in asked if not is_integer(p)] or [p for p in target.precisions if p == "fp32"]
+            tried = [*floats, *(p for p in integers(asked) if FORMATS[p].numbers or not floats)]
             try:
-                hub = Hub(self.reference, target.quant) if floats else self._stand_in(target)
-                hub, _ = self._take_pixels(hub, target)
-                exporters.rehearse(exporters.load(target.exporter), hub, target, floats or asked, final)
+                hubs = {p: self._take_pixels(self._stand_in(target, p), target)[0] for p in tried}
+                exporters.rehearse(exporters.load(target.exporter), hubs, target, final)
             except DeploykitError as error:
                 problems[str(error)] = None
+        hubs = {}
+        gc.collect()  # graphs are cycles; large ones may not wait
         if problems:
             raise DeploykitError("\n".join(problems))
 
-    def _stand_in(self, target: Target) -> Hub:
-        """The original model in integers, by the ranges of two samples: what an exporter refuses hardly depends on
+    def _stand_in(self, target: Target, precision: Precision) -> Hub:
+        """The original model; in integers, by the ranges of two samples: what an exporter refuses hardly depends on
         scales, and a real sample gives scales that fit each other."""
+        from deploykit.hub.graph import Hub
         from deploykit.hub.quantize import quantize
+        from deploykit.hub.weight_only import quantize_weights
 
+        numbers = spec_of(target.quant, precision)
+        if not is_integer(precision):
+            return Hub(self.reference, numbers)
+        if not needs_calibration(precision):
+            return quantize_weights(self.reference, numbers, self.settings.keep_float, search=False)
         data = self.prepared.data.get("calibration") or self.prepared.judged
         ranges = steps.calibrate(self.reference, data.spread(2))
-        return quantize(self.reference, ranges, target.quant, keep_float=self.settings.keep_float)
+        return quantize(self.reference, ranges, numbers, keep_float=self.settings.keep_float)
 
     def write(self, target: Target, folder: Path, request: Request) -> Manifest:
         """Everything for one target, into an empty folder."""
         from deploykit import bench
         from deploykit.check import shrink_notes
         from deploykit.hub.graph import specs
+        from deploykit.hub.sizes import described
         from deploykit.report import write_usage
 
         exporter = exporters.load(target.exporter)
         chosen, notes = precisions(target, self.settings.precisions, self.ranges is not None)
-        hub, hub_steps = self._hub(target, any("int8" in p for p in chosen))
-        hub, why = self._take_pixels(hub, target)
-        border = () if hub.quantized is None or why else self._border(hub, target)
-        source = self.fed.data.get("calibration")
-        samples = next(source.batches(GOLDEN)).inputs if source is not None else {}
+        hubs, hub_steps, why, border = self._fed_hubs(target, chosen)
+        first = next(iter(hubs.values()))
         with self._phase(f"write {target.name}"):
-            hub = replace(hub, samples=samples)
-            files = exporter.export(hub, target, folder, chosen)
+            files = tuple(
+                replace(file, steps=hub_steps[file.precision]) for file in exporter.export(hubs, target, folder)
+            )
         with self._phase(f"check {target.name}"):
-            scores, checks, operators = self.judge.evaluate(hub, target, folder, files, self.reference is self.graph)
-            self.judge.golden(hub, target, folder, files).save(folder)
+            scores, checks, operators = self.judge.evaluate(hubs, target, folder, files, self.reference is self.graph)
+            self.judge.golden(hubs, target, folder, files).save(folder)
         manifest = Manifest(
             target=target.name,
             exporter=target.exporter,
             model=self.prepared.model.origin,
             request=replace(request, settings=replace(self.settings, overwrite=False), gate=self.gate),
-            steps=(*self.early_steps, *hub_steps),
+            steps=(*self.early_steps, *dict.fromkeys(step for done in hub_steps.values() for step in done)),
             graph=self.graph.hash,
-            inputs=specs(list(hub.graph.model.graph.inputs)),
-            outputs=specs(list(hub.graph.model.graph.outputs)),
+            inputs=specs(list(first.graph.model.graph.inputs)),
+            outputs=specs(list(first.graph.model.graph.outputs)),
             files=files,
             stored=(),
             data={role: Source(d.origin, len(d), d.hash) for role, d in self.prepared.data.items()},
@@ -185,7 +216,8 @@ class Road:
             checks=(*self.lowering_check, *border, *checks),
             scores=tuple(scores),
             operators=tuple(operators),
-            layers=tuple(Layer(d.layer, d.operator) for d in hub.decisions),
+            layers=tuple(dict.fromkeys(layer for hub in hubs.values() for layer in described(hub))),
+            findings=tuple(dict.fromkeys(found for hub in hubs.values() for found in hub.findings)),
             classes=next((d.classes for d in self.prepared.data.values() if d.classes), ()),
             notes=(
                 *self.notes,
@@ -200,7 +232,7 @@ class Road:
             versions=versions(),
             machine=this_machine(),
         )
-        if self.ranges is not None and any("int8" in p for p in chosen):
+        if self.ranges is not None and any(map(needs_calibration, chosen)):
             (folder / "ranges.json").write_text(self.ranges.to_json(), encoding="utf-8")
         write_usage(folder, manifest)
         manifest = replace(manifest, stored=stored_files(folder))
@@ -218,29 +250,63 @@ class Road:
         planned = plan(self.settings.recipe, target, self.prepared.have)
         return [f"--force ran {p.step!r}: it {p.refusal}" for p in planned if p.refusal and not p.automatic]
 
-    def _hub(self, target: Target, integer: bool) -> tuple[Hub, tuple[str, ...]]:
-        """The hub of the target's spec after its hub steps, and these; made once for all targets that want the same."""
+    def _fed_hubs(
+        self, target: Target, chosen: Sequence[Precision]
+    ) -> tuple[dict[Precision, Hub], dict[Precision, tuple[str, ...]], tuple[str, ...], tuple[Check, ...]]:
+        """The hub of every precision as its file is written from it, the hub steps it went through, what the user
+        should know, and what folding pixels cost."""
+        source = self.fed.data.get("calibration")
+        samples = next(source.batches(GOLDEN)).inputs if source is not None else {}
+        hubs: dict[Precision, Hub] = {}
+        done: dict[Precision, tuple[str, ...]] = {}
+        fed: dict[int, Hub] = {}  # by the hub before: precisions that share one go on sharing it
+        notes: dict[str, None] = {}
+        border: tuple[Check, ...] = ()
+        for precision in chosen:
+            hub, done[precision] = self._hub(target, precision)
+            if id(hub) not in fed:
+                taken, why = self._take_pixels(hub, target)
+                fed[id(hub)] = replace(taken, samples=samples)
+                own = f"{precision}: " if FORMATS[precision].numbers else ""
+                notes |= dict.fromkeys(f"{own}{text}" for text in why)
+                if hub.quantized is not None and not why and not border:  # the same in every precision
+                    border = self._border(taken, target, precision)
+            hubs[precision] = fed[id(hub)]
+        return hubs, done, tuple(notes), border
+
+    def _hub(self, target: Target, precision: Precision) -> tuple[Hub, tuple[str, ...]]:
+        """The hub of a precision after its hub steps, and these; made once for all files that want the same."""
         from deploykit.hub.graph import Hub
         from deploykit.hub.quantize import quantize
+        from deploykit.hub.weight_only import quantize_weights
 
-        if not integer or self.ranges is None:
-            return Hub(self.graph, target.quant), ()
-        planned = plan(self.settings.recipe, target, self.prepared.have, self.settings.correction)
-        chosen = [p for p in planned if p.step.stage == "hub" and not (p.automatic and p.refusal)]
+        target = replace(target, quant=spec_of(target.quant, precision))
+        chosen: list[Planned] = []
+        if is_corrected(precision):
+            planned = plan(self.settings.recipe, target, self.prepared.have, self.settings.correction)
+            chosen = [p for p in planned if p.step.stage == "hub" and not (p.automatic and p.refusal)]
         done = tuple(repr(p.step) for p in chosen)  # targets of one spec may profit from different steps
-        if (target.quant, done) not in self.hubs:
+        key = target.quant, is_integer(precision), done
+        if key in self.hubs:
+            return self.hubs[key], done
+        if not is_integer(precision):
+            self.hubs[key] = Hub(self.graph, target.quant)
+            return self.hubs[key], done
+        if not needs_calibration(precision):
             with self._phase(f"quantize {target.name}"):
-                hub = quantize(
-                    self.graph, self.ranges, target.quant, self.settings.thresholds, self.settings.keep_float
-                )  # fmt: skip
-            context = step_context(self.prepared, self.settings, target)
-            for p in chosen:
-                if not p.automatic:
-                    say(f"running {p.step!r} for {target.name}")
-                with self._phase(f"{type(p.step).__name__} {target.name}"):
-                    hub = p.step(hub, context)
-            self.hubs[target.quant, done] = hub
-        return self.hubs[target.quant, done], done
+                self.hubs[key] = quantize_weights(self.graph, target.quant, self.settings.keep_float)
+            return self.hubs[key], done
+        assert self.ranges is not None
+        with self._phase(f"quantize {target.name}"):
+            hub = quantize(self.graph, self.ranges, target.quant, self.settings.thresholds, self.settings.keep_float)
+        context = step_context(self.prepared, self.settings, target)
+        for p in chosen:
+            if not p.automatic:
+                say(f"running {p.step!r} for {target.name} {precision}")
+            with self._phase(f"{type(p.step).__name__} {target.name}"):
+                hub = p.step(hub, context)
+        self.hubs[key] = hub
+        return hub, done
 
     def _take_pixels(self, hub: Hub, target: Target) -> tuple[Hub, tuple[str, ...]]:
         """The hub as the files are written from it, and what the user should know."""
@@ -251,7 +317,7 @@ class Road:
         assert self.prepared.preprocess is not None
         return take_pixels(hub, self.prepared.preprocess, self._images, fold=target.pixels == "folded")
 
-    def _border(self, fed: Hub, target: Target) -> tuple[Check, ...]:
+    def _border(self, fed: Hub, target: Target, precision: Precision) -> tuple[Check, ...]:
         """What folding the preprocessing of pixels costs, where it was folded."""
         from deploykit.check import check_border
         from deploykit.hub.pixels import folded_floats
@@ -262,7 +328,7 @@ class Road:
         assert self.prepared.preprocess is not None
         folded = folded_floats(self.graph, self.prepared.preprocess, self._images)
         assert folded is not None
-        return (check_border(fed.graph, folded, data.spread(HUB_SAMPLES)),)
+        return (check_border(fed.graph, folded, data.spread(HUB_SAMPLES), precision),)
 
     @property
     def _images(self) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Literal
 from deploykit import targets
 from deploykit.core.artifact import Check
 from deploykit.core.manifest import Manifest
+from deploykit.core.precision import is_integer
 from deploykit.core.ranges import Ranges
 from deploykit.report.rows import reason, rows
 from deploykit.report.scatter import NOT_THE_DEVICE
@@ -52,6 +53,8 @@ NOTES = {
     "were not evaluated": "",
     "exported with batch 1 only": "Nothing to do where one sample at a time is enough. For more, let forward take any "
     "batch: reshape(x.shape[0], -1) instead of numbers.",
+    "calibration data:": "Mend the samples and export again: ranges and corrections rest on them.",
+    "calibrated without real data": "Where some real samples may be used, give them instead: --calib DATA.",
     "rounding costs was not corrected": "Give --calib together with --ranges, or leave --ranges out.",
     "only float files were written": "Give --calib DATA: some hundred typical samples.",
     "--force ran": "Take the step out of the recipe, or name a target that profits from it.",
@@ -91,10 +94,10 @@ def _failed(manifest: Manifest) -> Iterator[Advice]:
 def mend(check: Check, manifest: Manifest) -> str:
     """What to do about a check of an artifact that failed; empty: nothing is known."""
     found = next((m for start, m in CHECKS.items() if check.name.startswith(start)), "")
-    if found is LOSSY and "int8" not in check.precision:
+    if found is LOSSY and not is_integer(check.precision):
         return IN_FLOATS
     keep_it = "" if integers_only(manifest.exporter) else "keep it in float (--keep-float NAME), or "
-    return found.format(worst=_keep_worst(manifest), keep_it=keep_it)
+    return found.format(worst=_keep_worst(manifest, check.precision), keep_it=keep_it)
 
 
 def outcome(check: Check) -> str:
@@ -105,10 +108,10 @@ def outcome(check: Check) -> str:
     return f"{check.precision}: {check.name} {', '.join(figures)}{detail}"
 
 
-def _keep_worst(manifest: Manifest) -> str:
+def _keep_worst(manifest: Manifest, precision: str) -> str:
     if integers_only(manifest.exporter):
         return ""
-    names = [o.layer for o in manifest.operators[:2]]
+    names = [o.layer for o in manifest.operators_of(precision)[:2]]
     if not names:
         return "; or keep a layer in float (--keep-float NAME)"
     return "; or keep the worst layers in float: " + " ".join(f"--keep-float {name}" for name in names)
@@ -134,11 +137,15 @@ def _numbers(manifest: Manifest, ranges: Ranges | None) -> Iterator[Advice]:
     last = "Keep the last layer in float (--keep-float NAME)."
     if integers_only(manifest.exporter):
         keep = last = f"If accuracy is short: {LOSSY.format(worst='')}"
-    for worst in [o for o in manifest.operators if o.sqnr_db < POOR_DB][:3]:
-        what = f"{worst.layer} ({worst.operator}) has noise of {100 * 10 ** (-worst.sqnr_db / 20):.0f} % of its signal."
-        yield Advice("warning", what, keep.format(name=worst.layer))
+    looked_at = list(dict.fromkeys(o.precision for o in manifest.operators))
+    for precision in looked_at:
+        where = f" in {precision}" if len(looked_at) > 1 else ""
+        for worst in [o for o in manifest.operators_of(precision) if o.sqnr_db < POOR_DB][:3]:
+            noise = 100 * 10 ** (-worst.sqnr_db / 20)
+            what = f"{worst.layer} ({worst.operator}) has noise of {noise:.0f} % of its signal{where}."
+            yield Advice("warning", what, keep.format(name=worst.layer))
     for score in manifest.scores:
-        if "int8" in score.precision and score.saturated is not None and score.saturated > SATURATED:
+        if is_integer(score.precision) and score.saturated is not None and score.saturated > SATURATED:
             what = f"{score.precision}: for {score.saturated:.0f} % of the samples the two best classes are equal."
             yield Advice("warning", what, last)
     if ranges is not None and manifest.thresholds == "minmax":

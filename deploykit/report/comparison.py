@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from deploykit.core.figures import file_size, milliseconds, number
 from deploykit.core.manifest import Manifest
-from deploykit.core.target import PRECISIONS
+from deploykit.core.precision import PRECISIONS
 from deploykit.report import scatter
 from deploykit.report.advice import Advice, advice
 from deploykit.report.cards import Card

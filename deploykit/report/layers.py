@@ -8,7 +8,9 @@ from itertools import groupby
 
 from deploykit.core.artifact import File, Island
 from deploykit.core.figures import number
+from deploykit.core.golden import hub_of
 from deploykit.core.manifest import Layer, Manifest
+from deploykit.core.precision import FORMATS
 from deploykit.hub.operators import ROLES
 from deploykit.report.axes import Axis, from_zero
 
@@ -54,6 +56,8 @@ class Map:
     """One file's operators."""
 
     path: str
+    integer: str
+    """What its integers are called: the precision."""
     half: bool
     """Whether what is not integer is computed in 16 bits."""
     cells: tuple[Cell, ...]
@@ -90,22 +94,25 @@ def noise(sqnr_db: float) -> float:
 
 
 def maps(manifest: Manifest) -> tuple[Map, ...]:
-    """One map per integer file; files with the same operators in float share one. Empty: nothing is integer."""
-    found: dict[tuple[Island, ...], Map] = {}
+    """One map per integer file; files with the same integers and the same operators in float share one. Empty: nothing
+    is integer."""
+    found: dict[tuple[str, tuple[Island, ...]], Map] = {}
     for file in manifest.files:
-        if file.quantized and file.islands not in found:
+        key = hub_of(file.precision), file.islands
+        if file.quantized and key not in found:
             made = _map(manifest, file)
             if made is not None:
-                found[file.islands] = made
+                found[key] = made
     return tuple(found.values())
 
 
 def _map(manifest: Manifest, file: File) -> Map | None:
-    layers = manifest.layers or tuple(Layer(o.layer, o.operator) for o in manifest.operators)
+    measured = manifest.operators_of(file.precision)
+    layers = manifest.layers or tuple(Layer(o.layer, o.operator) for o in measured)
     if not layers:
         return None
-    # errors are of the file called int8; what another file keeps in float, and what only moves values, has none
-    computing = (o for o in manifest.operators if ROLES.get(o.operator) != "moves")
+    # errors may be of a file of the same hub; what this one keeps in float, and what only moves values, has none
+    computing = (o for o in measured if ROLES.get(o.operator) != "moves")
     errors = {o.layer: (i, o.sqnr_db) for i, o in enumerate(computing, 1)}
     floats = {island.layer: island.why for island in file.islands}
     cells = []
@@ -119,7 +126,10 @@ def _map(manifest: Manifest, file: File) -> Map | None:
     top = max((c.error for c in cells if c.error is not None), default=None)
     blocks = _blocks([layer.name for layer in layers], step) if manifest.layers else ()
     axis = None if top is None else from_zero(top, 3)
-    return Map(file.path, file.precision == "int8-fp16", tuple(cells), blocks, axis, step)
+    kind = FORMATS[file.precision]
+    return Map(
+        file.path, file.precision if kind.numbers else "int8", kind.half, tuple(cells), blocks, axis, step
+    )  # fmt: skip
 
 
 def _blocks(names: Sequence[str], step: float) -> tuple[Block, ...]:

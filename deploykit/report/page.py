@@ -6,13 +6,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from deploykit import targets
+from deploykit.calibration.growth import convergence
 from deploykit.core.artifact import Measurement
 from deploykit.core.device import Facts
 from deploykit.core.figures import file_size, milliseconds, number, quotient
 from deploykit.core.manifest import Manifest, Score
-from deploykit.report import spans
+from deploykit.core.precision import is_integer
+from deploykit.report import findings, spans
 from deploykit.report.advice import advice
 from deploykit.report.cards import cards
+from deploykit.report.growth import growth
 from deploykit.report.html import fill
 from deploykit.report.layers import grouped, maps
 from deploykit.report.made import Made
@@ -46,6 +49,7 @@ def render(made: Made) -> str:
         unmeasured=next((c.detail for c in m.checks if c.name == "operators" and c.passed is None), ""),
         islands={f.path: grouped(f.islands) for f in m.files if f.islands},
         spans=shown,
+        findings=findings.shown((*m.findings, *growth(None if ranges is None else convergence(ranges)))),
         tensors=0 if ranges is None else len(spans.computed(ranges, m)),
         histograms=any(s.outline for s in shown),
         checks=[("", c) for c in m.checks],
@@ -155,7 +159,7 @@ def road(m: Manifest) -> tuple[Done, ...]:
         done.append(Done("calibrated", said, (), seconds.get("calibrate")))
     if m.steps:
         spent = sum(v for k, v in seconds.items() if k.split()[0] in {s.partition("(")[0] for s in m.steps})
-        done.append(Done("changed", "in this order:", m.steps, spent + seconds.get("compress", 0.0)))
+        done.append(Done("changed", "in this order:", _steps(m), spent + seconds.get("compress", 0.0)))
     names = tuple(f.path for f in m.files)
     done.append(Done("written", f"by the {m.exporter} exporter:", names, seconds.get(f"write {m.target}")))
     if m.checks:
@@ -164,6 +168,15 @@ def road(m: Manifest) -> tuple[Done, ...]:
     if timed:
         done.append(Done("timed", "; ".join(places(timed)), (), seconds.get(f"benchmark {m.target}")))
     return tuple(done)
+
+
+def _steps(m: Manifest) -> tuple[str, ...]:
+    """The steps; behind hub steps that only some integer files went through, which these are."""
+    whose = {step: [f.precision for f in m.files if step in f.steps] for step in m.steps}
+    every = [f.precision for f in m.files if is_integer(f.precision)]
+    return tuple(
+        f"{step} for {', '.join(files)}" if files and files != every else step for step, files in whose.items()
+    )
 
 
 def facts(device: Facts) -> tuple[tuple[str, str], ...]:

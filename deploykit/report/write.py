@@ -40,7 +40,7 @@ def write_report(*folders: Path, out: Path | None = None) -> Path:
     found = find(folders)
     path = _place(folders, found, out)
     its_own = out is None and len(folders) == 1
-    if not its_own and path.exists() and not _is_report(path):
+    if not its_own and path.exists() and not is_report(path):
         raise DeploykitError(f"{path} exists and is not a report that deploykit wrote; give another -o")
     write_in_place(path, page.render(found[0]) if len(found) == 1 else comparison.render(found))
     return path
@@ -64,7 +64,8 @@ def _place(folders: Sequence[Path], found: Sequence[Made], out: Path | None) -> 
     return folders[0] / NAME if len(folders) == 1 else Path(NAME)
 
 
-def _is_report(path: Path) -> bool:
+def is_report(path: Path) -> bool:
+    """Whether a file is a page that deploykit wrote."""
     try:
         with path.open("rb") as file:
             return MARK in file.read(HEAD)
@@ -84,6 +85,7 @@ def _artifact(made: Made) -> dict[str, Any]:
         "data": msgspec.to_builtins(m.data),
         "versions": dict(m.versions),
         "warnings": msgspec.to_builtins(advice(m, made.ranges)),
+        "findings": msgspec.to_builtins(m.findings),
         "operators": msgspec.to_builtins(m.operators),
         "layers": [
             {"path": found.path, "layers": [_without(msgspec.to_builtins(c), "rank") for c in found.cells]}

@@ -66,7 +66,7 @@ def load_data(
         data = image_folder(path, inputs, preprocess, origin)
     elif path.suffix in (".npy", ".npz"):
         arrays, labels = _read_arrays(path, inputs, origin)
-        data = _array_data(arrays, labels, preprocess, origin)
+        data = uint8_images(arrays, labels, preprocess, origin)
     elif not path.exists():
         raise no_such_file(path)
     else:
@@ -154,9 +154,14 @@ def _read_arrays(
     return _split(arrays, inputs, origin)
 
 
-def _array_data(
+def uint8_images(
     arrays: Mapping[str, NDArray[Any]], labels: NDArray[Any] | None, preprocess: Preprocess | None, origin: str
 ) -> DataSet:
+    """Arrays as they are, but that uint8 images ``[n, h, w, c]`` are preprocessed where something is declared.
+
+    Raises:
+        DeploykitError: images of another kind than declared; single numbers.
+    """
     from PIL import Image
 
     for name, array in arrays.items():

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from deploykit.core.errors import DeploykitError
+from deploykit.core.precision import Precision
 from deploykit.core.tables import from_table
-from deploykit.core.target import Precision, Target
+from deploykit.core.target import Target
 from deploykit.exporters.tensorrt.device.build import parser_opset
 from deploykit.exporters.tensorrt.opset import OLDEST
 

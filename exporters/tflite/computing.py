@@ -34,6 +34,9 @@ PROBABILITY = Quant((1 / 256,), -128)
 SYMMETRIC_UNIT = Quant((1 / 128,), 0)
 """What LiteRT's integer tanh writes."""
 
+WIDE_UNIT = Quant((1 / 32768,), 0, dtype="int16")
+"""What all three write in 16 bits."""
+
 
 def fully_connected(op: Operation) -> View:
     """Gemm, and MatMul with constant weights. A flattened image stays as it is: the weights' columns move instead."""
@@ -55,7 +58,7 @@ def fully_connected(op: Operation) -> View:
         rows = weights if op.attribute("transB", 0) else weights.T
         return rows if columns is None else rows[:, columns]
 
-    filters = op.constant(1, arranged)
+    filters = op.constant(1, arranged, narrow=True)
     inputs = [x, filters, bias(op, filters, shape[-1])]
     return op.emit("FULLY_CONNECTED", inputs, shape, order, fuses=True, keepNumDims=len(shape) > 2)
 
@@ -68,7 +71,8 @@ def binary(kind: str) -> Callable[[Operation], View]:
         views = [i for i in (0, 1) if isinstance(op.operands[i], View) and len(op.shape(i)) == len(shape)]
         orders = [order for i in views if (order := layout.natural(op.view(i))) is not None]
         order = orders[0] if orders else identity(len(shape))
-        return op.emit(kind, [_expanded(op, i, order) for i in (0, 1)], shape, order, fuses=True)
+        options = {"potScaleInt16": False} if kind in ("ADD", "SUB") and _is_wide(op.quant) else {}
+        return op.emit(kind, [_expanded(op, i, order) for i in (0, 1)], shape, order, fuses=True, **options)
 
     return write
 
@@ -100,7 +104,8 @@ def unary(kind: str, quant: Quant | None = None) -> Callable[[Operation], View]:
     """An operator on one operand; ``quant`` is the scale its integer kernel insists on."""
 
     def write(op: Operation) -> View:
-        return op.elementwise(kind, (quant or op.quant) if op.quant is not None else None)
+        insists = WIDE_UNIT if quant is not None and _is_wide(op.quant) else quant
+        return op.elementwise(kind, (insists or op.quant) if op.quant is not None else None)
 
     return write
 
@@ -145,12 +150,17 @@ def hard_sigmoid(op: Operation) -> View:
     return view.on(op.writer.write("MUL", [times_six, sixth], op.name, shape, quant))
 
 
+def _is_wide(quant: Quant | None) -> bool:
+    return quant is not None and quant.dtype == "int16"
+
+
 def _scalar(op: Operation, name: str, value: float) -> Tensor:
     """A number as an operand: in an integer operator, one step of its own size."""
     real = np.array([value], np.float32)
     if op.quant is None:
         return op.writer.constant(f"{op.name}_{name}", real)
-    return op.writer.constant(f"{op.name}_{name}", np.ones(1, np.int8), Quant((float(real[0]),)))
+    quant = replace(op.quant, scales=(float(real[0]),), zero_point=0)
+    return op.writer.constant(f"{op.name}_{name}", np.ones(1, quant.dtype), quant)
 
 
 def softmax(op: Operation) -> View:
@@ -161,7 +171,8 @@ def softmax(op: Operation) -> View:
     if order[-1] != axis:
         order = (*(a for a in range(rank) if a != axis), axis)
     x = op.read(0, order)
-    made = op.writer.write("SOFTMAX", [x], op.name, x.shape, PROBABILITY if op.quant is not None else None, beta=1.0)
+    insists = None if op.quant is None else WIDE_UNIT if _is_wide(op.quant) else PROBABILITY
+    made = op.writer.write("SOFTMAX", [x], op.name, x.shape, insists, beta=1.0)
     return stored(made, op.shape(0), order)
 
 

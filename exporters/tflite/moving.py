@@ -92,13 +92,14 @@ def padded(op: Operation, x: Tensor, pads: Sequence[tuple[int, int]], fill: floa
     """A stored tensor with padding of one value; -inf stands for the smallest there is."""
     name, shape = f"{x.name}_padded", _grown(x.shape, pads)
     indices = op.writer.indices(f"{name}_paddings", pads)
-    if fill == 0 or (fill == -np.inf and x.quant is not None and x.quant.zero_point == -128):
+    if fill == 0 or (fill == -np.inf and x.quant is not None and x.quant.zero_point == x.quant.ends[0]):
         return op.writer.write("PAD", [x, indices], name, shape, x.quant)
     if x.quant is None:
         value = op.writer.constant(f"{name}_value", np.array([max(fill, LOWEST)], np.float32))
     else:
-        integer = -128 if fill == -np.inf else min(max(x.quant.to_integer(fill), -128), 127)
-        value = op.writer.constant(f"{name}_value", np.array([integer], np.int8), x.quant)
+        bottom, top = x.quant.ends
+        integer = bottom if fill == -np.inf else min(max(x.quant.to_integer(fill), bottom), top)
+        value = op.writer.constant(f"{name}_value", np.array([integer], x.quant.dtype), x.quant)
     return op.writer.write("PADV2", [x, indices, value], name, shape, x.quant)
 
 
@@ -127,7 +128,7 @@ def cropped(op: Operation, view: View, begin: Sequence[int], end: Sequence[int],
 
 
 def concat(op: Operation) -> View:
-    """CONCATENATION; int8 operands are brought to the result's scale first."""
+    """CONCATENATION; integer operands are brought to the result's scale first."""
     shape = op.output_shape()
     axis, order = op.axis(op.attribute("axis")), op.natural(0)
     parts = [op.read(i, order) for i in range(len(op.operands))]

@@ -29,7 +29,10 @@ HALF_MAX = float(np.finfo(np.float16).max)
 
 @dataclass(frozen=True)
 class Constant:
-    """A constant operand: float32 values, or integers (int8, int32) with their quantization. Axes in ONNX order."""
+    """A constant operand: float32 values, or integers (int8, int16, int32) with their quantization.
+
+    Axes are in ONNX's order.
+    """
 
     values: NDArray[Any]
     quant: Quant | None = None
@@ -47,7 +50,7 @@ class Constant:
 
 @dataclass(frozen=True)
 class Operation:
-    """An operator with its operands: all int8 where ``quant`` is set, otherwise all float32."""
+    """An operator with its operands: all integers where ``quant`` is set, otherwise all float32."""
 
     node: ir.Node
     name: str
@@ -112,7 +115,11 @@ class Operation:
         return read(self.writer, self.view(index), order)
 
     def constant(
-        self, index: int, arrange: Callable[[NDArray[Any]], NDArray[Any]] = np.asarray, axis: int = 0
+        self,
+        index: int,
+        arrange: Callable[[NDArray[Any]], NDArray[Any]] = np.asarray,
+        axis: int = 0,
+        narrow: bool = False,
     ) -> Tensor:
         """A constant operand's stored tensor.
 
@@ -120,15 +127,19 @@ class Operation:
             index: position of the operand.
             arrange: from ONNX's order of the axes to the stored one.
             axis: the stored axis that per-channel scales belong to.
+            narrow: LiteRT's kernel reads it from 4 bits too.
         """
         operand = self.operands[index]
         if not isinstance(operand, Constant):
             raise Unsupported(f"its input {index} is computed at run time; only constant weights can be written")
         value = self.node.inputs[index] if index < len(self.node.inputs) else None
         name = (value.name if value is not None else None) or f"{self.name}.{index}"
-        if operand.quant is None or (operand.values.dtype != np.int8 and self.quant is None):
+        if operand.quant is None or (operand.values.dtype not in (np.int8, np.int16) and self.quant is None):
             return self.float_constant(name, arrange(operand.real))
-        stored = self.writer.constant(name, arrange(operand.values), replace(operand.quant, axis=axis))
+        quant = replace(operand.quant, axis=axis)
+        if quant.dtype == "int4" and not (narrow and self.quant is not None and self.quant.dtype == "int8"):
+            quant = replace(quant, dtype="int8")
+        stored = self.writer.constant(name, arrange(operand.values), quant)
         if self.quant is not None:
             return stored
         return self.writer.write("DEQUANTIZE", [stored], f"{name}_real", stored.shape)
@@ -213,7 +224,7 @@ def as_shape(writer: Writer, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def requantize(writer: Writer, tensor: Tensor, quant: Quant, name: str) -> Tensor:
-    """The tensor under another scale: QUANTIZE from float32, or from int8 with rescaling."""
+    """The tensor under another scale: QUANTIZE from float32, or from integers with rescaling."""
     return tensor if tensor.quant == quant else writer.write("QUANTIZE", [tensor], name, tensor.shape, quant)
 
 
@@ -232,16 +243,16 @@ def limits_of(node: ir.Node) -> Limits | None:
 
 
 def uncovered(limits: Limits | None, quant: Quant | None) -> Limits | None:
-    """The limits that still have to be kept: int8 saturates, so those at or beyond its ends are kept already.
+    """The limits that still have to be kept: integers saturate, so those at or beyond their ends are kept already.
 
     Rounding is monotonic, so limiting the integers at the rounded limits is the same as limiting before rounding.
     """
     if limits is None or quant is None:
         return limits
-    low, high = limits
-    if low == -inf or quant.to_integer(low) <= -128:
+    (low, high), (bottom, top) = limits, quant.ends
+    if low == -inf or quant.to_integer(low) <= bottom:
         low = -inf
-    if high == inf or quant.to_integer(high) >= 127:
+    if high == inf or quant.to_integer(high) >= top:
         high = inf
     return None if (low, high) == (-inf, inf) else (low, high)
 
@@ -258,7 +269,7 @@ def limit(writer: Writer, tensor: Tensor, limits: Limits) -> Tensor:
         if tensor.quant is None:
             values: NDArray[Any] = np.array([bound], np.float32)
         else:
-            values = np.array([min(max(tensor.quant.to_integer(bound), -128), 127)], np.int8)
+            values = np.array([np.clip(tensor.quant.to_integer(bound), *tensor.quant.ends)], tensor.quant.dtype)
         held = writer.constant(f"{tensor.name}_{kind.lower()}", values, tensor.quant)
         tensor = writer.write(kind, [tensor, held], f"{tensor.name}_limited", tensor.shape, tensor.quant)
     return tensor

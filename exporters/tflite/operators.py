@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import onnx_ir as ir
+
 from deploykit.exporters.layout import View
 from deploykit.exporters.tflite.composed import batch_normalization, layer_normalization, norm, power, product, rows
 from deploykit.exporters.tflite.computing import (
@@ -38,6 +40,7 @@ from deploykit.exporters.tflite.moving import (
 from deploykit.exporters.tflite.operation import Operation
 from deploykit.exporters.tflite.recurrent import gru, lstm
 from deploykit.exporters.tflite.sliding import average_pool, convolution, max_pool, transposed_convolution
+from deploykit.hub.graph import attribute
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,23 @@ TABLE: dict[str, Rule] = {
     "Cast": Rule(cast, scale="input"),
     "Expand": Rule(unchanged, scale="input"),
 }
+
+NO_INT16 = {
+    "Elu": "LiteRT has no 16-bit Elu",
+    "Gelu": "LiteRT has no 16-bit Gelu",
+    "HardSigmoid": "LiteRT's 16-bit sum does not rescale the constants in it",
+    "HardSwish": "LiteRT has no 16-bit HardSwish",
+    "PRelu": "LiteRT computes PRelu on 16 bits wrongly",
+}
+"""Operators that are written in float between 16-bit integers, and why."""
+
+
+def no_int16(node: ir.Node) -> str:
+    """Why LiteRT does not compute an operator on 16-bit integers; empty where it does."""
+    if node.op_type == "Resize" and attribute(node, "mode", "nearest") != "nearest":
+        return "LiteRT resizes 16-bit integers with weights of 10 bits, hundreds of steps off"
+    return NO_INT16.get(node.op_type, "")
+
 
 PRODUCT_OF_ACTIVATIONS = Rule(product, operands=2, float_only="a product of two activations stays in float")
 """MatMul without constant weights."""

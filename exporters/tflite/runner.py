@@ -125,11 +125,12 @@ def _without_greeting() -> Iterator[None]:
 
 def _to_integer(array: NDArray[Any], tensor: dict[str, Any]) -> NDArray[Any]:
     """ONNX's QuantizeLinear: halves to even, saturating. Floats and pixels are taken as they are."""
-    if tensor["dtype"] != np.int8:
+    if tensor["dtype"] not in (np.int8, np.int16):
         return array.astype(tensor["dtype"], copy=False)
     scale, zero_point = tensor["quantization"]
-    steps: NDArray[Any] = np.clip(np.rint(array.astype(np.float32) / np.float32(scale)) + zero_point, -128, 127)
-    return steps.astype(np.int8)
+    ends = np.iinfo(tensor["dtype"])
+    steps = np.clip(np.rint(array.astype(np.float32) / np.float32(scale)) + zero_point, ends.min, ends.max)
+    return np.asarray(steps, tensor["dtype"])
 
 
 def _to_real(array: NDArray[Any], tensor: dict[str, Any]) -> NDArray[Any]:

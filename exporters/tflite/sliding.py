@@ -75,11 +75,11 @@ def convolution(op: Operation) -> View:
     channels, group = op.shape(0)[1], op.attribute("group", 1)
     if group == channels > 1:
         kind, axis = "DEPTHWISE_CONV_2D", 3
-        filters = op.constant(1, lambda w: w.transpose(1, 2, 3, 0), axis)
+        filters = op.constant(1, lambda w: w.transpose(1, 2, 3, 0), axis, narrow=True)
         options["depthMultiplier"] = weights[0] // group
     else:
         kind, axis = "CONV_2D", 0
-        filters = op.constant(1, lambda w: w.transpose(0, 2, 3, 1), axis)
+        filters = op.constant(1, lambda w: w.transpose(0, 2, 3, 1), axis, narrow=True)
     return op.emit(kind, [x, filters, bias(op, filters, weights[0])], op.output_shape(), NHWC, fuses=True, **options)
 
 
@@ -177,15 +177,18 @@ def window_padding(op: Operation, kernel: Sequence[int], dilations: Sequence[int
 
 
 def bias(op: Operation, filters: Tensor, channels: int) -> Tensor:
-    """The bias, int32 in steps of s_x * s_w where the operator is integer; zeros where there is none."""
+    """The bias, in steps of s_x * s_w where the operator is integer (int32; int64 where activations have 16 bits);
+    zeros where there is none."""
+    wide = np.int64 if op.quant is not None and op.quant.dtype == "int16" else None
     if len(op.operands) > 2 and op.operands[2] is not None:
-        return op.constant(2, lambda b: np.broadcast_to(b.reshape(-1), (channels,)))
+        return op.constant(2, lambda b: np.broadcast_to(b.reshape(-1), (channels,)).astype(wide or b.dtype))
     if op.quant is None:
         return op.float_constant(f"{op.name}_bias", np.zeros(channels, np.float32))
     source = op.view(0).tensor.quant
     assert source is not None and filters.quant is not None
     scales = np.float32(source.scales[0]) * np.array(filters.quant.scales, np.float32)
-    return op.writer.constant(f"{op.name}_bias", np.zeros(channels, np.int32), Quant(tuple(scales.tolist())))
+    zeros = np.zeros(channels, wide or np.int32)
+    return op.writer.constant(f"{op.name}_bias", zeros, Quant(tuple(scales.tolist())))
 
 
 def _pool(op: Operation, kind: str, x: Tensor, padding: str) -> View:

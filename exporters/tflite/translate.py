@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -16,8 +16,9 @@ from deploykit.exporters import layout
 from deploykit.exporters.layout import NHWC, View, identity, stored
 from deploykit.exporters.one_sample import Unsupported, static_shape
 from deploykit.exporters.tflite.operation import Constant, Limits, Operation, limits_of, read, requantize
-from deploykit.exporters.tflite.operators import PRODUCT_OF_ACTIVATIONS, TABLE, Rule
+from deploykit.exporters.tflite.operators import PRODUCT_OF_ACTIVATIONS, TABLE, Rule, no_int16
 from deploykit.exporters.tflite.runner import METADATA
+from deploykit.exporters.tflite.schema import schema
 from deploykit.exporters.tflite.writer import Quant, Tensor, Writer
 from deploykit.hub.graph import attribute, constant
 
@@ -39,21 +40,26 @@ class Translated:
     islands: tuple[Island, ...]
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
+    narrow: int
+    """How many weights are stored in 4 bits."""
 
 
-def translate(model: ir.Model, half: bool = False, reasons: Mapping[str, str] | None = None) -> Translated:
+def translate(
+    model: ir.Model, half: bool = False, reasons: Mapping[str, str] | None = None, narrow: Collection[str] = ()
+) -> Translated:
     """The .tflite form of an ONNX graph, batch 1, images channels-last.
 
     Args:
-        model: float graph, or hub: operators between DequantizeLinear and QuantizeLinear become int8, with the hub's
-            scales; uint8 becomes int8 by moving zero points by 128.
+        model: float graph, or hub: operators between DequantizeLinear and QuantizeLinear become integer, with the
+            hub's scales; uint8 becomes int8 by moving zero points by 128.
         half: store float weights as float16.
         reasons: layer -> why the hub left it in float, for the report.
+        narrow: initializers of integer weights that fit into 4 bits, and are stored so where LiteRT reads that.
 
     Raises:
         DeploykitError: names every operator that cannot be written.
     """
-    return _Translation(model.graph, half, reasons or {}).run()
+    return _Translation(model.graph, half, reasons or {}, narrow).run()
 
 
 @dataclass(frozen=True)
@@ -82,8 +88,8 @@ class _Entry:
 
 
 class _Translation:
-    def __init__(self, graph: ir.Graph, half: bool, reasons: Mapping[str, str]) -> None:
-        self.graph, self.half, self.reasons = graph, half, reasons
+    def __init__(self, graph: ir.Graph, half: bool, reasons: Mapping[str, str], narrow: Collection[str]) -> None:
+        self.graph, self.half, self.reasons, self.narrow = graph, half, reasons, narrow
         self.writer = Writer(reserved=[v.name or "" for v in graph.outputs])
         self.has_integers = any(node.op_type == "QuantizeLinear" for node in graph)
         self.values: dict[ir.Value, View | Constant] = {}
@@ -108,11 +114,12 @@ class _Translation:
             )
         metadata = {"inputs": [p.described() for p in inputs], "outputs": [p.described() for p in outputs]}
         data = self.writer.finish([p.tensor for p in inputs], [p.tensor for p in outputs], {METADATA: metadata})
-        entries = (tuple(e.port() for e in side) for side in (inputs, outputs))
-        return Translated(data, dict(sorted(self.quantized.items())), tuple(self.islands), *entries)
+        takes, gives = (tuple(e.port() for e in side) for side in (inputs, outputs))
+        narrow = sum(tensor.type == schema.TensorType.INT4 for tensor in self.writer.tensors)
+        return Translated(data, dict(sorted(self.quantized.items())), tuple(self.islands), takes, gives, narrow)
 
     def _input(self, value: ir.Value) -> _Entry:
-        """Declares a graph input: int8 where it is only read through one quantization, uint8 where it holds pixels."""
+        """Declares a graph input: integer where it is only read through one quantization, uint8 where it has pixels."""
         if value.dtype == ir.DataType.UINT8:
             return self._pixels(value)
         if value.dtype in WHOLE:
@@ -128,7 +135,7 @@ class _Translation:
         except Unsupported as error:
             self.complaints.append(f"input '{value.name}': {error}")
         order = _interface_order(len(shape))
-        name, dtype = value.name or "input", "int8" if quant else "float32"
+        name, dtype = value.name or "input", quant.dtype if quant else "float32"
         tensor = self.writer.tensor(name, layout.permuted(shape, order), dtype, quant)
         self.values[value] = stored(tensor, shape, order)
         return _Entry(value, tensor, order)
@@ -220,6 +227,9 @@ class _Translation:
             assert operand is not None
             return operand
         quant = _quant_of(node)
+        source = node.inputs[0]
+        if source is not None and source.name in self.narrow:
+            quant = replace(quant, dtype="int4")
         return Constant((held.astype(np.int16) - 128).astype(np.int8) if held.dtype == np.uint8 else held, quant)
 
     def _operation(self, node: ir.Node) -> None:
@@ -252,7 +262,7 @@ class _Translation:
         self.fused.update(n for n in (add, tail) if n is not None)
         if quant is not None:
             self.quantized[node.op_type] += 1
-        elif self.has_integers and rule.scale == "own":
+        elif self.has_integers and (rule.scale == "own" or why):
             self.islands.append(Island(node.op_type, node.name or "", why))
 
     def _table(self, node: ir.Node, operands: tuple[View | Constant | None, ...]) -> tuple[View | Constant | None, ...]:
@@ -283,6 +293,9 @@ class _Translation:
     ) -> tuple[Quant | None, str]:
         """The scale of an operator's integer result; None, and why, where it has to be computed in float."""
         quants = [_quant(o) for o in operands if o is not None]
+        wide = quants[0] is not None and quants[0].dtype == "int16"
+        if wide and no_int16(node):
+            return None, no_int16(node)
         if rule.scale == "input":
             return quants[0], ""
         known = self.reasons.get(node.name or "", "")
@@ -346,12 +359,12 @@ def _behind_moves(value: ir.Value) -> Quant | None:
 
 
 def _quant_of(node: ir.Node) -> Quant:
-    """The quantization of a Q or DQ node for int8 storage; per-channel scales that are all equal become one."""
+    """The quantization of a Q or DQ node, uint8 as int8; per-channel scales that are all equal become one."""
     scale, zero = constant(node.inputs[1]), constant(node.inputs[2]) if len(node.inputs) > 2 else None
     if scale is None or (len(node.inputs) > 2 and zero is None):
         raise Unsupported("its scale is computed at run time")
     zeros = np.zeros(1, np.uint8) if zero is None else zero
-    if zeros.dtype not in (np.uint8, np.int8, np.int32):
+    if zeros.dtype not in (np.uint8, np.int8, np.int16, np.int32):
         raise Unsupported(f"{zeros.dtype} integers")
     shifted = set((zeros.astype(np.int64) - (128 if zeros.dtype == np.uint8 else 0)).ravel().tolist())
     scales = tuple(scale.astype(np.float32).ravel().tolist())
@@ -359,7 +372,8 @@ def _quant_of(node: ir.Node) -> Quant:
         scales = scales[:1]
     if len(shifted) != 1 or (len(scales) > 1 and shifted != {0}):
         raise Unsupported("per-channel zero points other than 0")
-    return Quant(scales, shifted.pop(), attribute(node, "axis", 1) if len(scales) > 1 else 0)
+    axis = attribute(node, "axis", 1) if len(scales) > 1 else 0
+    return Quant(scales, shifted.pop(), axis, "int8" if zeros.dtype == np.uint8 else zeros.dtype.name)
 
 
 def _interface_order(rank: int) -> layout.Order:

@@ -63,7 +63,10 @@ ENUMS = {
 }
 """Options that are given by the name of an enumeration's member."""
 
-DTYPES = {"float32": "FLOAT32", "float16": "FLOAT16", "int8": "INT8", "uint8": "UINT8", "int32": "INT32"}
+DTYPES = {
+    "float32": "FLOAT32", "float16": "FLOAT16", "int4": "INT4", "int8": "INT8", "uint8": "UINT8", "int16": "INT16",
+    "int32": "INT32", "int64": "INT64",
+}  # fmt: skip
 
 SCHEMA_VERSION = 3
 
@@ -75,9 +78,17 @@ class Quant:
     scales: tuple[float, ...]
     zero_point: int = 0
     axis: int = 0
+    dtype: str = "int8"
+    """What the integers are stored in."""
+
+    @property
+    def ends(self) -> tuple[int, int]:
+        """The smallest and the largest integer."""
+        half = 2 ** (int(self.dtype.removeprefix("int")) - 1)
+        return -half, half - 1
 
     def to_integer(self, real: float) -> int:
-        """The nearest integer (halves to even), not limited to what 8 bits hold."""
+        """The nearest integer (halves to even), not limited to what the type holds."""
         return int(np.rint(np.float32(real) / np.float32(self.scales[0]))) + self.zero_point
 
 
@@ -113,11 +124,14 @@ class Writer:
         return self._tensor(name, tuple(shape), dtype, quant, buffer=0)
 
     def constant(self, name: str, array: NDArray[Any], quant: Quant | None = None) -> Tensor:
-        """A tensor with stored values; equal values are stored once."""
-        data = np.ascontiguousarray(array).astype(array.dtype.newbyteorder("<"), copy=False).tobytes()
-        key = ("constant", array.shape, array.dtype.name, data, quant)
+        """A tensor with stored values, int8 ones in 4 bits where the quantization says so; equal values are stored
+        once."""
+        dtype = "int4" if quant is not None and quant.dtype == "int4" else array.dtype.name
+        stored = _packed(array) if dtype == "int4" else array
+        data = np.ascontiguousarray(stored).astype(stored.dtype.newbyteorder("<"), copy=False).tobytes()
+        key = ("constant", array.shape, dtype, data, quant)
         if key not in self._known:
-            self._known[key] = self._tensor(name, array.shape, array.dtype.name, quant, self._buffer(data))
+            self._known[key] = self._tensor(name, array.shape, dtype, quant, self._buffer(data))
         return self._known[key]
 
     def indices(self, name: str, values: Any) -> Tensor:
@@ -134,11 +148,11 @@ class Writer:
         dtype: str | None = None,
         **options: Any,
     ) -> Tensor:
-        """Appends an operator and returns its output: int8 where it has a quantization, otherwise float32."""
+        """Appends an operator and returns its output: integer where it has a quantization, otherwise float32."""
         key = (kind, tuple(t.index for t in inputs), tuple(shape), quant, dtype, repr(sorted(options.items())))
         if key in self._known:
             return self._known[key]
-        output = self.tensor(name, shape, dtype or ("int8" if quant else "float32"), quant)
+        output = self.tensor(name, shape, dtype or (quant.dtype if quant else "float32"), quant)
         code = (kind, operator_version(kind, inputs, output, options))
         made = schema.OperatorT()
         made.opcodeIndex = self.codes.setdefault(code, len(self.codes))
@@ -254,6 +268,12 @@ class _Quantization(schema.QuantizationParametersT):  # type: ignore[misc]
         schema.QuantizationParametersAddQuantizedDimension(builder, self.quant.axis)
         self.offset = int(schema.QuantizationParametersEnd(builder))
         return self.offset
+
+
+def _packed(array: NDArray[np.int8]) -> NDArray[np.uint8]:
+    """Integers from -8 to 7, two in a byte, the first in its lower half."""
+    halves = np.append(array.reshape(-1), np.zeros(array.size % 2, np.int8)).astype(np.uint8) & 0xF
+    return np.asarray(halves[0::2] | (halves[1::2] << 4), np.uint8)
 
 
 def _filled(table: str, options: Mapping[str, Any]) -> Any:

@@ -46,15 +46,16 @@ def open_model(path: Path, threads: int) -> Callable[[Arrays], Arrays]:
     def run(arrays: Arrays) -> Arrays:
         for (name, axes), tensor in inputs:
             value = arrays[name].transpose(axes)
-            if tensor["dtype"] == np.int8:
+            if tensor["dtype"] in (np.int8, np.int16):
                 scale, zero = tensor["quantization"]
-                value = np.clip(np.rint(value / np.float32(scale)) + zero, -128, 127).astype(np.int8)
+                ends = np.iinfo(tensor["dtype"])
+                value = np.clip(np.rint(value / np.float32(scale)) + zero, ends.min, ends.max)
             interpreter.set_tensor(tensor["index"], np.ascontiguousarray(value, tensor["dtype"]))
         interpreter.invoke()
         found = {}
         for (name, axes), tensor in outputs:
             value = interpreter.get_tensor(tensor["index"])
-            if tensor["dtype"] == np.int8:
+            if tensor["dtype"] in (np.int8, np.int16):
                 scale, zero = tensor["quantization"]
                 value = (value.astype(np.float32) - zero) * np.float32(scale)
             found[name] = value.transpose(np.argsort(axes))

@@ -1,0 +1,82 @@
+"""What an artifact itself knows about the operators of one of its files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import prod
+
+from deploykit import targets
+from deploykit.core.artifact import File
+from deploykit.core.errors import DeploykitError, unknown
+from deploykit.core.manifest import Layer, Manifest
+from deploykit.core.precision import is_integer
+from deploykit.core.target import Target
+from deploykit.explain.explanation import Operator
+from deploykit.explain.timing import Times
+from deploykit.hub.operators import PRODUCTS, ROLES
+
+LANES = 0.9
+"""Of a vector unit: a product that fills less than this share of them is worth a word."""
+
+COLOURS = 4
+"""Input channels that a depthwise layer or a first one has in any case."""
+
+
+def chosen_file(manifest: Manifest, precision: str | None, folder: str) -> File:
+    """The integer file to explain: that of a precision, or the last.
+
+    Raises:
+        DeploykitError: there is none.
+    """
+    files = {f.precision: f for f in manifest.files if is_integer(f.precision)}
+    if not files:
+        raise DeploykitError(f"{folder}: every operator is float, nothing was quantized. --calib DATA does that.")
+    if precision is not None and precision not in files:
+        raise unknown("integer file of precision", precision, files)
+    return files[precision] if precision is not None else list(files.values())[-1]
+
+
+def operators(manifest: Manifest, file: File, times: Times | None) -> tuple[Operator, ...]:
+    """Every operator that quantizing decided about, in the network's order."""
+    measured = {o.layer: o for o in manifest.operators_of(file.precision)}
+    layers = manifest.layers or tuple(Layer(o.layer, o.operator) for o in measured.values())
+    floats = {island.layer: island.why for island in file.islands}
+    target = targets.load(manifest.target) if manifest.target in targets.names() else None
+    found = []
+    for layer in layers:
+        moves = ROLES.get(layer.operator) == "moves"
+        own = None if times is None else times.of(layer.name)
+        is_float = layer.name in floats
+        error = None if is_float or moves or layer.name not in measured else measured[layer.name].sqnr_db
+        slow = [*_lanes(layer, target), *([] if own is None else own.slow(is_float))]
+        if is_float and own is None and _between_integers(layer, layers, floats):
+            slow.append("computes in float between integers: what it reads and writes is converted")
+        found.append(
+            Operator(
+                layer.name, layer.operator, "float" if is_float else "moves" if moves else "integer",
+                floats.get(layer.name, ""), error, ms=None if own is None else own.ms,
+                converting_ms=None if own is None else own.converting_ms, slow=tuple(slow),
+            )
+        )  # fmt: skip
+    return tuple(found)
+
+
+def _lanes(layer: Layer, target: Target | None) -> list[str]:
+    """Whether a product leaves lanes of the vector unit empty."""
+    multiple = 1 if target is None else target.channel_multiple
+    if layer.operator not in PRODUCTS or layer.outputs is None or multiple <= 1:
+        return []
+    inputs = layer.inputs if layer.inputs is not None and layer.inputs > COLOURS else None
+    channels = [count for count in (inputs, layer.outputs) if count is not None]
+    used = prod(count / (-(-count // multiple) * multiple) for count in channels)
+    if used >= LANES:
+        return []
+    counts = " × ".join(str(count) for count in channels)
+    return [f"{counts} channels fill {100 * used:.0f} % of a unit that works on multiples of {multiple}"]
+
+
+def _between_integers(layer: Layer, layers: tuple[Layer, ...], floats: Mapping[str, str]) -> bool:
+    """Whether integers stand on both sides, in the network's order."""
+    at = next(i for i, each in enumerate(layers) if each.name == layer.name)
+    before, after = layers[at - 1] if at else None, layers[at + 1] if at + 1 < len(layers) else None
+    return any(side is not None and side.name not in floats for side in (before, after))

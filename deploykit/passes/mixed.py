@@ -1,0 +1,221 @@
+"""Mixed precision: few bits where they cost little, more where they are needed.
+
+What the answers lose when one weight alone gets few bits is measured (`deploykit.hub.sensitivity`). Integer programming
+finds the bits of all weights that lose least within a budget (`deploykit.hub.assignment`): of bytes, of
+multiply-accumulates times bits, or of milliseconds. Or the budget itself is sought, the smallest with which the network
+loses no more than some points (`deploykit.hub.frontier`).
+
+The step sets bits and rounds to nearest; which integers do best with these bits is the business of `gptq`, which comes
+next by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import numpy as np
+
+from deploykit.core.context import Context
+from deploykit.core.data import DataSet
+from deploykit.core.errors import DeploykitError
+from deploykit.core.manifest import Finding
+from deploykit.core.patterns import matching
+from deploykit.core.recipe import Stage
+from deploykit.core.target import Need, Profit
+
+if TYPE_CHECKING:
+    from deploykit.hub.assignment import Table
+    from deploykit.hub.bits import Held
+    from deploykit.hub.frontier import Trial
+    from deploykit.hub.graph import Hub
+
+BYTES = 0.7
+LEAST_SAMPLES = 16
+APART = 5
+"""Without hold-out every fifth calibration sample is one."""
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """Chooses the bits of every weight: least loss within a budget, or least budget within a loss."""
+
+    bits: tuple[int, ...] = (4, 8)
+    """What weights may have; none gets more than the target's numbers have."""
+    bytes: float | None = None
+    """Budget: bytes of all weights, as a share of what they take in 8 bits. 0.7 where no other is given."""
+    macs: float | None = None
+    """Budget: multiply-accumulates times bits of the weight, as a share of those in 8 bits."""
+    ms: float | None = None
+    """Budget: milliseconds of all layers together, by ``times``."""
+    times: str = ""
+    """TOML file with the milliseconds of every layer at every number of bits, measured on the device."""
+    max_drop: float | None = None
+    """Points that may be lost, of accuracy where samples have labels, else of agreement with the float model."""
+    keep: tuple[str, ...] = ()
+    """Layers that keep the most bits, by name or pattern."""
+    samples: int = 64
+    """That the loss of every single weight is measured on."""
+    measure: Literal["squared", "divergence", "cross_entropy"] = "squared"
+    """By what: squared error of the outputs, divergence of the answers' probabilities, or from the labels."""
+
+    stage: ClassVar[Stage] = "hub"
+    needs: ClassVar[tuple[Need, ...]] = ("data",)
+    pays_if: ClassVar[tuple[Profit, ...]] = ("int4",)
+
+    def __post_init__(self) -> None:
+        """Refuses what no assignment can be found for."""
+        if len(set(self.bits)) < 2 or not all(2 <= b <= 8 for b in self.bits):
+            raise ValueError("bits must be two or more different numbers between 2 and 8")
+        budgets = [b for b in (self.bytes, self.macs, self.ms) if b is not None]
+        if len(budgets) > 1 or not all(b > 0 for b in budgets):
+            raise ValueError("there is one budget, above 0: bytes, macs or ms")
+        if self.ms is not None and not self.times:
+            raise ValueError(
+                "ms needs times: a file with the milliseconds of every layer with 4, 8 ... bits on the device. They "
+                "cannot be measured here: the runtimes of this machine widen fewer bits to 8 when they load a file"
+            )
+        if self.times and self.ms is None:
+            raise ValueError("times are what the budget ms is counted in; give ms")
+        if (self.max_drop is not None and not self.max_drop >= 0) or self.samples < 1:
+            raise ValueError("max_drop must be 0 or more points, samples 1 or more")
+
+    @property
+    def least_bits(self) -> int:
+        """The fewest that a weight may get: with few, integers have to be chosen."""
+        return min(self.bits)
+
+    def __call__(self, hub: Hub, context: Context) -> Hub:
+        """The hub with the bits chosen, rounded to nearest; how they were chosen is among its findings.
+
+        Raises:
+            DeploykitError: a budget or loss that cannot be met, with what can be; a pattern that matches nothing; too
+                few samples; nothing to choose bits for.
+            MissingExtra: there is no solver.
+        """
+        import onnx
+
+        from deploykit.hub.assignment import require_solver
+        from deploykit.hub.bits import held_weights, with_bits
+        from deploykit.hub.sensitivity import sensitivities
+        from deploykit.hub.slices import Slicer
+
+        require_solver()
+        held = held_weights(Slicer(onnx.load_model_from_string(hub.bytes)))
+        if not held:
+            raise DeploykitError("mixed chooses bits of integer weights that meet integer inputs, and there are none")
+        if with_bits(hub, {each.name: hub.spec_of(each.weight).weight_bits for each in held}).bytes != hub.bytes:
+            raise DeploykitError("mixed sets weights anew and comes first of the hub steps; put the others behind it")
+        allowed = self._allowed(hub, held)
+        costs = self._costs(hub, held, allowed)
+        fitted, judged = apart(context)
+        bits = sorted({b for choices in allowed.values() for b in choices})
+        found = sensitivities(hub, fitted, judged.spread(self.samples), bits, self.measure, seed=context.seed)
+        losses = {name: {b: found[name][b] for b in choices} for name, choices in allowed.items()}
+        chosen, shown = self._chosen(hub, replace(context, data={"calibration": fitted}), judged, losses, costs)
+        findings = *hub.findings, self._frontier(chosen, shown), self._layers(chosen, held, losses)
+        return replace(with_bits(hub, chosen.bits), findings=findings)
+
+    def _allowed(self, hub: Hub, held: Sequence[Held]) -> dict[str, tuple[int, ...]]:
+        """Bits that each weight may have."""
+        bits = tuple(sorted({min(b, hub.spec.weight_bits) for b in self.bits}))
+        known = {layer.name: each.name for each in held for layer in each.layers}
+        kept = {known[name] for name in matching("layer", self.keep, known)}
+        return {each.name: bits[-1:] if each.name in kept else bits for each in held}
+
+    def _costs(self, hub: Hub, held: Sequence[Held], allowed: Mapping[str, Sequence[int]]) -> Table:
+        """In `_unit`."""
+        from deploykit.hub.bit_costs import macs, read_times
+
+        if self.ms is not None:
+            times = read_times(Path(self.times), list(allowed), sorted({b for bits in allowed.values() for b in bits}))
+            return {name: {b: times[name][b] for b in bits} for name, bits in allowed.items()}
+        amounts = macs(hub, held) if self.macs is not None else {each.name: each.size for each in held}
+        whole = 8 * sum(amounts.values())
+        return {name: {b: amounts[name] * b / whole for b in bits} for name, bits in allowed.items()}
+
+    @property
+    def _unit(self) -> str:
+        if self.ms is not None:
+            return "milliseconds"
+        return "weight bytes, share of int8" if self.macs is None else "MACs x bits, share of int8"
+
+    @property
+    def _budget(self) -> float | None:
+        given = next((b for b in (self.bytes, self.macs, self.ms) if b is not None), None)
+        return BYTES if given is None and self.max_drop is None else given
+
+    def _chosen(
+        self, hub: Hub, context: Context, judged: DataSet, losses: Table, costs: Table
+    ) -> tuple[Trial, list[Trial]]:
+        """The assignment, and those beside it on the frontier."""
+        from deploykit.hub.answers import Exam
+        from deploykit.hub.assignment import OverBudget
+        from deploykit.hub.bits import with_bits
+        from deploykit.hub.frontier import cheapest_within, frontier, on_frontier
+        from deploykit.passes.gptq import Gptq
+
+        budget = self._budget
+        if self.max_drop is None:
+            assert budget is not None
+            try:
+                return on_frontier(losses, costs, budget), frontier(losses, costs)
+            except OverBudget as error:
+                raise DeploykitError(
+                    f"mixed: {budget:g} ({self._unit}) cannot be met: the least possible is {error.least:.4g}, with "
+                    f"{self.least_bits} bits wherever they are allowed"
+                ) from None
+        if judged.synthetic:
+            raise DeploykitError("mixed: max_drop counts answers to real samples, and these are made up; give a budget")
+        exam = Exam(hub, judged)
+        best, tried = cheapest_within(
+            losses, costs, self.max_drop, lambda bits: exam.lost(Gptq()(with_bits(hub, bits), context))
+        )
+        points = f"{self.max_drop:g} points of {exam.what} on {len(judged)} samples"
+        listed = "; ".join(f"{t.cost:.3g} loses {t.lost:.2f}" for t in tried if t.lost is not None)
+        if best is None:
+            raise DeploykitError(
+                f"mixed: no assignment stays within {points}, where one answer is {100 / len(judged):.2g}. Tried "
+                f"({self._unit}): {listed}"
+            )
+        if budget is not None and best.cost > budget:
+            raise DeploykitError(
+                f"mixed: to stay within {points} takes {best.cost:.3g} ({self._unit}), more than {budget:g}. "
+                f"Tried: {listed}"
+            )
+        return best, tried
+
+    def _frontier(self, chosen: Trial, shown: Sequence[Trial]) -> Finding:
+        rows = sorted({(t.cost, t.predicted, t.lost, "chosen" if t is chosen else "") for t in (chosen, *shown)})
+        columns = self._unit, "predicted loss", "points lost", ""
+        return Finding(
+            repr(self), "Loss over what the weights cost", columns, tuple(rows), (self._unit, "predicted loss")
+        )
+
+    def _layers(self, chosen: Trial, held: Sequence[Held], losses: Table) -> Finding:
+        bits = sorted({b for row in losses.values() for b in row})
+        rows = tuple(
+            (each.name, chosen.bits[each.name], each.size, *(losses[each.name].get(b) for b in bits)) for each in held
+        )
+        columns = "layer", "bits", "weights", *(f"loss with {b} bits" for b in bits)
+        return Finding(repr(self), "Bits of every layer", columns, rows)
+
+
+def apart(context: Context) -> tuple[DataSet, DataSet]:
+    """Samples that integers are chosen by, and others that answers are judged on.
+
+    Raises:
+        DeploykitError: too few.
+    """
+    data = context.need("calibration", "mixed")
+    if len(data) < LEAST_SAMPLES:
+        raise DeploykitError(
+            f"mixed measures what fewer bits lose and needs at least {LEAST_SAMPLES} calibration samples; there are "
+            f"{len(data)}"
+        )
+    if "holdout" in context.data:
+        return data, context.data["holdout"]
+    last = np.arange(len(data)) % APART == APART - 1
+    return data.pick(np.flatnonzero(~last)), data.pick(np.flatnonzero(last))
