@@ -67,11 +67,11 @@ def observe(
     digest, growth = Digest(), Growth(len(data))
     for i, batch in enumerate(track(data.batches(1), "calibrating", total=len(data))):
         digest.add(batch)
-        look(batch)
         seen = run(batch.inputs)
         for name, extremes in seen.extremes.items():
             refuse_unfinite(np.asarray([extremes.low, extremes.high]), name, data, i)
             states.setdefault(name, _State()).add(extremes)
+        look(batch)
         growth.add(i, {name: (e.low, e.high) for name, e in seen.extremes.items()})
         for name, mean in seen.means.items():
             refuse_unfinite(mean, name, data, i)

@@ -122,12 +122,13 @@ def print_explanation(found: Explanation, page: Path | None, as_json: bool) -> N
 def _plain_table(shown: Shown) -> Table:
     from rich import box
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name, number in zip(shown.columns, shown.numeric, strict=True):
         table.add_column(name, justify="right" if number else "left", overflow="fold")
     for row in shown.rows:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))  # brackets are no markup
     return table
 
 

@@ -1,7 +1,7 @@
 """Integer weights of a network that computes in float, as ONNX Runtime reads them best.
 
-A matrix product with a DequantizeLinear of its own becomes one kernel that reads the integers (MatMulNBits). There is no
-such kernel for convolutions and recurrent layers: behind a DequantizeLinear they would have their weights widened at
+A matrix product with a DequantizeLinear of its own becomes one kernel that reads the integers (MatMulNBits). There is
+no such kernel for convolutions and recurrent layers: behind a DequantizeLinear they would have their weights widened at
 every call, and a convolution would lose the layout it is fast in. Behind a Cast and a Mul the weights are widened once,
 when the file is loaded (constants are folded), and the layer then runs as in fp32.
 """
@@ -37,8 +37,8 @@ def stored_model(hub: Hub, dynamic: bool = False) -> tuple[ir.Model, tuple[str, 
         notes.append(f"{multiplied} matrix products round their inputs by the range of each call, over the whole batch")
     elif any(d.quantized and d.operator in FUSED for d in hub.decisions):
         notes.append(
-            "ONNX Runtime (1.20 and later) reads the integers of matrix products as they are and rounds their inputs to 8 "
-            "bits in blocks; the session option session.qdq_matmulnbits_accuracy_level=1 keeps those in float32"
+            "ONNX Runtime 1.31 reads the integers of matrix products as they are and rounds their inputs to 8 bits in "
+            "blocks; the session option session.qdq_matmulnbits_accuracy_level=1 keeps those in float32"
         )
     if widened:
         notes.append(

@@ -23,7 +23,9 @@ from deploykit.exporters.stored import stored_model
 from deploykit.hub.graph import Hub
 from deploykit.hub.widen import widened
 
-CARRIES: tuple[Precision, ...] = ("fp32", "fp16", "int16x8", "int8", "w8", "dynamic", "w4", "w4a8", "w3a8", "w2a8", "w4a4")
+CARRIES: tuple[Precision, ...] = (
+    "fp32", "fp16", "int16x8", "int8", "w8", "dynamic", "w4", "w4a8", "w3a8", "w2a8", "w4a4"
+)  # fmt: skip
 WHY_NOT: Mapping[Precision, str] = {
     "bf16": "ONNX Runtime has no bfloat16 kernels for processors",
     "int8-fp16": "ONNX Runtime's kernels for processors have no float16, and its optimizer breaks such files",

@@ -76,7 +76,7 @@ def export(hubs: Mapping[Precision, Hub], target: Target, out_dir: Path) -> tupl
 def _refuse_short_groups(hub: Hub) -> None:
     """Raises where the inputs of a product are not divided by its groups: OpenVINO reads whole groups only."""
     model = hub.quantized if hub.spec.placement == "weights" else None
-    short = {}
+    short: dict[str, int] = {}
     for node in model.graph if model is not None else ():
         group, held = attribute(node, "block_size", 0), node.inputs[0] if node.inputs else None
         if node.op_type == "DequantizeLinear" and group and held is not None and held.shape is not None:

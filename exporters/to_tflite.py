@@ -9,20 +9,23 @@ import onnx_ir as ir
 
 from deploykit.core.artifact import File, Runner, Runtime
 from deploykit.core.errors import DeploykitError
-from deploykit.core.precision import Precision, is_integer
+from deploykit.core.precision import FORMATS, Precision, is_integer
 from deploykit.core.target import Target
 from deploykit.exporters import refuse_uncarried
 from deploykit.exporters.int4 import narrow_weights
 from deploykit.hub.graph import Hub
 
-CARRIES: tuple[Precision, ...] = ("fp32", "fp16", "int16x8", "int8", "w4a8", "w3a8", "w2a8")
+CARRIES: tuple[Precision, ...] = ("fp32", "fp16", "int16x8", "int8", "w8", "dynamic", "w4a8", "w3a8", "w2a8")
 WHY_NOT: Mapping[Precision, str] = {
     "bf16": "LiteRT has no bfloat16 kernels for processors",
     "int8-fp16": "XNNPACK computes in float16 by itself where it is told to, from any file",
-    "w8": "not yet",
-    "dynamic": "not yet",
-    "w4": "not yet",
+    "w4": "LiteRT reads no weights in groups",
     "w4a4": "LiteRT has no kernels for activations of 4 bits",
+}
+STORED: Mapping[Precision, str] = {
+    "w8": "LiteRT widens integer weights to float when it loads the file: smaller, not faster, nor smaller in memory",
+    "dynamic": "LiteRT rounds the inputs of convolutions and matrix products by the range of each call, and multiplies "
+    "integers; depthwise convolutions run in float",
 }
 
 
@@ -50,13 +53,13 @@ def export(hubs: Mapping[Precision, Hub], target: Target, out_dir: Path) -> tupl
         model = _model(hub, target, precision)
         reasons: Mapping[str, str] = {d.layer: d.why for d in hub.decisions if d.why}
         narrow = narrow_weights(hub) if is_integer(precision) else set()
-        made = translate(model, half=precision == "fp16", reasons=reasons, narrow=narrow)
+        made = translate(model, precision == "fp16", reasons, narrow, dynamic=FORMATS[precision].kind == "dynamic")
         path = f"model.{precision}.tflite"
         (out_dir / path).write_bytes(made.data)
-        notes = _notes(hub, made.narrow) if is_integer(precision) else ()
-        files.append(
-            File(path, precision, made.quantized, made.islands, notes, inputs=made.inputs, outputs=made.outputs)
-        )
+        alone = hub.spec.placement == "weights" and is_integer(precision)
+        counts, islands = (hub.counts(), hub.islands()) if alone else (made.quantized, made.islands)
+        notes = (STORED[precision],) if alone else _notes(hub, made.narrow) if is_integer(precision) else ()
+        files.append(File(path, precision, counts, islands, notes, inputs=made.inputs, outputs=made.outputs))
     return tuple(files)
 
 

@@ -405,9 +405,7 @@ def test_what_cannot_be_explained_says_why(here: Path) -> None:
     refused("explain floats", "every operator is float.*--calib")
 
 
-def test_measuring_needs_the_model_as_it_was(
-    here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_measuring_needs_the_model_as_it_was(here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(plain(here), tmp_path / "plain")
     monkeypatch.chdir(tmp_path)
     refused("explain plain --calib explained.py:calib", "Paths are meant from the folder")
@@ -462,7 +460,7 @@ def test_measured_alternatives_come_first_in_the_terminal_with_what_to_type(here
     said = enter(f"explain {folder.name} --calib explained.py:one_spike --samples 32")
     assert said.code == 0, said.err
     assert said.out.index("what would be better") < said.out.index("worst operators by their share")
-    assert "--thresholds" in said.out
+    assert "--thresholds percentile" in said.out
     assert "answers by number of calibration samples" in said.out
 
 

@@ -378,7 +378,7 @@ def test_the_cheapest_within_a_loss_is_found_in_few_trials(most: float) -> None:
 def test_where_even_the_most_bits_lose_too_much_there_is_none() -> None:
     losses, costs = some_tables()
     best, tried = cheapest_within(losses, costs, 1.0, lambda bits: 2.0)
-    assert best is None and [t.predicted for t in tried] == [0.0]
+    assert best is None and [t.lost for t in tried] == [2.0, 2.0]
 
 
 def test_costs_are_counted_by_hand() -> None:
@@ -450,7 +450,10 @@ def test_of_all_assignments_within_the_budget_it_takes_the_one_that_loses_least(
     hub = hub_of(made, data)
     found = chosen(hub, data, bytes=budget)
     assert share(found) <= budget
-    table = next(f for f in found.findings if f.title == "Bits of every layer")
+    curve, table = found.findings
+    assert (
+        len({row[:2] for row in curve.rows}) == len(curve.rows) and [row[3] for row in curve.rows].count("chosen") == 1
+    )
     assert table.columns == ("layer", "bits", "weights", "loss with 4 bits", "loss with 8 bits")
     losses = {str(row[0]): {4: float(row[3] or 0), 8: float(row[4] or 0)} for row in table.rows}
     sizes = {str(row[0]): int(row[2] or 0) for row in table.rows}

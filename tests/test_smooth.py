@@ -139,12 +139,13 @@ def test_families_compute_the_same_in_other_scales(name: str) -> None:
         "q = Gelu(a)\ny = MatMul(q, w)",  # not homogeneous
         "t = Transpose<perm=[0,2,1]>(a)\nu = MatMul(t, w)\ny = Transpose<perm=[0,2,1]>(u)",  # reads positions
         "q = MatMul(a, w)\nr = MatMul(q, w)\ny = Identity(r)",  # one weight for two layers
+        "q = ReduceMean(a, channels)\nr = Expand(q, shape)\ny = MatMul(r, w)",  # mixes channels
     ],
 )
 def test_what_cannot_be_scaled_is_left(reads: str) -> None:
     made = graph(
         f"(float[batch,8,8] x) => (float[batch,8,8] y) {{\na = LayerNormalization<axis=-1>(x, g)\n{reads}\n}}",
-        g=np.exp(normal(2, 8)), w=normal(3, 8, 8),
+        g=np.exp(normal(2, 8)), w=normal(3, 8, 8), channels=np.array([2]), shape=np.array([1, 1, 8]),
     )  # fmt: skip
     assert Smooth(alpha=0.5)(made, context(rows(8, 8))).bytes == made.bytes
 
@@ -175,6 +176,21 @@ def test_only_the_channels_that_somebody_else_reads_are_left() -> None:
     assert (weights(smoothed)["g"] != weights(made)["g"]).any()
     for after, before in zip(run(smoothed.bytes, data), run(made.bytes, data), strict=True):
         np.testing.assert_allclose(after, before, rtol=1e-4, atol=1e-5)
+
+
+def test_a_mean_over_positions_hands_channels_on() -> None:
+    made = graph(
+        """(float[batch,6,8] x) => (float[batch,5] y) {
+            a = LayerNormalization<axis=-1>(x, g)
+            m = ReduceMean<keepdims=0>(a, axes)
+            y = Gemm<transB=1>(m, w)
+        }""",
+        g=np.exp(normal(2, 8)), w=normal(3, 5, 8), axes=np.array([1]),
+    )  # fmt: skip
+    data = rows()
+    smoothed = Smooth(alpha=0.5)(made, context(data))
+    assert smoothed.hash != made.hash
+    np.testing.assert_allclose(run(smoothed.bytes, data)[0], run(made.bytes, data)[0], rtol=1e-4, atol=1e-5)
 
 
 def test_a_scale_that_two_normalisations_share_is_copied() -> None:

@@ -1,4 +1,4 @@
-"""Weights alone as integers: worked out by hand and against numpy, in the file's bytes, on the road, in little memory."""
+"""Weights alone as integers: by hand and against numpy, in the file's bytes, on the road, in little memory."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime
 import pytest
 from conftest import TinyCNN
@@ -298,6 +299,72 @@ def test_what_an_exporter_does_not_write_is_refused_with_the_nearest(
     assert str(error.value).endswith(f"The nearest is --precision {nearest(precision, exporter.CARRIES)}.")
 
 
+# -------------------------------------------------------------------------------------------------- LiteRT and OpenVINO
+
+
+@pytest.mark.parametrize("precision", ["w8", "dynamic"])
+def test_a_tflite_file_holds_the_integers_of_the_hub(precision: Precision, tmp_path: Path) -> None:
+    pytest.importorskip("ai_edge_litert", reason="the extra 'tflite' is not installed")
+    from ai_edge_litert import schema_py_generated as schema
+
+    from deploykit.exporters import to_tflite
+
+    found = hub(everything(), precision)
+    (file,) = to_tflite.export({precision: found}, targets.load("mobile-arm"), tmp_path)
+    assert file.quantized == {"Conv": 1, "Gather": 1, "Gemm": 1, "MatMul": 2} and file.notes
+    model = schema.ModelT.InitFromPackedBuf((tmp_path / file.path).read_bytes())
+    main = model.subgraphs[0]
+    bytes_of = {t.name.decode(): model.buffers[t.buffer].data for t in main.tensors if t.type == schema.TensorType.INT8}
+    for name, order in (("w_q", (1, 0)), ("v_q", (1, 0)), ("k_q", (0, 2, 3, 1))):
+        held = onnx.numpy_helper.to_array(stored(found)[name])
+        np.testing.assert_array_equal(bytes_of[f"{name}_dq"].view(np.int8), held.transpose(order).reshape(-1))
+    codes = [model.operatorCodes[o.opcodeIndex].builtinCode for o in main.operators]
+    assert codes.count(schema.BuiltinOperator.DEQUANTIZE) == (0 if precision == "dynamic" else 4)
+    x = {name: array[:1] for name, array in inputs().items()}
+    run = to_tflite.load(tmp_path / file.path)
+    for ours, theirs in zip(run(x).values(), answers(found.bytes, x), strict=True):
+        assert db(theirs, ours) > (30 if precision == "dynamic" else 100)  # w8 computes in float
+
+
+def test_a_depthwise_convolution_stays_in_float_in_a_dynamic_tflite_file(tmp_path: Path) -> None:
+    pytest.importorskip("ai_edge_litert", reason="the extra 'tflite' is not installed")
+    from deploykit.exporters import to_tflite
+
+    made = graph(
+        "(float[batch,32,8,8] x) => (float[batch,32,8,8] y) { y = Conv<pads=[1,1,1,1], group=32>(x, w) }",
+        w=normal(0, 32, 1, 3, 3),
+    )
+    found, x = hub(made, "dynamic"), {"x": normal(1, 1, 32, 8, 8)}
+    (file,) = to_tflite.export({"dynamic": found}, targets.load("mobile-arm"), tmp_path)
+    (ours,) = to_tflite.load(tmp_path / file.path)(x).values()
+    np.testing.assert_allclose(ours, answers(found.bytes, x)[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("precision", "kind"), [("w8", "i8"), ("w4", "i4")])
+def test_openvino_holds_the_integers_of_the_hub(precision: Precision, kind: str, tmp_path: Path) -> None:
+    openvino = pytest.importorskip("openvino", reason="the extra 'openvino' is not installed")
+    from deploykit.exporters import to_openvino
+
+    found = hub(product(128, 48, gemm=True), precision)
+    (file,) = to_openvino.export({precision: found}, targets.load("x86-openvino"), tmp_path)
+    assert file.quantized == {"Gemm": 1}
+    operators = openvino.Core().read_model(str(tmp_path / file.path)).get_ordered_ops()
+    constants = [o for o in operators if o.get_type_name() == "Constant"]
+    assert kind in {o.get_output_element_type(0).get_type_name() for o in constants}
+    x = {"x": normal(3, 2, 128)}
+    (ours,) = to_openvino.load(tmp_path / file.path)(x).values()
+    assert db(answers(found.bytes, x)[0], ours) > 30
+
+
+def test_openvino_refuses_groups_that_do_not_divide_the_inputs(tmp_path: Path) -> None:
+    pytest.importorskip("openvino", reason="the extra 'openvino' is not installed")
+    from deploykit.exporters import to_openvino
+
+    with pytest.raises(DeploykitError, match=r"32 does not divide the inputs of y \(100\)"):
+        to_openvino.export({"w4": hub(product(100, 48), "w4")}, targets.load("x86-openvino"), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 # ------------------------------------------------------------------------------------------------------------- the road
 
 
@@ -332,7 +399,7 @@ def test_steps_that_work_on_calibrated_integers_do_not_run_for_weights_alone(tmp
         export(torch_net, "x86", data, out=tmp_path / "b", recipe=recipe, precisions=("w8",), benchmark=False)
 
 
-# ------------------------------------------------------------------------------------------------- weights beside the file
+# ------------------------------------------------------------------------------------------------ weights beside a file
 
 
 def beside(folder: Path, made: FloatGraph) -> Path:
@@ -348,12 +415,11 @@ def test_large_weights_beside_a_model_stay_there_and_are_read_when_needed(tmp_pa
     made = everything()
     read = read_onnx(beside(tmp_path, made))
     assert read.hash == made.hash and read.bytes == made.bytes
-    import onnx_ir as ir
-
     lazy = {n for n, v in read.model.graph.initializers.items() if isinstance(v.const_value, ir.LazyTensor)}
     assert lazy == {"table", "w", "v", "u"}  # those with more than 1024 values
     assert hub(read, "w4").bytes == hub(made, "w4").bytes
-    for ours, theirs in zip(lean_session(tmp_path / "net.onnx").run(None, inputs()), answers(made.bytes, inputs())):
+    found = lean_session(tmp_path / "net.onnx").run(None, inputs())
+    for ours, theirs in zip(found, answers(made.bytes, inputs()), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
@@ -382,14 +448,14 @@ def test_weights_that_are_not_all_there_are_refused_at_once(harm: str, said: str
 
 
 MEASURED = """
-import resource, sys
+import re, sys
 import deploykit, onnx, onnxruntime
 from deploykit.core.target import QuantSpec
 from deploykit.core.precision import spec_of
 from deploykit.hub.lower import read_onnx
 from deploykit.hub.weight_only import quantize_weights
 from pathlib import Path
-peak = lambda: 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+peak = lambda: 1024 * int(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1])
 before = peak()
 quantize_weights(read_onnx(Path(sys.argv[1])), spec_of(QuantSpec(), "w4"))
 print(peak() - before)
@@ -404,6 +470,4 @@ def test_quantizing_takes_the_memory_of_one_weight_beside_the_integers(tmp_path:
     made = graph(text + "}", **{f"w{i}": normal(i, width, width) for i in range(layers)})
     path = beside(tmp_path, made)
     found = subprocess.run([sys.executable, "-c", MEASURED, path], capture_output=True, text=True, check=True)
-    assert int(found.stdout) < 0.6 * 4 * layers * width * width
-
-
+    assert 0.1 * 4 * layers * width * width < int(found.stdout) < 0.6 * 4 * layers * width * width

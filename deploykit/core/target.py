@@ -47,8 +47,8 @@ class QuantSpec:
     shared_scale: tuple[str, ...] = ("AveragePool", "Concat", "Resize")
     """ONNX operators whose inputs and outputs must have one scale on this target, beyond those that only move data."""
     float_outputs: tuple[str, ...] = ()
-    """ONNX operators whose integer kernels can write floats: an output of the network that they compute is not rounded
-    again."""
+    """ONNX operators whose integer kernels can write floats: what they compute for floats to read, or as an output of
+    the network, is not rounded again."""
     float_operators: tuple[str, ...] = ()
     """ONNX operators that stay in float on this target although they have an integer form."""
     weight_scale_floor: float = 2.0**-24

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
+import onnx
 
 from deploykit.core.data import DataSet
 from deploykit.core.errors import DeploykitError
@@ -50,7 +51,7 @@ class Exam:
         return 100.0 * float((answers == self.right).mean())
 
     def _classes(self, model: bytes) -> NDArray[np.int64]:
-        run, found = session(model), []
+        run, found = session(onnx.load_model_from_string(model)), []
         name = run.get_outputs()[0].name
         for batch in track(self.data.batches(self.batch), "mixed: answers", total=-(-len(self.data) // self.batch)):
             (scores,) = run.run([name], batch.inputs)

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
+ONE_STEP = 1
+"""By which a bias may differ that was moved to other steps of the same size."""
+
+
 @dataclass(frozen=True)
 class Held:
     """One stored weight and the products that read it: they have the same bits."""
@@ -83,6 +87,24 @@ def with_bits(hub: Hub, bits: Mapping[str, int]) -> Hub:
             _store(slicer, held, replace(hub, bits=changed), nodes)
     kept = {weight: b for weight, b in changed.items() if b != hub.spec.weight_bits}
     return replace(hub, quantized=ir.from_proto(slicer.model), bits=kept)
+
+
+def is_plain(hub: Hub) -> bool:
+    """Whether integers, scales and biases of all products are those that quantizing the float network makes: no step
+    chose others."""
+    slicer = Slicer(onnx.load_model_from_string(hub.bytes))
+    held = held_weights(slicer)
+    anew = with_bits(hub, {each.name: hub.spec_of(each.weight).weight_bits for each in held})
+    plain = Slicer(onnx.load_model_from_string(anew.bytes))
+
+    def same(name: str, steps: float) -> bool:
+        return not name or bool(np.abs(slicer.array(name).astype(np.float64) - plain.array(name)).max() <= steps)
+
+    return all(
+        same(layer.weight, 0) and same(layer.weight_scale, 0) and (not layer.bias_scale or same(layer.bias, ONE_STEP))
+        for each in held
+        for layer in each.layers
+    )
 
 
 def _refuse_unknown(names: Iterable[str], known: Iterable[str]) -> None:

@@ -1,4 +1,4 @@
-"""Weights in files beside an ``.onnx`` (external data): they stay there, and are mapped while somebody looks at them."""
+"""Weights in files beside an ``.onnx`` (external data): they stay there, and are mapped while somebody looks."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def leave_outside(graph: ir.Graph, folder: Path) -> None:
             value.const_value = ir.LazyTensor(read, tensor.dtype, tensor.shape, cache=False, name=tensor.name)
 
 
-def _mapped(path: Path, offset: int, dtype: ir.DataType, shape: tuple[int, ...]) -> ir.Tensor:
+def _mapped(path: Path, offset: int, dtype: ir.DataType, shape: tuple[int, ...]) -> ir.TensorProtocol:
     array = np.memmap(path, dtype.numpy(), "r", offset, shape)
     return ir.Tensor(array.view(np.ndarray), dtype)
 

@@ -67,9 +67,9 @@ def cheapest_within(
         return trial.lost is not None and trial.lost <= most_lost
 
     low, high = ends(costs)
-    best = at(high)
-    if good(best) and good(at(low)):
-        best = at(low)
+    best, least = at(high), at(low)
+    if good(least):
+        best = least
     elif good(best):
         while high - low > PRECISION * ends(costs)[1]:
             middle = at((low + high) / 2)

@@ -169,7 +169,7 @@ def register(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Value:
     """Registers a constant under a name that is not taken yet, and returns its value."""
     tensor.name = fresh_name(graph, name)
     value = ir.Value(
-        name=tensor.name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape)
+        name=tensor.name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape.numpy())
     )
     graph.register_initializer(value)
     return value

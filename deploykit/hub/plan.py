@@ -165,7 +165,7 @@ def _plan_everywhere(node: ir.Node, kind: str, spec: QuantSpec, wanted: set[str]
     tail = chain[-1] if chain else None
     outputs = [v for v in (tail or node).outputs if is_float(v)]
     if node.op_type in spec.float_outputs:
-        outputs = [v for v in outputs if not v.is_graph_output() or list(v.uses())]
+        outputs = [v for v in outputs if any(_wants(user, i, wanted) for user, i in v.uses())]
     sources = [name_of(node.inputs[i]) for i in data_inputs(node) if constant(node.inputs[i]) is None]
     made.integer[name_of(node)] = tail
     made.inputs.extend((node, i) for i in data_inputs(node))

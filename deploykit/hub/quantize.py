@@ -64,6 +64,8 @@ def quantize(
     Raises:
         DeploykitError: the ranges belong to another graph, or lack what the method needs.
     """
+    if spec.placement == "weights":
+        raise DeploykitError('placement = "weights" is that of the precisions w8, w4 and dynamic: ask for these')
     if ranges.graph != graph.hash:
         raise DeploykitError(
             f"these ranges were measured on another graph ({ranges.graph}, this one is {graph.hash}); calibrate again"

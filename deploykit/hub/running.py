@@ -24,8 +24,8 @@ Run = Callable[[Mapping[str, "NDArray[Any]"]], "dict[str, NDArray[Any]]"]
 
 
 MAPPED = 1 << 26
-"""Weights of more bytes are not copied into a session: they are mapped from a file, and not laid out anew. In 4 bits
-they have an eighth of that."""
+"""Weights of more bytes are not copied into a session: they are mapped from a file, and not laid out anew.
+Counted in float32, which integers become."""
 
 
 def session(
@@ -40,16 +40,11 @@ def session(
         optimize: fuse operators (Q/DQ groups become integer kernels).
     """
     if isinstance(model, ir.Model):
-        if optimize and is_large(model):
-            return _mapped_session(model, threads)
+        if is_large(model):
+            return _mapped_session(model, threads, optimize)
         model = serialize(model)
-    options = _options(threads)
-    if not optimize:
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        options.execution_order = ort.ExecutionOrder.PRIORITY_BASED  # weights become floats when they are needed
+    options = _options(threads, optimize)
     data = widened(model).SerializeToString() if isinstance(model, onnx.ModelProto) else model
-    if not optimize and len(data) > MAPPED // 8:  # the floats that weights become are handed back
-        options.enable_cpu_mem_arena = options.enable_mem_pattern = False
     return ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
 
 
@@ -134,22 +129,23 @@ def append_node(
     return node.outputs[0]
 
 
-def _mapped_session(model: ir.Model, threads: int = 1) -> ort.InferenceSession:
+def _mapped_session(model: ir.Model, threads: int = 1, optimize: bool = True) -> ort.InferenceSession:
     """A session in little memory: weights come through a temporary file."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         ir.save(model, path, external_data="weights")
-        return lean_session(path, threads, large=is_large(model))
+        return lean_session(path, threads, optimize, large=is_large(model))
 
 
 def is_large(model: ir.Model) -> bool:
-    """Whether its weights should not be copied."""
-    return sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None) > MAPPED
+    """Whether its weights, or the floats that they become, should not be copied."""
+    held = [v.const_value for v in model.graph.initializers.values() if v.const_value is not None]
+    return 4 * sum(t.size for t in held) > MAPPED
 
 
-def lean_session(path: Path, threads: int = 1, large: bool = True) -> ort.InferenceSession:
+def lean_session(path: Path, threads: int = 1, optimize: bool = True, large: bool = True) -> ort.InferenceSession:
     """A file in little memory: nothing is held back for later runs; ``large``: external weights stay as they are."""
-    options = _options(threads)
+    options = _options(threads, optimize)
     options.enable_cpu_mem_arena = False
     options.enable_mem_pattern = False
     options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
@@ -158,8 +154,11 @@ def lean_session(path: Path, threads: int = 1, large: bool = True) -> ort.Infere
     return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
-def _options(threads: int) -> ort.SessionOptions:
+def _options(threads: int, optimize: bool = True) -> ort.SessionOptions:
     options = ort.SessionOptions()
+    if not optimize:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.execution_order = ort.ExecutionOrder.PRIORITY_BASED  # weights become floats when they are needed
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
     return options

@@ -2,8 +2,8 @@
 
 A source makes channels that can each be divided by a number: a LayerNormalization (its scale and bias), a product with
 constant weights (its columns and bias), a Mul by one constant per channel. From there channels are moved, cut, passed
-through a Relu, averaged over positions by attention (a product with a Softmax mixes rows, not channels), until products
-with constant weights read them, which can multiply the number again.
+through a Relu, averaged over positions (by a mean, or by attention: a product with a Softmax mixes rows, not channels),
+until products with constant weights read them, which can multiply the number again.
 
 Which channel of the source stands behind which input of a reader is found out by running the graph once with the number
 of every channel in place of its values.
@@ -121,7 +121,7 @@ class _Way:
     readers: list[Edge] = field(default_factory=list)
     """Products that can be scaled."""
     averaged: list[Edge] = field(default_factory=list)
-    """Products with a Softmax, which average them over positions and hand them on."""
+    """Operators that average them over positions and hand them on."""
     others: list[Edge] = field(default_factory=list)
 
     def all(self) -> list[Edge]:
@@ -138,21 +138,25 @@ def _walk(source: _Source) -> _Way:
                 way.readers.append((node, 0))
             elif position == 0 and (role(node) == "moves" or node.op_type == "Relu"):
                 waiting.extend(node.outputs)
-            elif position == 1 and _averages(node):
-                way.averaged.append((node, 1))
+            elif _averaged_axes(node, position):
+                way.averaged.append((node, position))
                 waiting.extend(node.outputs)
             else:
                 way.others.append((node, position))
     return way
 
 
-def _averages(node: ir.Node) -> bool:
-    """Softmax(.) V: sums of rows with weights that add up to 1."""
+def _averaged_axes(node: ir.Node, position: int) -> tuple[int, ...]:
+    """The axes of an input that an operator averages over: those of ReduceMean; the rows of V in Softmax(.) V, as its
+    weights add up to 1. Empty where it does something else."""
+    if node.op_type == "ReduceMean" and position == 0:
+        axes = constant(node.inputs[1]) if len(node.inputs) > 1 else None
+        return () if axes is None else tuple(axes.tolist())
     left = node.inputs[0].producer() if node.op_type == "MatMul" and node.inputs[0] is not None else None
-    if left is None or left.op_type != "Softmax" or constant(node.inputs[1]) is not None:
-        return False
+    if position != 1 or left is None or left.op_type != "Softmax":
+        return ()
     shape = left.outputs[0].shape
-    return attribute(left, "axis", -1) in (-1, len(shape) - 1 if shape is not None else -1)
+    return (-2,) if attribute(left, "axis", -1) in (-1, len(shape) - 1 if shape is not None else -1) else ()
 
 
 def _ids(
@@ -183,8 +187,8 @@ def _ids(
 
 def _group(source: _Source, way: _Way, ids: Mapping[Edge, NDArray[Any]]) -> Group | None:
     """The group of a source, or None where no channel is free."""
-    if any(np.ptp(ids[edge], axis=-2).any() for edge in way.averaged):
-        return None  # rows that are averaged hold different channels
+    if any(np.ptp(ids[edge], axis=_averaged_axes(*edge)).any() for edge in way.averaged):
+        return None  # what is averaged are different channels
     behind = {node: _constant_rows(ids[node, position]) for node, position in way.readers}
     free = np.ones(source.channels, np.bool_)
     for edge in [*way.others, *((node, 0) for node, channels in behind.items() if channels is None)]:

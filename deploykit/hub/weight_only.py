@@ -179,9 +179,9 @@ def _store_table(writer: _Writer, node: ir.Node) -> None:
     readers, outputs = list(result.uses()), [i for i, v in enumerate(g.outputs) if v is result]
     indices, name = node.inputs[1], name_of(result)
     assert indices is not None and indices.shape is not None
-    integers = _in_place_of(g, node, "Gather", [held, indices], f"{name}_q")
+    read = _in_place_of(g, node, "Gather", [held, indices], f"{name}_q")
     chosen = _in_place_of(g, node, "Gather", [scales, indices], f"{name}_scale")
-    real = _in_place_of(g, node, "Cast", [integers], f"{name}_cast", [ir.AttrInt64("to", int(ir.DataType.FLOAT))])
+    real = _in_place_of(g, node, "Cast", [read], f"{name}_cast", [ir.AttrInt64("to", int(ir.DataType.FLOAT))])
     scaled = _in_place_of(g, node, "Mul", [real, chosen], f"{name}_groups")
     shape = add_initializer(g, f"{name}_shape", np.asarray([0] * len(indices.shape) + [width], np.int64))
     rows = _in_place_of(g, node, "Reshape", [scaled, shape], f"{name}_rows")
@@ -249,8 +249,8 @@ def _nearest(w: NDArray[np.float32], scale: NDArray[np.float32], top: int) -> ND
 def pack_int4(integers: NDArray[np.int8]) -> NDArray[np.uint8]:
     """Two in a byte, the first in its lower half: ONNX's layout of INT4."""
     flat = integers.reshape(-1).view(np.uint8)
-    packed = flat[0::2] & 0xF
-    packed[: len(flat) // 2] |= flat[1::2] << 4
+    packed: NDArray[np.uint8] = flat[0::2] & np.uint8(0xF)
+    packed[: len(flat) // 2] |= flat[1::2] << np.uint8(4)
     return packed
 
 

@@ -98,7 +98,7 @@ class Mixed:
         import onnx
 
         from deploykit.hub.assignment import require_solver
-        from deploykit.hub.bits import held_weights, with_bits
+        from deploykit.hub.bits import held_weights, is_plain, with_bits
         from deploykit.hub.sensitivity import sensitivities
         from deploykit.hub.slices import Slicer
 
@@ -106,7 +106,7 @@ class Mixed:
         held = held_weights(Slicer(onnx.load_model_from_string(hub.bytes)))
         if not held:
             raise DeploykitError("mixed chooses bits of integer weights that meet integer inputs, and there are none")
-        if with_bits(hub, {each.name: hub.spec_of(each.weight).weight_bits for each in held}).bytes != hub.bytes:
+        if not is_plain(hub):
             raise DeploykitError("mixed sets weights anew and comes first of the hub steps; put the others behind it")
         allowed = self._allowed(hub, held)
         costs = self._costs(hub, held, allowed)
@@ -188,7 +188,9 @@ class Mixed:
         return best, tried
 
     def _frontier(self, chosen: Trial, shown: Sequence[Trial]) -> Finding:
-        rows = sorted({(t.cost, t.predicted, t.lost, "chosen" if t is chosen else "") for t in (chosen, *shown)})
+        others = [t for t in shown if t.bits != chosen.bits]
+        rows = [(t.cost, t.predicted, t.lost, "chosen" if t is chosen else "") for t in (chosen, *others)]
+        rows.sort(key=lambda row: row[:2])
         columns = self._unit, "predicted loss", "points lost", ""
         return Finding(
             repr(self), "Loss over what the weights cost", columns, tuple(rows), (self._unit, "predicted loss")

@@ -103,12 +103,12 @@ class Judge:
             if is_integer(file.precision):
                 checks.append(check.check_integer(hub, file))
                 part = data.spread(HUB_SAMPLES)
-                hub_run = to_onnx.runner(session(hub.bytes, threads, optimize=False))
+                assert hub.quantized is not None
+                theirs = check.answer(to_onnx.runner(session(hub.quantized, threads, optimize=False)), part, "hub")
                 ours = check.answer(exporter.load(folder / file.path, threads), part, "file against hub")
                 checks += check.check_file_against_hub(
-                    ours, check.answer(hub_run, part, "hub"), file.precision, self.gate,
-                    ties=needs_calibration(file.precision),
-                )  # fmt: skip
+                    ours, theirs, file.precision, self.gate, ties=needs_calibration(file.precision)
+                )
             checks += exporters.own_checks(exporter, hub, target, folder, file)
             if is_integer(file.precision) and not FORMATS[file.precision].half:
                 found_checks, errors = check.check_operators(hub, exporter, target, data, self.gate, file.precision)
@@ -155,8 +155,9 @@ class Judge:
         for file in files:
             answers[file.precision] = exporter.load(folder / file.path, 1)(inputs)
         for precision in integers(hubs):
-            if hub_of(precision) not in answers:
-                answers[hub_of(precision)] = to_onnx.runner(session(hubs[precision].bytes, optimize=False))(inputs)
+            quantized = hubs[precision].quantized
+            if hub_of(precision) not in answers and quantized is not None:
+                answers[hub_of(precision)] = to_onnx.runner(session(quantized, optimize=False))(inputs)
         return Golden(inputs, {who: some_values(outputs) for who, outputs in answers.items()})
 
     def exam(self) -> Exam | None:

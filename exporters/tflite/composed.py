@@ -133,9 +133,13 @@ def rows(op: Operation) -> View:
         index = op.read(1, identity(len(index_shape)))
         if index.dtype != "int32":
             raise Unsupported("positions have to be whole numbers")
-    x = op.constant(0) if isinstance(op.operands[0], Constant) else op.read(0, identity(len(shape)))
+    table = op.operands[0]
+    if isinstance(table, Constant) and table.quant is None and table.values.dtype == np.int8:
+        x = op.writer.constant(f"{op.name}.table", table.values)  # its rows become floats after they were read
+    else:
+        x = op.constant(0) if isinstance(table, Constant) else op.read(0, identity(len(shape)))
     out = (*shape[:axis], *index_shape, *shape[axis + 1 :])
     if not prod(out):
         raise Unsupported("it gathers nothing")
-    made = op.writer.write("GATHER", [x, index], op.name, out, x.quant, axis=axis, batchDims=0)
+    made = op.writer.write("GATHER", [x, index], op.name, out, x.quant, dtype=x.dtype, axis=axis, batchDims=0)
     return stored(made, out, identity(len(out)))

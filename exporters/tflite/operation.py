@@ -63,6 +63,8 @@ class Operation:
     """Of the Relu or Clip that runs together with this operator."""
     half: bool = False
     """Float weights are stored as float16."""
+    dynamic: bool = False
+    """Products in float read integer weights as they are, and their kernels round what is multiplied with them."""
 
     def attribute(self, name: str, default: Any = None) -> Any:
         """An attribute of the ONNX node."""
@@ -127,7 +129,7 @@ class Operation:
             index: position of the operand.
             arrange: from ONNX's order of the axes to the stored one.
             axis: the stored axis that per-channel scales belong to.
-            narrow: LiteRT's kernel reads it from 4 bits too.
+            narrow: LiteRT's kernel reads it from 4 bits too, and as integers beside floats.
         """
         operand = self.operands[index]
         if not isinstance(operand, Constant):
@@ -140,7 +142,7 @@ class Operation:
         if quant.dtype == "int4" and not (narrow and self.quant is not None and self.quant.dtype == "int8"):
             quant = replace(quant, dtype="int8")
         stored = self.writer.constant(name, arrange(operand.values), quant)
-        if self.quant is not None:
+        if self.quant is not None or (self.dynamic and narrow and axis == 0):  # depthwise: XNNPACK has no such kernel
             return stored
         return self.writer.write("DEQUANTIZE", [stored], f"{name}_real", stored.shape)
 

@@ -45,7 +45,11 @@ class Translated:
 
 
 def translate(
-    model: ir.Model, half: bool = False, reasons: Mapping[str, str] | None = None, narrow: Collection[str] = ()
+    model: ir.Model,
+    half: bool = False,
+    reasons: Mapping[str, str] | None = None,
+    narrow: Collection[str] = (),
+    dynamic: bool = False,
 ) -> Translated:
     """The .tflite form of an ONNX graph, batch 1, images channels-last.
 
@@ -55,11 +59,12 @@ def translate(
         half: store float weights as float16.
         reasons: layer -> why the hub left it in float, for the report.
         narrow: initializers of integer weights that fit into 4 bits, and are stored so where LiteRT reads that.
+        dynamic: products between floats and integer weights multiply integers; otherwise the weights become floats.
 
     Raises:
         DeploykitError: names every operator that cannot be written.
     """
-    return _Translation(model.graph, half, reasons or {}, narrow).run()
+    return _Translation(model.graph, half, reasons or {}, narrow, dynamic).run()
 
 
 @dataclass(frozen=True)
@@ -88,7 +93,10 @@ class _Entry:
 
 
 class _Translation:
-    def __init__(self, graph: ir.Graph, half: bool, reasons: Mapping[str, str], narrow: Collection[str]) -> None:
+    def __init__(
+        self, graph: ir.Graph, half: bool, reasons: Mapping[str, str], narrow: Collection[str], dynamic: bool
+    ) -> None:
+        self.dynamic = dynamic
         self.graph, self.half, self.reasons, self.narrow = graph, half, reasons, narrow
         self.writer = Writer(reserved=[v.name or "" for v in graph.outputs])
         self.has_integers = any(node.op_type == "QuantizeLinear" for node in graph)
@@ -254,7 +262,9 @@ class _Translation:
         if quant is None:
             operands = tuple(self._real(o) for o in operands)
         result = last.outputs[0]
-        op = Operation(node, result.name or node.name or "", self.writer, operands, quant, limits, self.half)
+        op = Operation(
+            node, result.name or node.name or "", self.writer, operands, quant, limits, self.half, self.dynamic
+        )
         made = rule.write(op)
         views = [made] if isinstance(made, View) else list(made)
         for value, view in zip(last.outputs, views, strict=False):
@@ -363,7 +373,8 @@ def _quant_of(node: ir.Node) -> Quant:
     scale, zero = constant(node.inputs[1]), constant(node.inputs[2]) if len(node.inputs) > 2 else None
     if scale is None or (len(node.inputs) > 2 and zero is None):
         raise Unsupported("its scale is computed at run time")
-    zeros = np.zeros(1, np.uint8) if zero is None else zero
+    held = node.inputs[0].dtype if node.op_type == "DequantizeLinear" and node.inputs[0] is not None else None
+    zeros = np.zeros(1, np.uint8 if held is None else held.numpy()) if zero is None else zero
     if zeros.dtype not in (np.uint8, np.int8, np.int16, np.int32):
         raise Unsupported(f"{zeros.dtype} integers")
     shifted = set((zeros.astype(np.int64) - (128 if zeros.dtype == np.uint8 else 0)).ravel().tolist())
