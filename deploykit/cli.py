@@ -107,7 +107,9 @@ def export(
         ),
     ] = None,
     correction: Annotated[bool, typer.Option(help="Make good what rounding costs (weight_correct or gptq)")] = True,
-    keep_float: Annotated[list[str] | None, typer.Option(help="Layers that stay in float: a name, or a pattern such as head.*")] = None,
+    keep_float: Annotated[
+        list[str] | None, typer.Option(help="Layers that stay in float: a name, or a pattern such as head.*")
+    ] = None,
     uint8_input: Annotated[
         bool, typer.Option("--uint8-input", help="Files take raw uint8 images [n, h, w, c] and normalise themselves")
     ] = False,

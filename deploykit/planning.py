@@ -23,7 +23,7 @@ NEEDS: Mapping[Need, str] = {
 }
 
 
-CORRECTIONS = ("bias_correct", "weight_correct", "gptq")
+CORRECTIONS = ("bias_correct", "weight_correct", "gptq", "adaround")
 """Steps that correct what rounding costs; one of them runs without being asked."""
 
 SETTLE = (Mixed, FitRanges)

@@ -197,7 +197,8 @@ class _Best:
         """Judges the module as it is."""
         self.module, self.data, self.loss, self.teacher = module, data, loss, teacher
         self.batch, self.accelerator = batch, accelerator
-        self.step, self.state, self.start, self.value = 0, {}, math.inf, math.inf
+        self.step, self.start, self.value = 0, math.inf, math.inf
+        self.state: dict[str, Any] = {}
         if data is not None:
             self.start = self._judge()
             self._keep_if_better(0, self.start)

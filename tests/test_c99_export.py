@@ -499,7 +499,7 @@ def test_a_target_this_exporter_cannot_serve_is_refused(change: Any, said: str, 
 
 def test_only_int8_is_written_and_it_needs_calibration(tmp_path: Path) -> None:
     hub = residual_hub()
-    with pytest.raises(DeploykitError, match="does not write fp32 .* it writes int8"):
+    with pytest.raises(DeploykitError, match=r"does not write fp32 .* it writes int8"):
         to_c99.export({"fp32": hub}, MCU, tmp_path)
     with pytest.raises(DeploykitError, match="give --calib"):
         to_c99.export({"int8": Hub(hub.graph, MCU.quant)}, MCU, tmp_path)
@@ -565,8 +565,8 @@ def test_times_here_say_nothing_about_the_board() -> None:
     assert to_c99.runtime().untimed.startswith("needs the board")
 
 
-def test_the_microcontrollers_share_the_hub_of_x86() -> None:
-    assert MCU.quant == targets.load("cortex-m7").quant == targets.load("x86").quant
+def test_the_microcontrollers_share_the_hub_of_the_phone() -> None:
+    assert MCU.quant == targets.load("cortex-m7").quant == targets.load("mobile-arm").quant
 
 
 def test_compiled_networks_keep_nothing_between_samples(tmp_path: Path) -> None:

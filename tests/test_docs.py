@@ -48,7 +48,8 @@ PAGES = {
 }
 HOW_TO = [name for name in PAGES if name.startswith("docs/how-to/")]
 WITH_ARTIFACT = (
-    "docs/benchmark.md", "docs/devices.md", "docs/checks.md", "docs/explain.md", "docs/report.md", "docs/exporters/onnx.md",
+    "docs/benchmark.md", "docs/devices.md", "docs/checks.md", "docs/explain.md", "docs/report.md",
+    "docs/exporters/onnx.md",
 )  # fmt: skip
 """Pages that speak of an artifact ``out/`` that is there already."""
 FOREIGN_OPTIONS = {"--save", "--workspace-mb", "--only"}

@@ -25,7 +25,7 @@ from deploykit.hub.quantize import quantize
 from deploykit.hub.running import session
 from deploykit.hub.slices import Slicer, operator_slices
 from deploykit.hub.torch_module import HubModule
-from tests.graphs import graph, images, measured, normal, residual
+from tests.graphs import images, measured, normal, residual
 
 SIGNED = QuantSpec(activation_signed=True, activation_symmetric=True)
 SPECS = {
@@ -43,7 +43,7 @@ SPECS = {
 
 @dataclass
 class Net:
-    """A graph in the making: its last value ``[n, channels, side, side]`` and what can be added to or joined with it."""
+    """A graph in the making: its last value ``[n, channels, side, side]`` and what can be added to or put beside it."""
 
     random: np.random.Generator
     channels: int = 3
@@ -87,7 +87,9 @@ class Net:
         """Windows of nine, padding counted: means of an even number often lie between two integers, where every kernel
         rounds in its own way."""
         counted = {"count_include_pad": 1} if kind == "AveragePool" else {}
-        self.value = self.add(kind, self.value, kernel_shape=[3, 3], strides=[self.stride(2)] * 2, pads=[1] * 4, **counted)
+        self.value = self.add(
+            kind, self.value, kernel_shape=[3, 3], strides=[self.stride(2)] * 2, pads=[1] * 4, **counted
+        )
 
     def stride(self, wanted: int) -> int:
         """1 where the side would become even: 9, 5, 3."""
@@ -122,7 +124,7 @@ class Net:
 
 @st.composite
 def networks(draw: st.DrawFn) -> FloatGraph:
-    """Convolutions (plain and depthwise), activations, pools, sums and concatenations in any order, then a classifier."""
+    """Convolutions (plain and depthwise), activations, pools, sums and concatenations, in any order; a classifier."""
     net = Net(np.random.default_rng(draw(st.integers(0, 2**32 - 1))))
     for _ in range(draw(st.integers(1, 5))):
         net.before.append((net.value, net.channels, net.side))
@@ -145,7 +147,9 @@ def compared(hub: Hub, inputs: dict[str, NDArray[Any]], optimize: bool) -> dict[
     slicer, found = Slicer(model), {}
     for part in operator_slices(hub):
         given = {
-            name: inputs[name] if name in inputs else session(slicer.cut([name], []), optimize=False).run(None, inputs)[0]
+            name: inputs[name]
+            if name in inputs
+            else session(slicer.cut([name], []), optimize=False).run(None, inputs)[0]
             for name in part.inputs
         }
         (theirs,) = session(part.model, optimize=optimize).run(None, given)
@@ -160,7 +164,9 @@ def compared(hub: Hub, inputs: dict[str, NDArray[Any]], optimize: bool) -> dict[
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 @settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(made=networks())
-def test_every_operator_computes_the_same_integers_in_torch_and_in_onnx_runtime(spec: QuantSpec, made: FloatGraph) -> None:
+def test_every_operator_computes_the_same_integers_in_torch_and_in_onnx_runtime(
+    spec: QuantSpec, made: FloatGraph
+) -> None:
     data = images(32, shape=(3, 9, 9))
     hub = quantize(made, measured(made, data), spec)
     for optimize in (False, True):
@@ -202,7 +208,9 @@ def test_a_zero_point_moves_the_ends() -> None:
 
 
 @pytest.mark.parametrize("spec", [QuantSpec(weight_bits=4, activation_bits=4), SIGNED], ids=["4 bits", "signed"])
-def test_gradients_are_the_slopes_of_the_network_without_rounding(spec: QuantSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients_are_the_slopes_of_the_network_without_rounding(
+    spec: QuantSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Straight through means: rounding left out, clipping kept. There finite differences can be taken."""
     monkeypatch.setattr(fake_quant, "nearest", lambda x: x)
     monkeypatch.setattr(fake_quant, "gradient_scale", lambda *_: 1.0)

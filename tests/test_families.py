@@ -96,6 +96,17 @@ def test_the_bias_of_a_product_over_positions_is_an_int32_summand_without_roundi
         assert reader.op_type == "Add"
 
 
+def test_what_only_floats_read_is_not_rounded_where_kernels_can_write_floats() -> None:
+    """LiteRT's integer products write integers; ONNX Runtime's need not."""
+    written = {}
+    for target in ("x86", "mobile-arm"):
+        quantized = hub_of("bert_masked", target).quantized
+        assert quantized is not None
+        written[target] = [n for n in quantized.graph if n.op_type == "QuantizeLinear"]
+    assert len(written["x86"]) == 5  # the inputs of products
+    assert len(written["mobile-arm"]) >= 10  # and their results
+
+
 def test_recurrent_weights_are_stored_in_int8_with_a_scale_per_gate_and_unit() -> None:
     hub = hub_of("lstm")
     assert hub.quantized is not None

@@ -452,7 +452,7 @@ def test_int8_without_calibration_and_unknown_precisions_are_refused(tmp_path: P
     made = floats("(float[batch,4] x) => (float[batch,4] y) { y = Relu(x) }")
     with pytest.raises(DeploykitError, match="int8 needs calibration"):
         write(made, tmp_path)
-    with pytest.raises(DeploykitError, match="does not write int8-fp16 .* it writes fp32, fp16, int8"):
+    with pytest.raises(DeploykitError, match=r"does not write int8-fp16 .* it writes fp32, fp16, int8"):
         write(made, tmp_path, "int8-fp16")
 
 

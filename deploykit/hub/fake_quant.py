@@ -1,6 +1,6 @@
 """Quantize and dequantize as one differentiable operation, for numbers whose scale is learned with them.
 
-Esser et al. 2020, "Learned Step Size Quantization": with step size s, integers from -Q_N to Q_P and v̄ the rounded value,
+Esser et al. 2020, "Learned Step Size Quantization": with step size s, integers from -Q_N to Q_P, v̄ the rounded value,
 
     v̄ = ⌊clip(v/s, -Q_N, Q_P)⌉,     v̂ = v̄ s
 
@@ -62,5 +62,5 @@ def fake_quantize(v: Tensor, s: Tensor, low: float, high: float, count: int) -> 
         high: most steps, Q_P.
         count: N, how many of the numbers (of one sample) share a step.
     """
-    found: Tensor = _FakeQuantize.apply(v, s, low, high, gradient_scale(count, low, high))
+    found: Tensor = _FakeQuantize.apply(v, s, low, high, gradient_scale(count, low, high))  # type: ignore[no-untyped-call]
     return found

@@ -1,4 +1,4 @@
-"""Adaptive rounding: whether a weight is rounded up or down is learned, as a number between 0 and 1 that ends at either.
+"""Adaptive rounding: whether a weight goes up or down is learned, as a number between 0 and 1 that ends at either.
 
 Nagel et al. 2020, "Up or Down? Adaptive Rounding for Post-Training Quantization", section 3.3: with a variable V
 behind every weight,

@@ -1,4 +1,4 @@
-"""What a Q/DQ graph consists of, as the hub in torch sees it: nodes, integer weights and biases, scales to be learned."""
+"""What a Q/DQ graph consists of, as the hub in torch sees it: nodes, integer weights, biases, scales to be learned."""
 
 from __future__ import annotations
 

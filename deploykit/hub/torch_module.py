@@ -117,7 +117,7 @@ class HubModule(nn.Module):
         values.update({name: self.constant(name) for name in self.constants})
         values.update({name: self.parameter(name) for name in self.free})
         for node in self.nodes:
-            arguments = [values.get(n) for n in node.inputs]
+            arguments: list[Any] = [values.get(n) for n in node.inputs]
             if node.operator == "QuantizeLinear":  # the real numbers at once: DequantizeLinear has nothing left to do
                 x, scale, _ = arguments
                 found: Any = fake_quantize(x, scale, *self.limits[node.outputs[0]], x[:1].numel())

@@ -1,9 +1,9 @@
 """AdaRound: learns for every weight whether to round it up or down, for the least error of its layer's output.
 
 Nagel et al. 2020, "Up or Down? Adaptive Rounding for Post-Training Quantization". Layer after layer, on the inputs as
-the quantized network gives them, against what the float network computes there (the asymmetric form of section 3.3); what
-is rounded is the weight that does best on these inputs (`deploykit.hub.refit`), and the bias takes the mean, so that
-no correction is needed afterwards. How a rounding is learned: `deploykit.hub.soft_rounding`.
+the quantized network gives them, against what the float network computes there (the asymmetric form of section 3.3);
+what is rounded is the weight that does best on these inputs (`deploykit.hub.refit`), and the bias takes the mean, so
+that no correction is needed afterwards. How a rounding is learned: `deploykit.hub.soft_rounding`.
 """
 
 from __future__ import annotations
