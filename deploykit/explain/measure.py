@@ -135,7 +135,7 @@ def _alternatives(
             )
     mine = {passes_name(step): step for step in made.steps}
     others = [step for name, step in mine.items() if name not in CORRECTIONS]
-    for name in CORRECTIONS:
+    for name in CORRECTION:
         if name not in mine and not _missing(name, made):
             steps = (*others, passes.build(Step(name)))
             yield CORRECTION[name], f'[[step]] name = "{name}"', lambda s=steps: made.hub(steps=s)
