@@ -643,4 +643,4 @@ def test_the_report_draws_the_frontier_and_lists_every_layer(exported: tuple[Pat
     curve, table = load_manifest(exported[1]).findings
     assert page.count("<circle") >= len(curve.rows) and f"<h2>{table.title}</h2>" in page
     for row in table.rows:
-        assert f"<td>{row[0]}</td>" in page
+        assert f"<td>{row[0]}</td>" in page and f"{row[2]:,.0f}</td>" in page

@@ -55,7 +55,9 @@ def shown(findings: Sequence[Finding]) -> tuple[Shown, ...]:
 def _text(value: str | float | None) -> str:
     if value is None:
         return MISSING
-    return f"{value:,}" if isinstance(value, int) else f"{value:.3g}" if isinstance(value, float) else value
+    if isinstance(value, str):
+        return value
+    return f"{value:,.0f}" if float(value).is_integer() else f"{value:.3g}"
 
 
 def _curve(found: Finding) -> Curve | None:
@@ -72,7 +74,7 @@ def _curve(found: Finding) -> Curve | None:
     pairs.sort()
     if len(pairs) < 2:
         return None
-    x_axis, y_axis = (from_zero(1.05 * max(values)) for values in list(zip(*pairs, strict=True))[:2])
+    x_axis, y_axis = (from_zero(max(values)) for values in list(zip(*pairs, strict=True))[:2])
     points = tuple((_left(x_axis, a), _top(y_axis, b), text) for a, b, text in pairs)
     return Curve(
         *found.curve,
