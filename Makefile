@@ -39,6 +39,11 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.wide_devices
 	$(BIN)/python -m benchmarks.wide_reproduce
 	$(BIN)/python -m benchmarks.quantize
+	$(BIN)/python -m benchmarks.mixed
+	$(BIN)/python -m benchmarks.qat
+	$(BIN)/python -m benchmarks.weight_only
+	$(BIN)/python -m benchmarks.transformers
+	$(BIN)/python -m benchmarks.data_free
 	$(BIN)/python -m benchmarks.robust kill bytes
 	$(BIN)/python -m benchmarks.install base help fresh
 	$(BIN)/python -m benchmarks.tables

@@ -24,14 +24,14 @@ from deploykit import passes
 from deploykit.check import answer
 from deploykit.core.recipe import Step
 from deploykit.exporters import to_onnx
-from deploykit.hub.assignment import assign, cost
+from deploykit.hub.analysis.measures import MEASURES, divergence
 from deploykit.hub.bits import held_weights, with_bits
+from deploykit.hub.fitting.rounding import gptq, to_nearest
 from deploykit.hub.graph import Hub
-from deploykit.hub.measures import MEASURES, divergence
+from deploykit.hub.mixed.assignment import assign, cost
+from deploykit.hub.mixed.sensitivity import sensitivities
 from deploykit.hub.quantize import quantize
-from deploykit.hub.rounding import gptq, to_nearest
 from deploykit.hub.running import session
-from deploykit.hub.sensitivity import sensitivities
 from deploykit.hub.slices import Slicer
 from deploykit.passes.mixed import Mixed, apart
 

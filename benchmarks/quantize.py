@@ -1,24 +1,17 @@
-"""Post-training quantization: how close the files answer, and what it costs. No training, no choice but those named.
+"""Post-training quantization: how close the files answer. No training, no choice but those named.
 
-Every figure is that of an artifact, run in ONNX Runtime and LiteRT on evaluation data. The CPU seconds stand beside
-NNCF's with full bias correction: same float graph, same images in memory, processes in turns, imports left out of both.
+Every figure is that of an artifact, run in ONNX Runtime and LiteRT on evaluation data.
 
     python -m benchmarks.quantize
-    python -m benchmarks.quantize cost --nncf OTHER/bin/python
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import statistics
-import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-
-import numpy as np
 
 from benchmarks import data
 from benchmarks.rows import Row, record
@@ -44,38 +37,6 @@ RESNET_INT8 = (
 )
 RUNTIMES = {"x86": "ONNX Runtime", "mobile-arm": "LiteRT"}
 
-COST = """
-import sys, time
-import numpy as np
-from pathlib import Path
-import torch
-from deploykit import passes, pipeline, targets
-from deploykit.core.context import Context
-from deploykit.core.data import DataSet
-from deploykit.core.recipe import Step
-from deploykit.hub.lower import read_onnx
-from deploykit.hub.quantize import quantize
-images = np.load(sys.argv[2])
-data, target = DataSet.of({"x": images}), targets.load("x86")
-graph = read_onnx(Path(sys.argv[1]))
-started = time.process_time()
-hub = quantize(graph, pipeline.calibrate(graph, data), target.quant)
-hub = passes.build(Step("weight_correct"))(hub, Context(target, {"calibration": data}))
-print(time.process_time() - started)
-"""
-
-NNCF = """
-import sys, time
-sys.modules["openvino_telemetry"] = None
-import numpy as np, nncf, openvino
-images = np.load(sys.argv[2])
-model = openvino.Core().read_model(sys.argv[1])  # half the CPU time of convert_model
-data = nncf.Dataset(range(len(images)), lambda i: {"x": images[i : i + 1]})
-started = time.process_time()
-nncf.quantize(model, data, subset_size=len(images), fast_bias_correction=False)
-print(time.process_time() - started)
-"""
-
 
 def chosen(name: str, folder: Path, quant: str) -> Target:
     """A target with other numbers, as a user would write it."""
@@ -86,30 +47,50 @@ def chosen(name: str, folder: Path, quant: str) -> Target:
     return targets.load(str(path))
 
 
-def scores(
+def exported(
     module: object,
     calibration: DataSet,
     evaluation: DataSet,
     names: Sequence[str],
     precision: Precision = "int8",
     quant: str = "",
-    steps: tuple[Step, ...] = (),
-) -> dict[str, Score]:
-    """Of the files of some targets in one precision, by runtime."""
+    recipe: Recipe | None = None,
+    train: DataSet | None = None,
+) -> dict[str, Manifest]:
+    """What was made for some targets in one precision, by runtime."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder)
-        prepared = pipeline.prepare(accept_module(module), {"calibration": calibration, "eval": evaluation}, None)
+        roles = {"calibration": calibration, "eval": evaluation} | ({"train": train} if train is not None else {})
+        prepared = pipeline.prepare(accept_module(module), roles, None)
         them = [chosen(name, out, quant) for name in names]
-        settings = pipeline.Settings(Recipe(steps), precisions=(precision,), benchmark=False, threads=2)
+        settings = pipeline.Settings(recipe or Recipe(), precisions=(precision,), benchmark=False, threads=2)
         with contextlib.suppress(GateFailed):  # a row that is not met says so itself
             pipeline.export(prepared, them, [out / n for n in names], settings, Gate())
         found: dict[str, Manifest] = {name: load_manifest(out / name) for name in names}
         for manifest in found.values():
             print(manifest.target, manifest.steps, flush=True)
-    return {RUNTIMES[n]: next(s for s in m.scores if s.precision == precision) for n, m in found.items()}
+    return {RUNTIMES[name]: manifest for name, manifest in found.items()}
 
 
-def mobilenet_rows(what: str, part: str, found: dict[str, Score], bars: dict[str, float], neighbour: str) -> list[Row]:
+def score(manifest: Manifest, precision: Precision = "int8") -> Score:
+    """How the file of a precision answers."""
+    return next(s for s in manifest.scores if s.precision == precision)
+
+
+def size(manifest: Manifest, precision: Precision = "int8") -> int:
+    """Bytes of the file of a precision."""
+    path = next(f.path for f in manifest.files if f.precision == precision)
+    return next(s.bytes for s in manifest.stored if s.path == path)
+
+
+def mobilenet_rows(
+    what: str,
+    part: str,
+    found: dict[str, Manifest],
+    bars: dict[str, float],
+    neighbour: str,
+    precision: Precision = "int8",
+) -> list[Row]:
     """The rows of one way of storing numbers: the worst runtime counts."""
     read = {
         "top-1 (%)": lambda s: s.metric, "agreement with fp32 (%)": lambda s: s.agreement,
@@ -117,11 +98,13 @@ def mobilenet_rows(what: str, part: str, found: dict[str, Score], bars: dict[str
     }  # fmt: skip
     rows = []
     for figure, bar in bars.items():
-        values = {runtime: float(read[figure](s)) for runtime, s in found.items()}
+        values = {runtime: float(read[figure](score(m, precision))) for runtime, m in found.items()}
+        values |= {f"{runtime}: bytes": size(m, precision) for runtime, m in found.items()}
         better, worst = ("lower", max) if figure == "cross-entropy" else ("higher", min)
+        value = worst(values[runtime] for runtime in found)
         rows.append(
-            Row(f"{what}: {figure}", worst(values.values()), bar, better, MOBILENET, f"{COMMAND} {part}", [0], values,
-                neighbour)  # type: ignore[arg-type]
+            Row(f"{what}: {figure}", value, bar, better, MOBILENET, f"{COMMAND} {part}", [0], values,
+                neighbour)
         )  # fmt: skip
     return rows
 
@@ -131,7 +114,7 @@ def mobilenet() -> tuple[object, DataSet, DataSet]:
 
 
 def int8() -> list[Row]:
-    found = scores(*mobilenet(), ["x86", "mobile-arm"])
+    found = exported(*mobilenet(), ["x86", "mobile-arm"])
     bars = {
         "logits, signal to noise (dB)": 25.0, "agreement with fp32 (%)": 97.75, "cross-entropy": 0.558,
         "top-1 (%)": 84.5,
@@ -141,21 +124,21 @@ def int8() -> list[Row]:
 
 
 def tensor() -> list[Row]:
-    found = scores(*mobilenet(), ["x86", "mobile-arm"], quant='weight_granularity = "tensor"')
+    found = exported(*mobilenet(), ["x86", "mobile-arm"], quant='weight_granularity = "tensor"')
     bars = {"top-1 (%)": 84.5, "agreement with fp32 (%)": 95.0, "logits, signal to noise (dB)": 19.0}
     return mobilenet_rows("MobileNetV1 int8, one scale per weight tensor", "tensor", found, bars,
                           "ONNX Runtime, every calibrator: top-1 1.75")  # fmt: skip
 
 
 def w4a8() -> list[Row]:
-    found = scores(*mobilenet(), ["x86", "mobile-arm"], "w4a8")
+    found = exported(*mobilenet(), ["x86", "mobile-arm"], "w4a8")
     bars = {"top-1 (%)": 81.5, "agreement with fp32 (%)": 88.0, "cross-entropy": 0.72}
     return mobilenet_rows("MobileNetV1, 4-bit weights in all layers", "w4a8", found, bars,
-                          "ONNX Runtime 0.12, ai-edge-quantizer 0.88 top-1")  # fmt: skip
+                          "ONNX Runtime 0.12, ai-edge-quantizer 0.88 top-1", "w4a8")  # fmt: skip
 
 
 def power_of_two() -> list[Row]:
-    found = scores(*mobilenet(), ["x86"], quant='scale = "power_of_two"')
+    found = exported(*mobilenet(), ["x86"], quant='scale = "power_of_two"')
     return mobilenet_rows("MobileNetV1 int8, scales powers of two (fp32: 85.38)", "power_of_two", found,
                           {"top-1 (%)": 83.38}, "a plain conversion loses 4 to 6 points")  # fmt: skip
 
@@ -170,15 +153,21 @@ def resnet20() -> list[Row]:
     rows = []
     evaluation = data.cifar("test", 10_000)
     for precision, steps, decibels, percent, neighbour in cases:
-        found = scores(data.resnet20(), data.cifar("train", 512), evaluation, ["x86"], precision, steps=steps)
-        score = found["ONNX Runtime"]
+        found = exported(
+            data.resnet20(), data.cifar("train", 512), evaluation, ["x86"], precision, recipe=Recipe(steps)
+        )
+        manifest = found["ONNX Runtime"]
+        scored = score(manifest, precision)
         what = f"ResNet-20 {precision}, {' + '.join(s.name for s in steps) or 'default'}"
-        values = {"top-1": float(score.metric or 0), "cross-entropy": float(score.cross_entropy or 0)}
+        values = {
+            "top-1": float(scored.metric or 0), "cross-entropy": float(scored.cross_entropy or 0),
+            "bytes": size(manifest, precision),
+        }  # fmt: skip
         command = f"{COMMAND} resnet20"
         rows += [
-            Row(f"{what}: logits, signal to noise (dB)", min(score.sqnr_db.values()), decibels, "higher", RESNET,
+            Row(f"{what}: logits, signal to noise (dB)", min(scored.sqnr_db.values()), decibels, "higher", RESNET,
                 command, [0], values, neighbour),
-            Row(f"{what}: agreement with fp32 (%)", score.agreement, percent, "higher", RESNET, command, [0], values,
+            Row(f"{what}: agreement with fp32 (%)", scored.agreement, percent, "higher", RESNET, command, [0], values,
                 neighbour),
         ]  # fmt: skip
     return rows
@@ -198,35 +187,13 @@ def mobilenetv2() -> list[Row]:
     values = {"fp32 top-1": fp32}
     precisions: tuple[Precision, ...] = ("int8", "w4a8")
     for what in precisions:
-        found = scores(module, data.imagenet(True, shift=127.0), evaluation, ["x86"], what)["ONNX Runtime"]
+        (made,) = exported(module, data.imagenet(True, shift=127.0), evaluation, ["x86"], what).values()
+        found = score(made, what)
         values |= {f"{what}: top-1": float(found.metric or 0), f"{what}: agreement": float(found.agreement or 0)}
+        values[f"{what}: bytes"] = size(made, what)
     return [
         Row("MobileNetV2 int8, default: points of top-1 lost", fp32 - values["int8: top-1"], 0.5, "lower", MOBILENET_V2,
             f"{COMMAND} mobilenetv2", [0], values, note="w4a8 is reported beside it")
-    ]  # fmt: skip
-
-
-def cost(nncf: str, rounds: int) -> list[Row]:
-    module, calibration, _ = mobilenet()
-    prepared = pipeline.prepare(accept_module(module), {"calibration": calibration, "eval": calibration}, None)
-    found: dict[str, list[float]] = {"deploykit": [], "NNCF": []}
-    with tempfile.TemporaryDirectory() as folder:
-        source, images = Path(folder) / "model.onnx", Path(folder) / "images.npy"
-        source.write_bytes(pipeline.float_graph(prepared.model, prepared.example).bytes)
-        np.save(images, next(calibration.batches(len(calibration))).inputs["x"])
-        for _ in range(rounds):
-            for tool, python, script in (("deploykit", sys.executable, COST), ("NNCF", nncf, NNCF)):
-                ran = subprocess.run(
-                    [python, "-c", script, str(source), str(images)], capture_output=True, text=True, check=True
-                )
-                found[tool].append(float(ran.stdout.split()[-1]))
-                print(tool, found[tool][-1], file=sys.stderr, flush=True)
-    seconds = {tool: statistics.median(v) for tool, v in found.items()}
-    return [
-        Row("MobileNetV1 int8: CPU seconds of quantizing, ours / NNCF's with full bias correction",
-            seconds["deploykit"] / seconds["NNCF"], 1.0, "lower", MOBILENET, f"{COMMAND} cost --nncf PYTHON", [0],
-            seconds,
-            "NNCF 3.4, OpenVINO model, fast_bias_correction=False; same run")
     ]  # fmt: skip
 
 
@@ -235,14 +202,9 @@ PARTS = {f.__name__: f for f in (int8, tensor, w4a8, power_of_two, resnet20, mob
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", choices=[*PARTS, "cost", []], help="default: all but cost")
-    parser.add_argument("--nncf", help="a Python with nncf and openvino, for cost")
-    parser.add_argument("--rounds", type=int, default=5)
-    given = parser.parse_args()
-    for name in given.parts or PARTS:
-        if name == "cost" and not given.nncf:
-            parser.error("cost needs --nncf PYTHON")
-        record("quantize", cost(given.nncf, given.rounds) if name == "cost" else PARTS[name]())
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="default: all")
+    for name in parser.parse_args().parts or PARTS:
+        record("quantize", PARTS[name]())
 
 
 if __name__ == "__main__":

@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from benchmarks.quantize import scores
+from benchmarks.quantize import exported, score
 from benchmarks.rows import Row, record
 from deploykit.core.data import DataSet
-from deploykit.core.recipe import Step
+from deploykit.core.recipe import Recipe, Step
 
 COMMAND = "python -m benchmarks.transformers"
 DATA = "vision transformer trained on scikit-learn digits; 256 training images calibrate, 540 others evaluate"
@@ -114,12 +114,13 @@ def rows() -> list[Row]:
         module = planted(net, factor)
         found = {}
         for name, steps in (("without", ()), ("with smooth", (Step("smooth"),))):
-            found[name] = scores(module, train.spread(256), evaluation, ["x86", "mobile-arm"], steps=steps)
+            made_of = exported(module, train.spread(256), evaluation, ["x86", "mobile-arm"], recipe=Recipe(steps))
+            found[name] = {runtime: score(manifest) for runtime, manifest in made_of.items()}
         values = {
             f"{name}, {runtime}, {figure}": round(read, 2)
             for name, by_runtime in found.items()
-            for runtime, score in by_runtime.items()
-            for figure, read in (("dB", min(score.sqnr_db.values())), ("agreement %", float(score.agreement or 0)))
+            for runtime, scored in by_runtime.items()
+            for figure, read in (("dB", min(scored.sqnr_db.values())), ("agreement %", float(scored.agreement or 0)))
         }
         gained = min(values[f"with smooth, {r}, dB"] - values[f"without, {r}, dB"] for r in found["without"])
         what = f"3 channels of every LayerNormalization times {factor}" if factor > 1 else "as trained"

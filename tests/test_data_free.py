@@ -21,7 +21,7 @@ from deploykit.core.artifact import TensorSpec
 from deploykit.core.data import DataSet, Preprocess
 from deploykit.core.errors import DeploykitError
 from deploykit.core.manifest import load_manifest
-from deploykit.hub.norms import reading
+from deploykit.hub.analysis.norms import reading
 from deploykit.models import accept_module
 from deploykit.pipeline.steps import WIDER
 from deploykit.sources import data_of, is_made_up

@@ -32,10 +32,10 @@ from deploykit.explain.explanation import Alternative, Measured, Part, Quality
 from deploykit.explain.known import operators
 from deploykit.explain.page import render
 from deploykit.explain.remake import remake
-from deploykit.hub.contributions import contributions, owners, whole
+from deploykit.hub.analysis.contributions import contributions, owners, whole
+from deploykit.hub.analysis.sizes import described
 from deploykit.hub.quantize import quantize
 from deploykit.hub.running import session
-from deploykit.hub.sizes import described
 
 NET = """
 import numpy as np

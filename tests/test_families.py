@@ -19,7 +19,7 @@ from deploykit.hub.graph import FloatGraph, Hub
 from deploykit.hub.lower import lower
 from deploykit.hub.quantize import quantize
 from deploykit.hub.running import session
-from deploykit.hub.torch_module import HubModule
+from deploykit.hub.training.module import HubModule
 from deploykit.models import Model
 from deploykit.pipeline import calibrate
 from deploykit.targets import load

@@ -22,7 +22,7 @@ from torch import nn
 from deploykit import pipeline
 from deploykit.calibration.lint import START, Lint, Normed
 from deploykit.core.data import DataSet
-from deploykit.hub.norms import first_norm, norms, shifts
+from deploykit.hub.analysis.norms import first_norm, norms, shifts
 from deploykit.models import accept_module
 
 MEAN, STD = np.float32([0.45, 0.5, 0.4])[:, None, None], np.float32([0.25, 0.2, 0.3])[:, None, None]

@@ -21,19 +21,19 @@ from deploykit.core.errors import DeploykitError, MissingExtra
 from deploykit.core.patterns import matching
 from deploykit.core.recipe import Step
 from deploykit.core.target import QuantSpec
-from deploykit.hub import assignment
-from deploykit.hub.answers import Exam
-from deploykit.hub.assignment import OverBudget, assign, cost
-from deploykit.hub.bit_costs import macs, read_times
+from deploykit.hub.analysis.answers import Exam
+from deploykit.hub.analysis.measures import cross_entropy, divergence, squared
+from deploykit.hub.analysis.tail import Tail
 from deploykit.hub.bits import held_weights, with_bits
-from deploykit.hub.frontier import cheapest_within, frontier
 from deploykit.hub.graph import FloatGraph, Hub
 from deploykit.hub.layers import layers
-from deploykit.hub.measures import cross_entropy, divergence, squared
+from deploykit.hub.mixed import assignment
+from deploykit.hub.mixed.assignment import OverBudget, assign, cost
+from deploykit.hub.mixed.costs import macs, read_times
+from deploykit.hub.mixed.frontier import cheapest_within, frontier
+from deploykit.hub.mixed.sensitivity import sensitivities
 from deploykit.hub.quantize import quantize
-from deploykit.hub.sensitivity import sensitivities
 from deploykit.hub.slices import Slicer
-from deploykit.hub.tail import Tail
 from tests.graphs import conv_relu_conv, graph, images, measured, normal, residual, run
 
 pytest.importorskip("scipy")

@@ -19,7 +19,7 @@ from deploykit.core.target import QuantSpec
 from deploykit.hub.lower import lower
 from deploykit.hub.quantize import quantize
 from deploykit.hub.structure import bake
-from deploykit.hub.torch_module import HubModule
+from deploykit.hub.training.module import HubModule
 from deploykit.passes.bias_correct import BiasCorrect
 from deploykit.passes.equalize import Equalize
 from deploykit.passes.prune import Prune
@@ -110,7 +110,7 @@ def test_bias_correction_does_not_depend_on_where_activations_wait(monkeypatch) 
     made, data = residual(), images()
     hub = quantize(made, measured(made, data), QuantSpec(weight_bits=4))
     in_memory = BiasCorrect()(hub, context(data)).bytes
-    monkeypatch.setattr("deploykit.hub.activations.IN_MEMORY", 1)
+    monkeypatch.setattr("deploykit.hub.fitting.activations.IN_MEMORY", 1)
     assert BiasCorrect()(hub, context(data)).bytes == in_memory
 
 

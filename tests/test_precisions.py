@@ -40,7 +40,7 @@ from deploykit.core.target import QuantSpec
 from deploykit.hub.graph import FloatGraph, Hub, constant
 from deploykit.hub.quantize import activation_params, quantize
 from deploykit.hub.running import session
-from deploykit.hub.torch_module import HubModule
+from deploykit.hub.training.module import HubModule
 from deploykit.hub.widen import widened
 from deploykit.planning import correction
 from deploykit.report import report_json, write_report

@@ -25,8 +25,8 @@ from deploykit.hub.bits import with_bits
 from deploykit.hub.graph import FloatGraph, Hub
 from deploykit.hub.quantize import BIAS_LIMIT, quantize
 from deploykit.hub.running import session
-from deploykit.hub.torch_graph import held_by, read_nodes
-from deploykit.hub.torch_module import HubModule
+from deploykit.hub.training.graph import held_by, read_nodes
+from deploykit.hub.training.module import HubModule
 from deploykit.losses import TrainBatch, distill_kl
 from deploykit.passes.qat import Qat, split
 from deploykit.trainer import Trainer

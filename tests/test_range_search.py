@@ -14,10 +14,10 @@ from deploykit import targets
 from deploykit.core.context import Context
 from deploykit.core.data import DataSet
 from deploykit.core.target import QuantSpec
+from deploykit.hub.fitting.range_search import search_ranges
 from deploykit.hub.graph import Hub
 from deploykit.hub.layers import layers
 from deploykit.hub.quantize import quantize
-from deploykit.hub.range_search import search_ranges
 from deploykit.hub.slices import Slicer
 from deploykit.passes.fit_ranges import FitRanges
 from tests.graphs import graph, images, measured, normal, residual, run

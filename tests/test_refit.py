@@ -22,14 +22,23 @@ from deploykit.core.context import Context
 from deploykit.core.data import DataSet
 from deploykit.core.errors import DeploykitError
 from deploykit.core.target import QuantSpec
-from deploykit.hub.activations import Activations
-from deploykit.hub.float_outputs import FloatOutputs
+from deploykit.hub.fitting.activations import Activations
+from deploykit.hub.fitting.float_outputs import FloatOutputs
+from deploykit.hub.fitting.moments import Moments, moments
+from deploykit.hub.fitting.refit import best_ridge, regressed
+from deploykit.hub.fitting.rounding import (
+    column_by_column,
+    descend,
+    error,
+    gptq,
+    nearest,
+    searched_scale,
+    to_nearest,
+    widest,
+)
 from deploykit.hub.graph import FloatGraph, Hub
 from deploykit.hub.layers import MatrixForm, layers
-from deploykit.hub.moments import Moments, moments
 from deploykit.hub.quantize import quantize
-from deploykit.hub.refit import best_ridge, regressed
-from deploykit.hub.rounding import column_by_column, descend, error, gptq, nearest, searched_scale, to_nearest, widest
 from deploykit.hub.running import session
 from deploykit.hub.slices import Slicer
 from deploykit.passes.bias_correct import BiasCorrect
@@ -242,7 +251,7 @@ def test_blocks_of_columns_give_what_single_columns_give(monkeypatch: pytest.Mon
     h, s = mix @ mix.swapaxes(1, 2), widest(w, none(w), QuantSpec(weight_bits=4))
     found = []
     for block in (1, 3, 64):
-        monkeypatch.setattr("deploykit.hub.rounding.BLOCK", block)
+        monkeypatch.setattr("deploykit.hub.fitting.rounding.BLOCK", block)
         q = column_by_column(w, s, h, 7)
         found.append((q, descend(q, w, s, h, 7)))
     for q, d in found[1:]:

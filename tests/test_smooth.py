@@ -16,10 +16,10 @@ from deploykit.core.data import DataSet
 from deploykit.core.errors import DeploykitError
 from deploykit.core.recipe import Step
 from deploykit.core.target import QuantSpec
+from deploykit.hub.fitting.smoothing import groups
 from deploykit.hub.graph import FloatGraph
 from deploykit.hub.lower import lower
 from deploykit.hub.quantize import quantize
-from deploykit.hub.smoothing import groups
 from deploykit.passes.smooth import Smooth
 from tests.families import example
 from tests.graphs import graph, measured, normal, run

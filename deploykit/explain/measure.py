@@ -22,7 +22,7 @@ from deploykit.core.recipe import Pass, Step
 from deploykit.explain.explanation import Alternative, Measured, Operator, Part, Quality
 from deploykit.explain.remake import Remade
 from deploykit.exporters import to_onnx
-from deploykit.hub.contributions import Contribution, contributions
+from deploykit.hub.analysis.contributions import Contribution, contributions
 from deploykit.hub.graph import Hub
 from deploykit.hub.running import session
 from deploykit.planning import CORRECTIONS

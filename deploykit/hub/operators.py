@@ -1,4 +1,4 @@
-"""The operator table: how each ONNX operator may be quantized. (What it means in torch: `torch_operators`.)
+"""The operator table: how each ONNX operator may be quantized (in torch: `deploykit.hub.training.operators`).
 
 Nobody else in the hub knows operators by name; exporters have translation tables of their own.
 """

@@ -2,8 +2,8 @@
 
 Nagel et al. 2020, "Up or Down? Adaptive Rounding for Post-Training Quantization". Layer after layer, on the inputs as
 the quantized network gives them, against what the float network computes there (the asymmetric form of section 3.3);
-what is rounded is the weight that does best on these inputs (`deploykit.hub.refit`), and the bias takes the mean, so
-that no correction is needed afterwards. How a rounding is learned: `deploykit.hub.soft_rounding`.
+what is rounded is the weight that does best on these inputs (`deploykit.hub.fitting.refit`), and the bias takes the
+mean, so that no correction is needed afterwards. How a rounding is learned: `deploykit.hub.fitting.soft_rounding`.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ class Adaround:
         """
         from functools import partial
 
-        from deploykit.hub.refit import refit
-        from deploykit.hub.soft_rounding import adaround
+        from deploykit.hub.fitting.refit import refit
+        from deploykit.hub.fitting.soft_rounding import adaround
 
         data = context.need("calibration", "adaround")
         if len(data) < LEAST_SAMPLES:

@@ -8,7 +8,7 @@ section 4.2, empirical form). Layers are corrected in order, each on the outputs
 
 E[y_c] was measured on the float network (`Ranges`). A layer is linear, so E[W_q x_q + b] = W_q E[x_q] + b: the layer
 runs once, on the mean of its integer inputs. Those are needed sample by sample, and the network produces them once, in
-stretches from one layer to the next (`deploykit.hub.activations`).
+stretches from one layer to the next (`deploykit.hub.fitting.activations`).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class BiasCorrect:
 
     def __call__(self, hub: Hub, context: Context) -> Hub:
         """The hub with corrected biases."""
-        from deploykit.hub.refit import refit
-        from deploykit.hub.rounding import to_nearest
+        from deploykit.hub.fitting.refit import refit
+        from deploykit.hub.fitting.rounding import to_nearest
 
         return refit(hub, context.need("calibration", "bias_correct"), "bias_correct", to_nearest, widest=0)

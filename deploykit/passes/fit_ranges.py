@@ -1,4 +1,4 @@
-"""Activation ranges by what they do to the network's outputs, tensor by tensor (see `deploykit.hub.range_search`).
+"""Activation ranges by what they do to the network's outputs (see `deploykit.hub.fitting.range_search`).
 
 Threshold methods look at one tensor's values (``--thresholds``). Nagel et al. 2021, "A White Paper on Neural Network
 Quantization", section 3.1, compares them by the error of the tensor itself or of the next layer; here the measure is
@@ -36,7 +36,7 @@ class FitRanges:
 
     def __call__(self, hub: Hub, context: Context) -> Hub:
         """The hub with other activation scales and zero points; biases in the new steps."""
-        from deploykit.hub.range_search import search_ranges
+        from deploykit.hub.fitting.range_search import search_ranges
 
         data = context.need("calibration", "fit_ranges").spread(self.samples)
         return search_ranges(hub, data, "fit_ranges")

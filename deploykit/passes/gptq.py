@@ -6,7 +6,7 @@ columns are rounded one after another, and what each loses is made good by those
     q_j = round(w_j / s),     e = (w_j - s q_j) / U_jj,     w_: -= e U_j:        U = the upper Cholesky factor of H⁻¹,
 
 with H = E[x xᵀ] of the layer's inputs. What is rounded is not the weight but the target that does best on the inputs as
-the quantized network gives them (`deploykit.hub.refit`). Afterwards single integers are moved while that helps
+the quantized network gives them (`deploykit.hub.fitting.refit`). Afterwards single integers are moved while that helps
 (coordinate descent), and scales and integers are fitted to each other. Scales are searched per output channel under the
 same H. For convolutions H is that of the patches, for depthwise ones there is a small one per channel.
 """
@@ -49,8 +49,8 @@ class Gptq:
         Raises:
             DeploykitError: too few calibration samples.
         """
-        from deploykit.hub.refit import refit
-        from deploykit.hub.rounding import gptq
+        from deploykit.hub.fitting.refit import refit
+        from deploykit.hub.fitting.rounding import gptq
 
         data = context.need("calibration", "gptq")
         if len(data) < LEAST_SAMPLES:

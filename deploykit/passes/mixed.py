@@ -1,9 +1,9 @@
 """Mixed precision: few bits where they cost little, more where they are needed.
 
-What the answers lose when one weight alone gets few bits is measured (`deploykit.hub.sensitivity`). Integer programming
-finds the bits of all weights that lose least within a budget (`deploykit.hub.assignment`): of bytes, of
-multiply-accumulates times bits, or of milliseconds. Or the budget itself is sought, the smallest with which the network
-loses no more than some points (`deploykit.hub.frontier`).
+What the answers lose when one weight alone gets few bits is measured (`deploykit.hub.mixed.sensitivity`). Integer
+programming finds the bits of all weights that lose least within a budget (`deploykit.hub.mixed.assignment`): of bytes,
+of multiply-accumulates times bits, or of milliseconds. Or the budget itself is sought, the smallest with which the
+network loses no more than some points (`deploykit.hub.mixed.frontier`).
 
 The step sets bits and rounds to nearest; which integers do best with these bits is the business of `gptq`, which comes
 next by itself.
@@ -27,10 +27,10 @@ from deploykit.core.recipe import Stage
 from deploykit.core.target import Need, Profit
 
 if TYPE_CHECKING:
-    from deploykit.hub.assignment import Table
     from deploykit.hub.bits import Held
-    from deploykit.hub.frontier import Trial
     from deploykit.hub.graph import Hub
+    from deploykit.hub.mixed.assignment import Table
+    from deploykit.hub.mixed.frontier import Trial
 
 BYTES = 0.7
 LEAST_SAMPLES = 16
@@ -97,9 +97,9 @@ class Mixed:
         """
         import onnx
 
-        from deploykit.hub.assignment import require_solver
         from deploykit.hub.bits import held_weights, is_plain, with_bits
-        from deploykit.hub.sensitivity import sensitivities
+        from deploykit.hub.mixed.assignment import require_solver
+        from deploykit.hub.mixed.sensitivity import sensitivities
         from deploykit.hub.slices import Slicer
 
         require_solver()
@@ -127,7 +127,7 @@ class Mixed:
 
     def _costs(self, hub: Hub, held: Sequence[Held], allowed: Mapping[str, Sequence[int]]) -> Table:
         """In `_unit`."""
-        from deploykit.hub.bit_costs import macs, read_times
+        from deploykit.hub.mixed.costs import macs, read_times
 
         if self.ms is not None:
             times = read_times(Path(self.times), list(allowed), sorted({b for bits in allowed.values() for b in bits}))
@@ -151,10 +151,10 @@ class Mixed:
         self, hub: Hub, context: Context, judged: DataSet, losses: Table, costs: Table
     ) -> tuple[Trial, list[Trial]]:
         """The assignment, and those beside it on the frontier."""
-        from deploykit.hub.answers import Exam
-        from deploykit.hub.assignment import OverBudget
+        from deploykit.hub.analysis.answers import Exam
         from deploykit.hub.bits import with_bits
-        from deploykit.hub.frontier import cheapest_within, frontier, on_frontier
+        from deploykit.hub.mixed.assignment import OverBudget
+        from deploykit.hub.mixed.frontier import cheapest_within, frontier, on_frontier
         from deploykit.passes.gptq import Gptq
 
         budget = self._budget

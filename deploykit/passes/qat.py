@@ -2,10 +2,10 @@
 
 The forward pass is what the device computes; gradients pass rounding straight through (Jacob et al. 2018, "Quantization
 and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference", section 3). Scales of activations and
-weights are learned with the weights (Esser et al. 2020, "Learned Step Size Quantization"; `deploykit.hub.fake_quant`),
-zero points stay. Normalisation is folded and so frozen. The loss is the Kullback-Leibler divergence from the original
-model's answers (Hinton et al. 2015), so no labels are needed; ``loss`` in the recipe's ``[train]`` table replaces it.
-Held-out samples decide which state is kept. Zeros stay zero.
+weights are learned with the weights (Esser et al. 2020, "Learned Step Size Quantization";
+`deploykit.hub.training.fake_quant`), zero points stay. Normalisation is folded and so frozen. The loss is the
+Kullback-Leibler divergence from the original model's answers (Hinton et al. 2015), so no labels are needed; ``loss`` in
+the recipe's ``[train]`` table replaces it. Held-out samples decide which state is kept. Zeros stay zero.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Qat:
         Raises:
             DeploykitError: there is no teacher (the model came as .onnx), or an operator cannot be trained.
         """
-        from deploykit.hub.torch_module import HubModule
+        from deploykit.hub.training.module import HubModule
         from deploykit.losses import distill_kl
 
         data, holdout = split(context.need("train", "qat"), context.data.get("holdout"))

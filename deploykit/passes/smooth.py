@@ -7,8 +7,8 @@ For a product Y = X W the float network does not change under
 
 where what makes X can divide by s_j itself: a LayerNormalization in its scale and bias, a product in its columns and
 bias (through a Relu; through attention, where the value columns meet the output projection), a Mul in its constant. All
-products that read the same channels share s (`deploykit.hub.smoothing`). A common factor of all s_j changes nothing; it
-is chosen such that the largest activation stays as large as it was.
+products that read the same channels share s (`deploykit.hub.fitting.smoothing`). A common factor of all s_j changes
+nothing; it is chosen such that the largest activation stays as large as it was.
 
 The paper takes one α for a network, 0.5. Here every group takes the α of a grid, or s = 1, that leaves the least of
 
@@ -33,11 +33,11 @@ from deploykit.core.data import DataSet
 from deploykit.core.progress import say, track
 from deploykit.core.recipe import Stage
 from deploykit.core.target import Need, Profit, QuantSpec
+from deploykit.hub.fitting.smoothing import Group, groups, input_axis
 from deploykit.hub.graph import FloatGraph, add_initializer, constant
 from deploykit.hub.plan import name_of
 from deploykit.hub.quantize import activation_params, round_weight, weight_scale
 from deploykit.hub.running import exposing
-from deploykit.hub.smoothing import Group, groups, input_axis
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -5,8 +5,9 @@ them, correlated with what it should read; the weights that answer best there ar
 
     T = E[y xᵀ] (E[x xᵀ])⁻¹        x: inputs in the quantized network, y: outputs in the float network
 
-(Hubara et al. 2021, "Accurate Post Training Quantization With Small Calibration Sets"; see `deploykit.hub.refit` for
-how few samples are kept from fixing too much). T is rounded to the nearest integers; the bias takes the rest.
+(Hubara et al. 2021, "Accurate Post Training Quantization With Small Calibration Sets"; see
+`deploykit.hub.fitting.refit` for how few samples are kept from fixing too much). T is rounded to the nearest integers;
+the bias takes the rest.
 """
 
 from __future__ import annotations
@@ -45,8 +46,8 @@ class WeightCorrect:
 
     def __call__(self, hub: Hub, context: Context) -> Hub:
         """The hub with other integers, weight scales and biases."""
-        from deploykit.hub.refit import refit
-        from deploykit.hub.rounding import to_nearest
+        from deploykit.hub.fitting.refit import refit
+        from deploykit.hub.fitting.rounding import to_nearest
 
         return refit(
             hub, context.need("calibration", "weight_correct"), "weight_correct", to_nearest, samples=self.samples,

@@ -185,8 +185,8 @@ class Road:
         """Everything for one target, into an empty folder."""
         from deploykit import bench
         from deploykit.check import shrink_notes
+        from deploykit.hub.analysis.sizes import described
         from deploykit.hub.graph import specs
-        from deploykit.hub.sizes import described
         from deploykit.report import write_usage
 
         exporter = exporters.load(target.exporter)

@@ -66,7 +66,7 @@ def calibrate(
     from deploykit.calibration.lint import Lint, classes_of
     from deploykit.calibration.observe import observe
     from deploykit.calibration.thresholds import METHODS, NEED_HISTOGRAM
-    from deploykit.hub.norms import first_norm, norms, shifts
+    from deploykit.hub.analysis.norms import first_norm, norms, shifts
     from deploykit.hub.plan import observed
     from deploykit.hub.running import summarizing
 

@@ -102,7 +102,7 @@ def _matched(
     """Inputs that every batch normalisation reads as it read the training data, ``[SAMPLES, ...]`` by name."""
     import torch
 
-    from deploykit.hub.norms import norms, reading
+    from deploykit.hub.analysis.norms import norms, reading
 
     if module is None or not norms(module):
         what = "no PyTorch model" if module is None else "no batch normalisation with statistics"

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from deploykit.hub.assignment import Table, assign, cost
+from deploykit.hub.mixed.assignment import Table, assign, cost
 
 PRECISION = 0.01
 """Of the cost of the dearest assignment: budgets that lie closer are not told apart."""

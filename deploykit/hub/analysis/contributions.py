@@ -12,8 +12,7 @@ correction sees to; weights that a step moved on purpose count with that move.
 from __future__ import annotations
 
 import contextlib
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,13 +21,14 @@ import onnx
 
 from deploykit.core.data import DataSet
 from deploykit.core.progress import track
+from deploykit.hub.analysis.measures import squared
+from deploykit.hub.analysis.tail import BATCH, Tail
 from deploykit.hub.bits import held_weights
 from deploykit.hub.graph import FloatGraph, Hub, constant
 from deploykit.hub.operators import fused
 from deploykit.hub.plan import name_of
 from deploykit.hub.running import session
 from deploykit.hub.slices import Slicer
-from deploykit.hub.tail import BATCH, Tail, _together
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -64,50 +64,15 @@ def contributions(hub: Hub, data: DataSet) -> list[Contribution]:
         found.append((position, Contribution(owner.get(tensor, tensor), "values", tensor, 0.0), pair))
     found.sort(key=lambda item: item[0])
     result = []
-    with contextlib.closing(_Network(hub.graph, data)) as network:
+    with contextlib.closing(Tail(hub.graph, data)) as network:
         for _, what, how in track(found, "contributions", total=len(found)):
             if what.part == "weights":
                 held, exact = how
                 answers = network.moved(held.name, held.layers[0].y, what.tensor, held.real(slicer) - exact)
             else:
                 answers = network.replaced(what.tensor, _rounding(slicer, *how))
-            result.append(Contribution(what.layer, what.part, what.tensor, _relative(answers)))
+            result.append(Contribution(what.layer, what.part, what.tensor, squared(answers)))
     return result
-
-
-class _Network(Tail):
-    """A float network in which tensors, too, can be changed one at a time."""
-
-    def replaced(
-        self, tensor: str, change: Callable[[NDArray[Any]], NDArray[Any]]
-    ) -> Iterator[tuple[Answers, Answers]]:
-        """As `Tail.moved`, where a tensor (an input, too) becomes ``change`` of it for all that read it.
-
-        None in front of it can be asked for any more.
-        """
-        position = self._written[tensor] + 1
-        self._advance(position)
-        behind = [name for name in self._outputs if self._written[name] >= position]
-        tail = session(self._slicer.cut(behind, self._front)) if behind else None
-        read = self._slicer.boundary(behind, self._front)
-        fed = [{tensor: z[tensor]} for z in _together(self._answers)] if tensor not in self._front else None
-        entering = self._values({tensor, *read}) if fed is None else iter(fed)
-        for values, z in zip(entering, _together(self._answers), strict=True):
-            values[tensor] = change(values[tensor])
-            found = tail.run(behind, {name: values[name] for name in read}) if tail is not None else []
-            own = {tensor: values[tensor]} if tensor in self._outputs else {}
-            yield z | own | dict(zip(behind, found, strict=True)), z
-
-
-def _relative(answers: Iterable[tuple[Answers, Answers]]) -> float:
-    """E |z' - z|² / E |z|², summed over the outputs."""
-    noise: dict[str, float] = defaultdict(float)
-    power: dict[str, float] = defaultdict(float)
-    for moved, exact in answers:
-        for name, z in exact.items():
-            noise[name] += float(np.square(moved[name] - z, dtype=np.float64).sum())
-            power[name] += float(np.square(z, dtype=np.float64).sum())
-    return sum(n / max(power[name], 1e-300) for name, n in noise.items())
 
 
 def whole(hub: Hub, data: DataSet) -> float:
@@ -120,7 +85,7 @@ def whole(hub: Hub, data: DataSet) -> float:
             moved, exact = (r.run(names, batch.inputs) for r in (run, float_run))
             yield dict(zip(names, moved, strict=True)), dict(zip(names, exact, strict=True))
 
-    return _relative(answers())
+    return squared(answers())
 
 
 def owners(graph: FloatGraph) -> dict[str, str]:

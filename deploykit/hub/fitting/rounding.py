@@ -2,7 +2,7 @@
 
 Everything is for matrices side by side: W, Q ``[g, o, k]``, s ``[g, o]``, H ``[g, k, k]`` (positive definite), all
 float64. The error of a rounding is tr (sQ - W) H (sQ - W)ᵀ. `to_nearest` and `gptq` are whole roundings, as
-`deploykit.hub.refit` takes them; the rest are their parts.
+`deploykit.hub.fitting.refit` takes them; the rest are their parts.
 """
 
 from __future__ import annotations

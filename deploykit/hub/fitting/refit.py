@@ -33,11 +33,11 @@ from threadpoolctl import threadpool_limits
 from deploykit.core.data import DataSet
 from deploykit.core.progress import track
 from deploykit.core.target import QuantSpec
-from deploykit.hub.activations import Activations
-from deploykit.hub.float_outputs import FloatOutputs
+from deploykit.hub.fitting.activations import Activations
+from deploykit.hub.fitting.float_outputs import FloatOutputs
+from deploykit.hub.fitting.moments import Moments, moments
 from deploykit.hub.graph import Hub, constant
 from deploykit.hub.layers import Layer, MatrixForm, layers, mean_output, shift_bias
-from deploykit.hub.moments import Moments, moments
 from deploykit.hub.quantize import BIAS_LIMIT, round_bias
 from deploykit.hub.slices import Slicer
 

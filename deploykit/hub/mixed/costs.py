@@ -8,9 +8,9 @@ from pathlib import Path
 
 from deploykit.core.errors import DeploykitError, unknown
 from deploykit.core.tables import read_toml
-from deploykit.hub.assignment import Table
 from deploykit.hub.bits import Held
 from deploykit.hub.graph import Hub
+from deploykit.hub.mixed.assignment import Table
 from deploykit.hub.plan import name_of
 
 

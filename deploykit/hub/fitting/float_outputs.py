@@ -11,7 +11,7 @@ import onnx_ir as ir
 from deploykit.calibration.observe import refuse_unfinite
 from deploykit.core.data import DataSet
 from deploykit.core.progress import track
-from deploykit.hub.activations import Spool
+from deploykit.hub.fitting.activations import Spool
 from deploykit.hub.graph import FloatGraph, add_initializer, drop_unused
 from deploykit.hub.layers import Layer, MatrixForm
 from deploykit.hub.operators import channel_axis

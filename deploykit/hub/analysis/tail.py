@@ -1,12 +1,12 @@
-"""The float network behind one of its layers: what it answers when that layer's weight is changed.
+"""The float network behind one of its layers: what it answers when that layer's weight, or a tensor, is changed.
 
-Layers are asked for in order. The samples run through the network once, up to one layer after another; only what lies
-behind a layer runs again for every change of it. What is read there waits in spooled temporary files.
+Places are asked for in order. The samples run through the network once, up to one place after another; only what lies
+behind a place runs again for every change there. What is read there waits in spooled temporary files.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,7 +14,7 @@ import onnx
 
 from deploykit.calibration.observe import channel_mean
 from deploykit.core.data import DataSet
-from deploykit.hub.activations import Spool
+from deploykit.hub.fitting.activations import Spool
 from deploykit.hub.graph import FloatGraph
 from deploykit.hub.operators import channel_axis
 from deploykit.hub.running import session
@@ -61,7 +61,7 @@ class Tail:
         The product's output keeps its mean in every channel: its bias would see to that.
 
         Args:
-            layer: the product; none in front of it can be asked for any more.
+            layer: the product; no place in front of it can be asked for any more.
             y: its output, bias included.
             weight: initializer of its weight.
             error: of the weight's shape.
@@ -86,6 +86,24 @@ class Tail:
             values[y] = raw + (before - after).reshape([-1 if i == axis % raw.ndim else 1 for i in range(raw.ndim)])
             found = tail.run(behind, {name: values[name] for name in read}) if tail is not None else []
             own = {y: values[y]} if y in self._outputs else {}
+            yield z | own | dict(zip(behind, found, strict=True)), z
+
+    def replaced(self, tensor: str, change: Callable[[NDArray[Any]], NDArray[Any]]) -> Iterator[tuple[Arrays, Arrays]]:
+        """As `moved`, where a tensor (an input, too) becomes ``change`` of it for all that read it.
+
+        None in front of it can be asked for any more.
+        """
+        position = self._written[tensor] + 1
+        self._advance(position)
+        behind = [name for name in self._outputs if self._written[name] >= position]
+        tail = session(self._slicer.cut(behind, self._front)) if behind else None
+        read = self._slicer.boundary(behind, self._front)
+        fed = [{tensor: z[tensor]} for z in _together(self._answers)] if tensor not in self._front else None
+        entering = self._values({tensor, *read}) if fed is None else iter(fed)
+        for values, z in zip(entering, _together(self._answers), strict=True):
+            values[tensor] = change(values[tensor])
+            found = tail.run(behind, {name: values[name] for name in read}) if tail is not None else []
+            own = {tensor: values[tensor]} if tensor in self._outputs else {}
             yield z | own | dict(zip(behind, found, strict=True)), z
 
     def close(self) -> None:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from deploykit.core.target import QuantSpec
-from deploykit.hub.rounding import error, nearest, polished, searched_scale
+from deploykit.hub.fitting.rounding import error, nearest, polished, searched_scale
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -59,7 +59,7 @@ def pressure(step: int, steps: int) -> float:
 
 
 def adaround(w: Matrices, h: Matrices, least: Matrices, spec: QuantSpec, steps: int) -> tuple[Matrices, Matrices]:
-    """Whole rounding of a layer (as `deploykit.hub.refit` takes it): each weight down or up, then polished.
+    """Whole rounding of a layer (as `deploykit.hub.fitting.refit` takes it): each weight down or up, then polished.
 
     ‖Wx - W̃x‖² over all x is tr (W̃ - W) H (W̃ - W)ᵀ, so no x is needed. Of every row the better of what was learned and
     of rounding to nearest goes on.

@@ -20,7 +20,7 @@ import onnx_ir as ir
 from deploykit.core.data import DataSet
 from deploykit.core.progress import track
 from deploykit.core.target import QuantSpec
-from deploykit.hub.activations import Activations
+from deploykit.hub.fitting.activations import Activations
 from deploykit.hub.graph import Hub
 from deploykit.hub.layers import layers
 from deploykit.hub.operators import FIXED_OUTPUT, ROLES

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from deploykit.core.target import QuantSpec
 from deploykit.hub.operators import FIXED_OUTPUT, PRODUCTS
-from deploykit.hub.torch_operators import Attributes
+from deploykit.hub.training.operators import Attributes
 
 
 @dataclass(frozen=True)

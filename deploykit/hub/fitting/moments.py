@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from deploykit.calibration.observe import channel_mean
-from deploykit.hub.activations import Activations
-from deploykit.hub.float_outputs import FloatOutputs
+from deploykit.hub.fitting.activations import Activations
+from deploykit.hub.fitting.float_outputs import FloatOutputs
 from deploykit.hub.layers import Layer, MatrixForm
 
 if TYPE_CHECKING:

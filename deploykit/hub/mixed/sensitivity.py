@@ -5,13 +5,13 @@ does. With z the outputs of the float network and z_lb those with weight l in b 
 
     d_lb  =  E |z_lb - z|² / E |z|²
 
-(or another of `deploykit.hub.measures`). Errors of different layers hardly know of each other, so the d_lb of an
-assignment add up to what it loses.
+(or another of `deploykit.hub.analysis.measures`). Errors of different layers hardly know of each other, so the d_lb of
+an assignment add up to what it loses.
 
 The integers are those that GPTQ (or another rounding) chooses where the weight stands in the quantized network: what
-they miss there of the target (`deploykit.hub.refit`) is added to the float weight, and the bias takes the mean of what
-that changes, as every correction sees to. Outputs are compared on other samples than integers are chosen by: layers
-with few positions fit those too well.
+they miss there of the target (`deploykit.hub.fitting.refit`) is added to the float weight, and the bias takes the mean
+of what that changes, as every correction sees to. Outputs are compared on other samples than integers are chosen by:
+layers with few positions fit those too well.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ import onnx
 from deploykit.core.data import DataSet
 from deploykit.core.progress import track
 from deploykit.core.target import QuantSpec
+from deploykit.hub.analysis.measures import MEASURES, Measure
+from deploykit.hub.analysis.tail import Tail
 from deploykit.hub.bits import Held, held_weights, with_bits
+from deploykit.hub.fitting.refit import Rounding, refit
+from deploykit.hub.fitting.rounding import gptq
 from deploykit.hub.graph import Hub, constant
 from deploykit.hub.layers import MatrixForm
-from deploykit.hub.measures import MEASURES, Measure
-from deploykit.hub.refit import Rounding, refit
-from deploykit.hub.rounding import gptq
 from deploykit.hub.slices import Slicer
-from deploykit.hub.tail import Tail
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

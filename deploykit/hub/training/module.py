@@ -1,8 +1,8 @@
 """The hub as a torch module: the same Q/DQ graph, differentiable, so that training sees what the device will compute.
 
-Rounding passes gradients straight through (Bengio et al. 2013); clipping stops them (`deploykit.hub.fake_quant`). Each
-integer weight has a float v behind it, ``w_q = clamp(round(mask * v / s))``, and each scale s can be learned;
-`HubModule.to_hub` writes integers, scales and biases back into the hub.
+Rounding passes gradients straight through (Bengio et al. 2013); clipping stops them
+(`deploykit.hub.training.fake_quant`). Each integer weight has a float v behind it, ``w_q = clamp(round(mask * v /
+s))``, and each scale s can be learned; `HubModule.to_hub` writes integers, scales and biases back into the hub.
 
 Optimizers like Adam move every parameter by about the learning rate, whatever it stands for. So parameters count in
 units in which that means the same for all: weights as a share of what their channel can hold, biases as a share of what
@@ -23,12 +23,22 @@ import torch
 from torch import Tensor, nn
 
 from deploykit.core.errors import DeploykitError
-from deploykit.hub.fake_quant import fake_quantize
 from deploykit.hub.graph import Hub
 from deploykit.hub.operators import PRODUCTS
 from deploykit.hub.quantize import BIAS_LIMIT, round_bias
-from deploykit.hub.torch_graph import Held, Node, along, as_tensor, held_by, key, learnable_scales, limits, read_nodes
-from deploykit.hub.torch_operators import MEANING
+from deploykit.hub.training.fake_quant import fake_quantize
+from deploykit.hub.training.graph import (
+    Held,
+    Node,
+    along,
+    as_tensor,
+    held_by,
+    key,
+    learnable_scales,
+    limits,
+    read_nodes,
+)
+from deploykit.hub.training.operators import MEANING
 
 PARAMETER_READERS = frozenset({*PRODUCTS, "LayerNormalization", "Add", "Mul"})
 

@@ -1,0 +1,1 @@
+"""Choosing integers and ranges by what the network computes with them."""

@@ -1,0 +1,1 @@
+"""The hub as a torch module, with gradients."""
