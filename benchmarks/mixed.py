@@ -39,7 +39,7 @@ COMMAND = "python -m benchmarks.mixed"
 RESNET = "ResNet-20, 512 JPEG CIFAR-10 training images calibrate, all 10,000 JPEG test images evaluate"
 CLAIMED = 0.7
 """Share of the weights' bytes in int8."""
-RANDOM = 20
+RANDOM = 12
 """Assignments drawn for `headroom` and `prediction`."""
 NEAR = 0.015
 """By how much of the int8 bytes they may miss `CLAIMED`."""

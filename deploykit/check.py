@@ -20,7 +20,7 @@ from deploykit.core.artifact import Check, File, Runner
 from deploykit.core.data import DataSet
 from deploykit.core.errors import DeploykitError
 from deploykit.core.manifest import OperatorError, Score
-from deploykit.core.precision import Precision, is_integer
+from deploykit.core.precision import Precision, is_integer, is_quantized
 from deploykit.core.progress import track
 from deploykit.core.request import MAX_DROP
 from deploykit.core.request import Gate as Gate
@@ -77,6 +77,9 @@ def check_operators(
     Returns:
         The checks, and the errors of all operators, those that lose most by being quantized first.
     """
+    if hub.spec.grid == "float8":
+        detail = "products in 8-bit floating point write floats, which have no LSB; files are compared end to end"
+        return (Check("operators", precision, None, gate.max_lsb, None, detail),), ()
     slices = list(operator_slices(hub)) if hub.spec.placement != "weights" else []
     if not slices:
         detail = "this placement keeps operator outputs in float; files are compared end to end"
@@ -394,7 +397,7 @@ def check_file_against_hub(
     answers: Answers, hub_answers: Answers, precision: str, gate: Gate, least_db: float = ENOUGH_INT8_DB,
     ties: bool = True,
 ) -> tuple[Check, ...]:  # fmt: skip
-    """Whether an integer file answers like the hub it was written from; ``least_db`` bounds all but class scores, and
+    """Whether a quantized file answers like the hub it was written from; ``least_db`` bounds all but class scores, and
     those too where activations are not rounded in the hub (``ties`` is False)."""
     ours, theirs = class_scores(answers.outputs), class_scores(hub_answers.outputs)
     checks = []
@@ -428,16 +431,17 @@ def relaxed(percent: float, samples: int) -> float:
     return percent - float(np.sqrt(percent * (100 - percent) / samples))
 
 
-def check_integer(hub: Hub, file: File) -> Check:
+def check_quantized(hub: Hub, file: File) -> Check:
     """An integer file without a single integer product is a silent no-op; where the network has no products, one
-    without a single integer operator."""
+    without a single integer operator. The same holds for fp8."""
     products = [d for d in hub.decisions if d.operator in PRODUCTS]
     kinds = PRODUCTS if products else {d.operator for d in hub.decisions}
     integer = sum(n for operator, n in file.quantized.items() if operator in kinds)
     total = len(products or hub.decisions)
     what = "convolutions and matrix products" if products else "operators"
+    kind = "integer" if is_integer(file.precision) else file.precision
     return Check(
-        f"integer {'products' if products else 'operators'}", file.precision, float(integer), 1.0, integer >= 1,
+        f"{kind} {'products' if products else 'operators'}", file.precision, float(integer), 1.0, integer >= 1,
         f"{integer} of {total} {what}",
     )  # fmt: skip
 
@@ -450,5 +454,5 @@ def shrink_notes(folder: Path, files: Sequence[File]) -> tuple[str, ...]:
         f"{f.path} is {sizes[f.precision] / base:.2f} x the size of the fp32 file: the weights are too few to matter, "
         "or they were not quantized"
         for f in files
-        if base and is_integer(f.precision) and sizes[f.precision] > 0.5 * base
+        if base and is_quantized(f.precision) and sizes[f.precision] > 0.5 * base
     )

@@ -58,8 +58,8 @@ class Structure:
     """How to make the module; a file is meant relative to the folder, unless it is absolute."""
     parameters: dict[str, Literal["mask"]] = field(default_factory=dict)
     """Parameters with structure, and of which kind. mask: zeros of the stored weight stay zero."""
-    edits: list[dict[str, Any]] = field(default_factory=list)
-    """What to do to the module before its weights fit, in order."""
+    sizes: dict[str, dict[str, int]] = field(default_factory=dict)
+    """By layer, how many channels it has where that is not what the factory makes."""
 
 
 def load_model(spec: str, weights: Path | None = None) -> Model:
@@ -177,7 +177,7 @@ def save_compressed(module: nn.Module, folder: Path, origin_spec: str) -> None:
     the zeros themselves.
 
     Args:
-        module: what ``origin_spec`` made, with masks on some weights.
+        module: what ``origin_spec`` made, with masks on some weights, some of its layers narrower.
         folder: an existing, empty folder.
         origin_spec: the MODEL argument the module came from. A file is noted relative to the folder, so that both
             can be moved together, unless they share no folder but the root.
@@ -187,8 +187,12 @@ def save_compressed(module: nn.Module, folder: Path, origin_spec: str) -> None:
     """
     from safetensors.torch import save
 
+    from deploykit.pruning.sizes import changed_sizes
+
     state, masked = _plain_state(module)
-    structure = Structure(FORMAT, _portable(origin_spec, folder.resolve()), dict.fromkeys(masked, "mask"))
+    spec = _portable(origin_spec, folder.resolve())
+    sizes = changed_sizes(module, _build(_absolute(spec, folder)))
+    structure = Structure(FORMAT, spec, dict.fromkeys(masked, "mask"), sizes)
     # bytes, not save_file: a full disk is then an OSError like any other
     (folder / "model.safetensors").write_bytes(save({k: v.cpu().contiguous().clone() for k, v in state.items()}))
     (folder / "structure.json").write_bytes(msgspec.json.format(msgspec.json.encode(structure), indent=1) + b"\n")
@@ -196,6 +200,7 @@ def save_compressed(module: nn.Module, folder: Path, origin_spec: str) -> None:
 
 def _load_compressed(folder: Path) -> nn.Module:
     from deploykit.hub.structure import attach_mask
+    from deploykit.pruning.sizes import resize
 
     structure = _read_structure(folder)
     spec = structure.model
@@ -210,7 +215,12 @@ def _load_compressed(folder: Path) -> nn.Module:
         spec = f"{file}:{name}"
     module = _build(spec)
     file = folder / "model.safetensors"
-    _fit_weights(module, _read_weights(file), str(file), spec)
+    weights = _read_weights(file)
+    try:
+        resize(module, structure.sizes, weights)
+    except DeploykitError as error:
+        raise DeploykitError(f"{folder / 'structure.json'} does not fit {spec}: {error}") from None
+    _fit_weights(module, weights, str(file), spec)
     for parameter in structure.parameters:
         owner, _, leaf = parameter.rpartition(".")
         try:
@@ -231,8 +241,8 @@ def _read_structure(folder: Path) -> Structure:
         structure = msgspec.json.decode(file.read_bytes(), type=Structure)
     except (OSError, msgspec.DecodeError, msgspec.ValidationError) as error:
         raise DeploykitError(f"{file} is not what `deploykit compress` wrote: {error}") from None
-    if structure.format != FORMAT or structure.edits:
-        raise DeploykitError(f"{file}: format '{structure.format}' or its edits are not known to this version")
+    if structure.format != FORMAT:
+        raise DeploykitError(f"{file}: format '{structure.format}' is not known to this version")
     return structure
 
 

@@ -22,7 +22,7 @@ from deploykit.core.artifact import Check, File
 from deploykit.core.errors import DeploykitError, GateFailed
 from deploykit.core.golden import NAME, ORIGINAL, Golden, hub_of, load_golden, some_values
 from deploykit.core.manifest import Manifest, changed_files, load_manifest
-from deploykit.core.precision import is_integer
+from deploykit.core.precision import is_quantized
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -142,7 +142,7 @@ def _again(
     detail = f"{how}; {_classes(now, then)}{runtime}"
     checks = []
     whose = [(ORIGINAL, "answers against the original model (dB)")]
-    if is_integer(file.precision):
+    if is_quantized(file.precision):
         whose.insert(0, (hub_of(file.precision), "answers against the hub (dB)"))
     for who, name in whose:
         if who not in golden.answers:

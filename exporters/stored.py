@@ -1,9 +1,10 @@
 """Integer weights of a network that computes in float, as ONNX Runtime reads them best.
 
-A matrix product with a DequantizeLinear of its own becomes one kernel that reads the integers (MatMulNBits). There is
-no such kernel for convolutions and recurrent layers: behind a DequantizeLinear they would have their weights widened at
-every call, and a convolution would lose the layout it is fast in. Behind a Cast and a Mul the weights are widened once,
-when the file is loaded (constants are folded), and the layer then runs as in fp32.
+A matrix product with a DequantizeLinear of its own becomes one kernel that reads the integers (MatMulNBits). An LSTM
+that reads integers is an operator of ONNX Runtime's own. There is no such kernel for convolutions and other recurrent
+layers: behind a DequantizeLinear they would have their weights widened at every call, and a convolution would lose the
+layout it is fast in. Behind a Cast and a Mul the weights are widened once, when the file is loaded (constants are
+folded), and the layer then runs as in fp32.
 """
 
 from __future__ import annotations
@@ -14,19 +15,24 @@ import onnx_ir as ir
 from deploykit.hub.graph import Hub, add_initializer, attribute, constant, drop_unused, fresh_name
 
 FUSED = ("MatMul", "Gemm")
+OWN = "com.microsoft"
+"""Where ONNX Runtime's own operators are."""
 
 
 def stored_model(hub: Hub, dynamic: bool = False) -> tuple[ir.Model, tuple[str, ...]]:
     """The hub as this runtime reads it, and what the user should know.
 
-    ``dynamic``: matrix products round their inputs to 8 bits, by the range of each call, and multiply integers.
-    Convolutions do not: ConvInteger is three times as slow as a convolution in float.
+    ``dynamic``: matrix products and LSTMs round their inputs to 8 bits, by the range of each call, and multiply
+    integers. Convolutions do not: ConvInteger is three times as slow as a convolution in float.
     """
     assert hub.quantized is not None
     model = hub.quantized.clone()
     graph = model.graph
     widened = 0
     multiplied = _multiply_integers(graph) if dynamic else 0
+    recurrent = _recur_in_integers(graph) if dynamic else 0
+    if recurrent:
+        model.opset_imports[OWN] = 1
     for node in [n for n in graph if n.op_type == "DequantizeLinear"]:
         if not all(user.op_type in FUSED for user, _ in node.outputs[0].uses()):
             _widen_at_load(graph, node)
@@ -39,6 +45,11 @@ def stored_model(hub: Hub, dynamic: bool = False) -> tuple[ir.Model, tuple[str, 
         notes.append(
             "ONNX Runtime 1.31 reads the integers of matrix products as they are and rounds their inputs to 8 bits in "
             "blocks; the session option session.qdq_matmulnbits_accuracy_level=1 keeps those in float32"
+        )
+    if recurrent:
+        notes.append(
+            f"{recurrent} LSTMs are {OWN}.DynamicQuantizeLSTM, which ONNX Runtime alone has; they round inputs and "
+            "states by the range of each call, over the whole batch"
         )
     if widened:
         notes.append(
@@ -83,6 +94,34 @@ def _multiply_integers(graph: ir.Graph) -> int:
                 graph.outputs[index] = result
         graph.remove(node, safe=True)
         count += 1
+    return count
+
+
+def _recur_in_integers(graph: ir.Graph) -> int:
+    """LSTM becomes DynamicQuantizeLSTM: weights [directions, inputs, 4 units], a scale per direction and column.
+
+    Returns:
+        How many there are.
+    """
+    count = 0
+    for node in [n for n in graph if n.op_type == "LSTM" and not attribute(n, "layout", 0)]:
+        dequantizers = [value.producer() if value is not None else None for value in node.inputs[1:3]]
+        inputs = [*node.inputs, *[None] * (8 - len(node.inputs))]
+        for position, dq in enumerate(dequantizers, 1):
+            if dq is None or dq.op_type != "DequantizeLinear":
+                break
+            held, scale = (constant(value) for value in dq.inputs[:2])
+            assert held is not None and scale is not None
+            name, every = f"{node.name}.{'WR'[position - 1]}", np.tile(scale, (len(held), 1))
+            inputs[position] = add_initializer(graph, name, np.ascontiguousarray(held.swapaxes(1, 2)))
+            inputs.append(add_initializer(graph, f"{name}_scale", every))
+            inputs.append(add_initializer(graph, f"{name}_zero", np.zeros(every.shape, np.int8)))
+        else:
+            results = [ir.Value(name=v.name, type=v.type, shape=v.shape) for v in node.outputs]
+            known = [a for name, a in node.attributes.items() if name != "layout"]
+            own = ir.Node(OWN, "DynamicQuantizeLSTM", inputs, known, outputs=results, name=node.name)
+            ir.convenience.replace_nodes_and_values(graph, node, [node], [own], node.outputs, results)
+            count += 1
     return count
 
 

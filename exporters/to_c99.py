@@ -36,6 +36,7 @@ WHY_NOT: Mapping[Precision, str] = {
     "fp16": FLOATS,
     "bf16": FLOATS,
     "int8-fp16": FLOATS,
+    "fp8": FLOATS,
     "int16x8": WIDTH,
     "w4a8": WIDTH,
     "w3a8": WIDTH,

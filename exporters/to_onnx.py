@@ -29,6 +29,7 @@ CARRIES: tuple[Precision, ...] = (
 WHY_NOT: Mapping[Precision, str] = {
     "bf16": "ONNX Runtime has no bfloat16 kernels for processors",
     "int8-fp16": "ONNX Runtime's kernels for processors have no float16, and its optimizer breaks such files",
+    "fp8": "ONNX Runtime widens 8-bit floating point on processors and computes in float32",
 }
 
 

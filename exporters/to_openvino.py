@@ -18,6 +18,7 @@ NARROW = "OpenVINO's integer kernels for networks read weights and activations o
 WHY_NOT: Mapping[Precision, str] = {
     "bf16": "a plugin computes the fp32 file in bfloat16 by itself where the processor has it",
     "int8-fp16": "a plugin computes what is not integer in float16 by itself where it is told to",
+    "fp8": "no processor, GPU or NPU that a plugin is for computes in 8-bit floating point as Q/DQ graphs say it",
     "int16x8": NARROW,
     "w4a8": NARROW,
     "w3a8": NARROW,

@@ -4,9 +4,9 @@ Engines run only on the GPU and the TensorRT that built them, so this writes wha
 
 * ``model.fp32.onnx`` and ``model.int8.onnx``: float32 between the operators; TensorRT 8 and 10 pick the kernels' types
   (weak typing, ``--fp16``, ``--int8``); the operator set is the oldest parser's;
-* ``model.fp16.onnx`` and ``model.int8-fp16.onnx``: float16 between float32 inputs and outputs; the file's types are the
-  kernels' types (strong typing, TensorRT 10 and later; where a device only has older ones, the fp16 file is built with
-  ``--fp16``);
+* ``model.fp16.onnx``, ``model.int8-fp16.onnx`` and ``model.fp8.onnx``: float16 between float32 inputs and outputs; the
+  file's types are the kernels' types (strong typing, TensorRT 10 and later; where a device only has older ones, the
+  fp16 file is built with ``--fp16``);
 * ``golden/``, ``bundle.json``, ``build.py``, ``build.sh``, ``BUILD.md``: `./build.sh` on the device builds every
   variant its TensorRT can, checks and times them, and keeps the fastest.
 
@@ -30,14 +30,14 @@ import onnx_ir as ir
 
 from deploykit.core.artifact import Arrays, File, Island, Port, Runner, Runtime, TensorSpec
 from deploykit.core.errors import DeploykitError
-from deploykit.core.precision import FORMATS, Precision, is_integer
+from deploykit.core.precision import FORMATS, Precision, is_quantized
 from deploykit.core.target import Target
 from deploykit.exporters import refuse_uncarried
 from deploykit.exporters.half import bake_half
 from deploykit.exporters.tensorrt import lint as trt_lint
 from deploykit.exporters.tensorrt.device.build import PLANS, legal_plans
 from deploykit.exporters.tensorrt.golden import golden_inputs, least, signal_to_noise, write_arrays
-from deploykit.exporters.tensorrt.lint import Finding, lint, runs_in_int8
+from deploykit.exporters.tensorrt.lint import Finding, lint, runs_in_8_bits
 from deploykit.exporters.tensorrt.opset import lower_opset, verify_opset
 from deploykit.exporters.tensorrt.options import Options, options
 from deploykit.exporters.tensorrt.parsers import FLOAT16_WEIGHTS, unread
@@ -52,11 +52,12 @@ HOLDS = {
     "fp16": "float16 between float32 inputs and outputs",
     "int8": "Q/DQ in a float32 graph",
     "int8-fp16": "Q/DQ in a float16 graph",
+    "fp8": "Q/DQ of 8-bit floating point (E4M3) in a float16 graph",
 }
 """What the file of a precision holds, for the guide."""
 
 
-CARRIES: tuple[Precision, ...] = ("fp32", "fp16", "int8", "int8-fp16")
+CARRIES: tuple[Precision, ...] = ("fp32", "fp16", "int8", "int8-fp16", "fp8")
 KERNELS = "TensorRT's integer kernels for convolutions read weights and activations of 8 bits"
 STORED = "its weight-only kernels are for generated text; networks are built in int8 or fp16"
 WHY_NOT: Mapping[Precision, str] = {
@@ -104,7 +105,7 @@ def export(hubs: Mapping[Precision, Hub], target: Target, out_dir: Path) -> tupl
         _refuse_errors(found, precision, target)
         path = out_dir / f"model.{precision}.onnx"
         path.write_bytes(proto.SerializeToString(deterministic=True))
-        counts, islands = _integer_operators(proto, found, hub) if is_integer(precision) else ({}, ())
+        counts, islands = _quantized_operators(proto, found, hub) if is_quantized(precision) else ({}, ())
         in_islands = {island.layer for island in islands}
         notes += [str(f) for f in found if f.node not in in_islands]
         unreadable = precision == "fp16" and settings.newest < FLOAT16_WEIGHTS
@@ -185,8 +186,11 @@ def _runner(model: str | bytes, what: str, threads: int) -> Runner:
     # ORT's quantization passes give biases the scale s_x * s_w, which underflows in a float16 graph (top-1 falls to 0
     # on MobileNetV1), and are not what the device runs. Without them Q, DQ and the operators run as they are written.
     settings.add_session_config_entry("session.disable_quant_qdq", "1")
+    taking_float8_for_uint8 = ["ReluQuantRewrite"]  # drops the Relu in front of a QuantizeLinear
     try:
-        session = ort.InferenceSession(model, settings, providers=["CPUExecutionProvider"])
+        session = ort.InferenceSession(
+            model, settings, providers=["CPUExecutionProvider"], disabled_optimizers=taking_float8_for_uint8
+        )
     except Exception as error:  # ORT's exceptions have no common base class
         raise DeploykitError(f"{what} is not an ONNX file ONNX Runtime can run: {str(error).splitlines()[0]}") from None
     first = session.get_inputs()[0].shape[0]
@@ -219,9 +223,9 @@ def runtime() -> Runtime:
 
 def _variant(hub: Hub, precision: Precision, settings: Options) -> tuple[onnx.ModelProto, list[str]]:
     """One variant's model, verified, and notes about it."""
-    if is_integer(precision) and hub.quantized is None:
+    if is_quantized(precision) and hub.quantized is None:
         raise DeploykitError(f"{precision} needs calibration: give --calib")
-    source = hub.quantized if is_integer(precision) else hub.graph.model
+    source = hub.quantized if is_quantized(precision) else hub.graph.model
     assert source is not None
     opset, oldest = settings.readers(precision)
     model = bind_batch(source, settings.bound)
@@ -255,10 +259,10 @@ def _refuse_errors(found: tuple[Finding, ...], precision: Precision, target: Tar
         raise DeploykitError(f"{target.name}: TensorRT would reject model.{precision}.onnx: {'; '.join(errors)}")
 
 
-def _integer_operators(
+def _quantized_operators(
     proto: onnx.ModelProto, found: tuple[Finding, ...], hub: Hub
 ) -> tuple[dict[str, int], tuple[Island, ...]]:
-    """How many linear operators run in int8, and why the others do not."""
+    """How many linear operators run in 8 bits, and why the others do not."""
     sentences = {f.node: f.sentence for f in found if f.severity == "S"}
     decisions = {d.layer: d.why for d in hub.decisions if not d.quantized}
     counts: Counter[str] = Counter()
@@ -267,7 +271,7 @@ def _integer_operators(
         if node.op_type not in PRODUCTS:
             continue
         layer = trt_lint.name(node)
-        if runs_in_int8(node):
+        if runs_in_8_bits(node):
             counts[node.op_type] += 1
         else:
             why = sentences.get(layer) or decisions.get(layer) or "its inputs are not quantized"

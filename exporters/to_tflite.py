@@ -19,6 +19,7 @@ CARRIES: tuple[Precision, ...] = ("fp32", "fp16", "int16x8", "int8", "w8", "dyna
 WHY_NOT: Mapping[Precision, str] = {
     "bf16": "LiteRT has no bfloat16 kernels for processors",
     "int8-fp16": "XNNPACK computes in float16 by itself where it is told to, from any file",
+    "fp8": "LiteRT has no kernels for 8-bit floating point",
     "w4": "LiteRT reads no weights in groups",
     "w4a4": "LiteRT has no kernels for activations of 4 bits",
 }

@@ -19,12 +19,20 @@ def names() -> list[str]:
 def load(name: str) -> Target:
     """The target of that name, or the one in a TOML file of the user's (``my-board.toml``).
 
+    Its own numbers are integers.
+
     Raises:
         DeploykitError: no such target (with the nearest name), or the profile is not valid.
     """
     path = _path(name)
     table = _merged(path, seen=())
-    return from_table(Target, {"name": path.stem, **table}, f"target {path.name}")
+    target = from_table(Target, {"name": path.stem, **table}, f"target {path.name}")
+    if target.quant.grid != "integer":
+        raise DeploykitError(
+            f'target {path.name} [quant]: grid = "{target.quant.grid}" is that of the precision fp8, which is named in '
+            "on_request"
+        )
+    return target
 
 
 def base(name: str) -> Target | None:

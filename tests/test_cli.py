@@ -57,7 +57,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("desk")
     (folder / "net.onnx").write_bytes(residual().bytes)
     (folder / "nets.py").write_text(NETS)
-    (folder / "prune.toml").write_text('[[step]]\nname = "prune"\nsparsity = 0.5\n')
+    (folder / "prune.toml").write_text('[[step]]\nname = "sparsify"\nsparsity = 0.5\n')
     np.save(folder / "calib.npy", normal(9, 20, 3, 8, 8))
     np.savez(folder / "test.npz", x=normal(8, 40, 3, 8, 8), y=np.arange(40) % 4)
     np.savez(folder / "table.npz", x=normal(3, 60, 4), y=np.arange(60) % 3)
@@ -290,7 +290,7 @@ def test_ranges_are_enough_for_integer_files() -> None:
 
 def test_a_compressed_folder_is_a_model() -> None:
     said = enter("compress nets.py:build --recipe prune.toml --calib table.npz -o small")
-    assert (said.code, said.out) == (0, "small: Prune(sparsity=0.5)\n")
+    assert (said.code, said.out) == (0, "small: Sparsify(sparsity=0.5)\n")
     small: Any = load("small")
     weights = [small.hidden.weight, small.out.weight]
     zeros = sum(int((w == 0).sum()) for w in weights)
@@ -350,7 +350,7 @@ def test_plan_says_which_steps_apply_and_why_the_others_do_not() -> None:
     assert said.code == 0
     lines = {line.split("(")[0].strip(): line for line in said.out.splitlines()[2:]}
     assert lines["+ equalize"] and lines["+ weight_correct"]
-    assert "pays where unstructured or small_file does" in lines["- prune"]
+    assert "pays where unstructured or small_file does" in lines["- sparsify"]
     assert "needs --train" in lines["- qat"]
     assert "works on the model" in enter("plan net.onnx --target mobile-arm").out
 
@@ -415,7 +415,7 @@ def test_calibrate_and_compress_answer_in_json_too() -> None:
     found = json.loads(enter("calibrate net.onnx --calib calib.npy --json -o again.json").out)
     assert found["out"] == "again.json" and found["tensors"] > 3 and found["samples"] > 3
     said = enter("compress nets.py:build --recipe prune.toml --calib table.npz --json -o half")
-    assert json.loads(said.out) == {"out": "half", "steps": ["Prune(sparsity=0.5)"]}
+    assert json.loads(said.out) == {"out": "half", "steps": ["Sparsify(sparsity=0.5)"]}
 
 
 def test_doctor_names_what_is_installed() -> None:

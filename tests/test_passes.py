@@ -22,7 +22,7 @@ from deploykit.hub.structure import bake
 from deploykit.hub.training.module import HubModule
 from deploykit.passes.bias_correct import BiasCorrect
 from deploykit.passes.equalize import Equalize
-from deploykit.passes.prune import Prune
+from deploykit.passes.sparsify import Sparsify
 from deploykit.passes.qat import Qat
 from deploykit.trainer import Trainer
 from tests.graphs import conv_relu_conv, graph, images, measured, normal, residual, run
@@ -174,7 +174,7 @@ def test_equalization_helps_per_tensor_weights() -> None:
 def test_pruning_removes_the_smallest_weights_of_the_whole_network(sparsity) -> None:
     net = SmallNet()
     weights = torch.cat([p.flatten() for n, p in net.named_parameters() if p.ndim > 1])
-    plain, masks = bake(Prune(sparsity)(net, context(images())))
+    plain, masks = bake(Sparsify(sparsity)(net, context(images())))
     left = torch.cat([p.flatten() for n, p in plain.named_parameters() if p.ndim > 1])
     removed = np.concatenate([~m.flatten() for m in masks.values()])
     assert removed.mean() == pytest.approx(sparsity, abs=0.01)
@@ -184,18 +184,18 @@ def test_pruning_removes_the_smallest_weights_of_the_whole_network(sparsity) -> 
 def test_pruning_takes_exactly_the_share_also_among_equal_magnitudes() -> None:
     layer = torch.nn.Linear(10, 10)
     torch.nn.init.constant_(layer.weight, 0.5)
-    _, masks = bake(Prune(0.1)(torch.nn.Sequential(layer).eval(), context(images())))
+    _, masks = bake(Sparsify(0.1)(torch.nn.Sequential(layer).eval(), context(images())))
     assert sum(int((~m).sum()) for m in masks.values()) == 10
 
 
 def test_a_pruned_model_is_in_the_mode_it_came_in() -> None:
-    assert not any(m.training for m in Prune(0.5)(SmallNet(), context(images())).modules())
+    assert not any(m.training for m in Sparsify(0.5)(SmallNet(), context(images())).modules())
 
 
 def test_the_mask_of_a_transposed_weight_is_followed() -> None:
     """A Linear on [n, t, c] becomes a MatMul with the transposed weight under another name."""
     net = torch.nn.Sequential(torch.nn.Linear(4, 6)).eval()
-    pruned = Prune(0.5)(net, context(images()))
+    pruned = Sparsify(0.5)(net, context(images()))
     made = lower(pruned, {"input": normal(0, 2, 3, 4)})
     (mask,) = made.masks.values()
     (name,) = made.masks
@@ -206,7 +206,7 @@ def test_the_mask_of_a_transposed_weight_is_followed() -> None:
 def test_zeros_of_layers_left_in_float_survive_training_too() -> None:
     net, data = SmallNet(), images(32)
     here = context(data, original=net, trainer=Trainer(TrainSettings(batch=8)))
-    made = lower(Prune(0.6)(net, here), {"x": normal(0, 2, 3, 8, 8)})
+    made = lower(Sparsify(0.6)(net, here), {"x": normal(0, 2, 3, 8, 8)})
     hub = quantize(made, measured(made, data), QuantSpec(), keep_float=["conv"])
     trained = Qat(steps=3, learning_rate=1e-2)(hub, here)
     weight = trained.quantized.graph.initializers["conv.weight"].const_value.numpy()
@@ -216,7 +216,7 @@ def test_zeros_of_layers_left_in_float_survive_training_too() -> None:
 def test_pruning_leaves_the_original_alone() -> None:
     net = SmallNet()
     before = copy.deepcopy(net.state_dict())
-    Prune(0.5)(net, context(images()))
+    Sparsify(0.5)(net, context(images()))
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
 
 
@@ -224,7 +224,7 @@ def test_zeros_survive_every_later_stage_of_a_network_with_normalisation() -> No
     """prune -> lower (BN folded) -> equalize -> quantize -> bias correction -> qat."""
     net, data = SmallNet(), images(32)
     here = context(data, original=net, trainer=Trainer(TrainSettings(batch=8)))
-    pruned = Prune(0.6)(net, here)
+    pruned = Sparsify(0.6)(net, here)
     made = lower(pruned, {"x": normal(0, 2, 3, 8, 8)})
     assert set(made.masks) == {"conv.weight", "depthwise.weight", "head.weight"}
 

@@ -208,7 +208,7 @@ profits = ["unstructured", "int8", "int4"]
 [quant]
 weight_bits = 4
 """
-PRUNE = '[[step]]\nname = "prune"\nsparsity = 0.5\n'
+PRUNE = '[[step]]\nname = "sparsify"\nsparsity = 0.5\n'
 EQUALIZE = '[[step]]\nname = "equalize"\n'
 QAT = '[[step]]\nname = "qat"\nsteps = 60\nlearning_rate = 0.001\n'
 
@@ -244,7 +244,7 @@ def test_prune_equalize_and_train_at_four_bits_in_one_recipe(tmp_path: Path, tin
             recipe=recipe(tmp_path, f"{steps}[train]\nbatch = 32\n"),
         )  # fmt: skip
     manifest = load_manifest(tmp_path / "trained")
-    assert [step.split("(")[0] for step in manifest.steps] == ["Prune", "Equalize", "Gptq", "Qat"]
+    assert [step.split("(")[0] for step in manifest.steps] == ["Sparsify", "Equalize", "Gptq", "Qat"]
     for artifact in found.values():
         arrays = weights(artifact)
         assert len(arrays) == 3
@@ -273,8 +273,8 @@ def test_what_an_exporter_cannot_write_is_refused_before_anything_is_trained_or_
         raise AssertionError("the long work began")
 
     monkeypatch.setattr(pipeline.steps, "calibrate", long_work)
-    monkeypatch.setattr(passes.load("prune"), "__call__", long_work)
-    steps = Recipe((Step("prune", {"sparsity": 0.5}),))
+    monkeypatch.setattr(passes.load("sparsify"), "__call__", long_work)
+    steps = Recipe((Step("sparsify", {"sparsity": 0.5}),))
     with pytest.raises(DeploykitError, match=said):
         out(tmp_path, Warped(), target, {"x": normal(0, 8, 2, 4, 4)}, recipe=steps, force=True)
 
@@ -303,18 +303,18 @@ def test_targets_of_one_run_get_what_each_would_get_alone(desk: Path) -> None:
 
 
 def test_a_step_that_cannot_pay_runs_only_by_force_and_is_noted(tmp_path: Path, tiny_mlp: TinyMLP) -> None:
-    steps = Recipe((Step("prune", {"sparsity": 0.25}),))
+    steps = Recipe((Step("sparsify", {"sparsity": 0.25}),))
     with pytest.raises(DeploykitError, match=r"Prune\(sparsity=0.25\) cannot pay on target 'x86'"):
         out(tmp_path, tiny_mlp, "x86", normal(0, 40, 4), recipe=steps)
     out(tmp_path, tiny_mlp, "x86", normal(0, 40, 4), recipe=steps, force=True, gate=LENIENT)
     manifest = load_manifest(tmp_path / "x86")
-    assert manifest.steps == ("Prune(sparsity=0.25)", "WeightCorrect(samples=64, positions=16, widest=256)")
+    assert manifest.steps == ("Sparsify(sparsity=0.25)", "WeightCorrect(samples=64, positions=16, widest=256)")
     assert "cannot pay" in " ".join(manifest.notes)
 
 
 def test_the_model_that_is_exported_is_not_changed(tmp_path: Path, tiny_mlp: TinyMLP) -> None:
     before = {name: value.clone() for name, value in tiny_mlp.state_dict().items()}
-    steps = Recipe((Step("prune", {"sparsity": 0.5}), Step("equalize")))
+    steps = Recipe((Step("sparsify", {"sparsity": 0.5}), Step("equalize")))
     out(tmp_path, tiny_mlp, "mobile-arm", normal(0, 40, 4), recipe=steps, gate=LENIENT)
     after = tiny_mlp.state_dict()
     assert before.keys() == after.keys()

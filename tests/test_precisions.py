@@ -30,7 +30,9 @@ from deploykit.core.precision import (
     PRECISIONS,
     Precision,
     integers,
+    is_corrected,
     is_integer,
+    is_quantized,
     nearest,
     needs_calibration,
     spec_of,
@@ -48,6 +50,7 @@ from deploykit.verify import verify
 
 STATIC = [p for p in PRECISIONS if FORMATS[p].kind == "static"]
 FLOAT = [p for p in PRECISIONS if FORMATS[p].kind == "float"]
+FLOAT8 = [p for p in PRECISIONS if FORMATS[p].kind == "float8"]
 TARGETS = {"onnx": "x86", "tflite": "mobile-arm", "openvino": "x86-openvino", "tensorrt": "jetson", "c99": "cortex-m4"}
 LENIENT = Gate(min_agreement=1.0)
 
@@ -74,8 +77,10 @@ def test_every_precision_has_a_format_and_what_comes_nearest_to_it_is_known() ->
 
 
 def test_integers_are_told_from_floats() -> None:
-    assert [p for p in PRECISIONS if not is_integer(p)] == FLOAT == ["fp32", "fp16", "bf16"]
-    assert [p for p in PRECISIONS if needs_calibration(p)] == STATIC
+    assert [p for p in PRECISIONS if not is_quantized(p)] == FLOAT == ["fp32", "fp16", "bf16"]
+    assert [p for p in PRECISIONS if is_quantized(p) and not is_integer(p)] == FLOAT8 == ["fp8"]
+    assert {p for p in PRECISIONS if needs_calibration(p)} == {*STATIC, *FLOAT8}
+    assert [p for p in PRECISIONS if is_corrected(p)] == STATIC
     assert integers(["original", "fp16", "w4a8", "all", "int8"]) == ("w4a8", "int8")
     assert not is_integer("original")
 
@@ -248,7 +253,7 @@ def test_what_a_target_takes_its_exporter_writes(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", TARGETS)
-@pytest.mark.parametrize("precision", [*FLOAT, *STATIC])
+@pytest.mark.parametrize("precision", [*FLOAT, *FLOAT8, *STATIC])
 def test_a_precision_is_written_and_runs_like_its_hub_or_is_refused_with_the_nearest(
     name: str, precision: Precision, tmp_path: Path
 ) -> None:
@@ -399,6 +404,8 @@ def test_pixels_are_folded_into_a_first_layer_that_keeps_seven_bits(tmp_path: Pa
     [
         ("jetson", "w4a8", ("TensorRT's integer kernels", "--precision int8.")),
         ("jetson-nano", "int8-fp16", ("--precision fp16.",)),
+        ("gpu-t4", "fp8", ("fp8 tensor cores begin with compute capability 8.9", "--precision int8-fp16.")),
+        ("x86", "fp8", ("widens 8-bit floating point", "--precision int8.")),
         (
             "mobile-arm",
             "w4a4",

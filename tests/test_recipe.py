@@ -37,9 +37,11 @@ def load(tmp_path: Path, text: str) -> Recipe:
 
 
 def test_steps_keep_their_order_and_options(tmp_path: Path) -> None:
-    recipe = load(tmp_path, '[[step]]\nname = "prune"\nsparsity = 0.5\n[[step]]\nname = "qat"\n[train]\nepochs = 2\n')
-    assert recipe == Recipe((Step("prune", {"sparsity": 0.5}), Step("qat")), TrainSettings(epochs=2.0))
-    assert [str(s) for s in recipe.steps] == ["prune(sparsity=0.5)", "qat()"]
+    recipe = load(
+        tmp_path, '[[step]]\nname = "sparsify"\nsparsity = 0.5\n[[step]]\nname = "qat"\n[train]\nepochs = 2\n'
+    )
+    assert recipe == Recipe((Step("sparsify", {"sparsity": 0.5}), Step("qat")), TrainSettings(epochs=2.0))
+    assert [str(s) for s in recipe.steps] == ["sparsify(sparsity=0.5)", "qat()"]
 
 
 def test_an_empty_file_is_the_empty_recipe(tmp_path: Path) -> None:
@@ -49,8 +51,8 @@ def test_an_empty_file_is_the_empty_recipe(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ('[[stp]]\nname = "prune"', "no key 'stp'. Did you mean 'step'?"),
-        ('[step]\nname = "prune"', "with two brackets"),
+        ('[[stp]]\nname = "sparsify"', "no key 'stp'. Did you mean 'step'?"),
+        ('[step]\nname = "sparsify"', "with two brackets"),
         ("step = [1]", "with two brackets"),
         ("[[step]]\nsparsity = 1", "step 1 has no name"),
         ('[[step]]\nname = "a"\n[[step]]\nname = 3', "step 2 has no name"),

@@ -128,7 +128,7 @@ def test_what_is_installed_is_known_by_its_version_and_not_hashed() -> None:
 
 
 def test_a_compressed_folder_is_hashed_with_the_factory_it_came_from(factory: str) -> None:
-    Path("prune.toml").write_text('[[step]]\nname = "prune"\nsparsity = 0.5\n')
+    Path("prune.toml").write_text('[[step]]\nname = "sparsify"\nsparsity = 0.5\n')
     assert enter(f"compress {factory} --recipe prune.toml --calib table.npy -o small").code == 0
     found = files_read(Request("small", "x86"))
     assert {"small/structure.json", "small/model.safetensors", factory.removesuffix(":build")} <= set(found)

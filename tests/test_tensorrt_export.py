@@ -79,7 +79,7 @@ def test_every_profile_says_what_its_tensorrt_reads(target: Target) -> None:
     assert ("int8" in target.profits) == ("int8" in target.precisions)
     assert ("2:4" in target.profits) == (capability >= (8, 0)) == bool(facts.get("sparse_2_4", False))
     assert facts.get("int8", True) == ("int8" in target.precisions)
-    assert facts.get("fp8", capability >= (8, 9)) == (capability >= (8, 9))
+    assert facts.get("fp8", capability >= (8, 9)) == (capability >= (8, 9)) == ("fp8" in target.on_request)
     for end, key in ((found.oldest, "tensorrt_oldest"), (found.newest, "tensorrt_newest")):
         if key in facts:
             assert tuple(map(int, str(facts[key]).split(".")))[:2] == end[:2], key
@@ -94,7 +94,8 @@ def row(target: Target) -> str:
     title = target.title.removeprefix("NVIDIA ")
     capability = target.facts["compute_capability"].value
     zeros = "yes" if "2:4" in target.profits else "no"
-    cells = (f"`{target.name}`", title, capability, releases, ", ".join(target.precisions), sets, batch, zeros)
+    files = "; on request ".join(", ".join(some) for some in (target.precisions, target.on_request) if some)
+    cells = (f"`{target.name}`", title, capability, releases, files, sets, batch, zeros)
     return f"| {' | '.join(map(str, cells))} |"
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tensorrt_graphs import BROKEN, CONV, conv, hub, model, residual, samples, small_net, weights
 
 from deploykit import targets
-from deploykit.exporters.tensorrt.lint import lint, read, runs_in_int8
+from deploykit.exporters.tensorrt.lint import lint, read, runs_in_8_bits
 from deploykit.hub.graph import serialize
 
 
@@ -19,7 +19,7 @@ def test_a_graph_as_tensorrt_likes_it_breaks_no_rule() -> None:
     onnx.checker.check_model(residual(), full_check=True)
     assert lint(residual()) == ()
     products = [n for n in read(residual()).graph if n.op_type in ("Conv", "Gemm")]
-    assert [runs_in_int8(n) for n in products] == [True, True, True]
+    assert [runs_in_8_bits(n) for n in products] == [True, True, True]
 
 
 @pytest.mark.parametrize("wrong", BROKEN)
@@ -121,7 +121,7 @@ def test_the_hub_of_a_tensorrt_target_breaks_no_rule(target: str, channels: int,
     assert found.quantized is not None
     quantized = onnx.load_model_from_string(serialize(found.quantized))
     assert lint(quantized) == ()
-    assert all(runs_in_int8(n) for n in read(quantized).graph if n.op_type == "Conv")
+    assert all(runs_in_8_bits(n) for n in read(quantized).graph if n.op_type == "Conv")
 
 
 def test_canonical_quantization_is_refused_by_the_rules() -> None:

@@ -10,14 +10,16 @@ if TYPE_CHECKING:
     from deploykit.core.target import QuantSpec
 
 Precision = Literal[
-    "fp32", "fp16", "bf16", "int16x8", "int8", "int8-fp16", "w8", "dynamic", "w4", "w4a8", "w3a8", "w2a8",
+    "fp32", "fp16", "bf16", "int16x8", "int8", "int8-fp16", "fp8", "w8", "dynamic", "w4", "w4a8", "w3a8", "w2a8",
     "w4a4",
 ]  # fmt: skip
-Kind = Literal["float", "static", "weights", "dynamic"]
+Kind = Literal["float", "float8", "static", "weights", "dynamic"]
 """float    computed in floating point; nothing is calibrated
+float8   floating point of 8 bits, whose scales are chosen once, from sample data
 static   integers, whose scales are chosen once, from sample data
 weights  weights are integers, what is computed with them is not; nothing is calibrated
-dynamic  weights are integers, and inputs of products become integers by the range of each call; nothing is calibrated
+dynamic  weights are integers, and what they are multiplied with becomes integer by the range of each call; nothing is
+         calibrated
 """
 
 
@@ -33,11 +35,17 @@ class Format:
     numbers: Mapping[str, Any] = field(default_factory=dict)
     """The fields of a target's `QuantSpec` that it changes; empty: the target's own numbers."""
     half: bool = False
-    """What is not integer is float16."""
+    """What is not quantized is float16."""
 
 
 STORED: Mapping[str, Any] = {"placement": "weights", "weight_granularity": "channel", "scale": "float"}
 """What holds where weights alone are integers: they become floats again before anything is computed with them."""
+FLOAT8: Mapping[str, Any] = {
+    "grid": "float8", "activation_bits": 8, "port_bits": None, "activation_signed": True, "activation_symmetric": True,
+    "weight_bits": 8, "weight_granularity": "tensor", "scale": "float", "bias": "float", "placement": "linear_inputs",
+}  # fmt: skip
+"""What holds for floating point of 8 bits. A float is as fine for small numbers as for large ones, so channels of
+different size may share a scale, which kernels of every release take."""
 
 FORMATS: Mapping[Precision, Format] = {
     "fp32": Format("float32", "float", ()),
@@ -50,6 +58,10 @@ FORMATS: Mapping[Precision, Format] = {
     "int8": Format("8-bit activations and weights", "static", ("fp16", "fp32")),
     "int8-fp16": Format(
         "8-bit activations and weights, the rest in float16", "static", ("int8", "fp16", "fp32"), half=True
+    ),
+    "fp8": Format(
+        "8-bit floating point (E4M3) in convolutions and matrix products, the rest in float16", "float8",
+        ("int8-fp16", "int8", "fp16", "fp32"), FLOAT8, half=True,
     ),
     "w8": Format(
         "8-bit weights, activations in float", "weights", ("dynamic", "fp16", "fp32", "int8"),
@@ -79,18 +91,23 @@ FORMATS: Mapping[Precision, Format] = {
 PRECISIONS: tuple[Precision, ...] = tuple(FORMATS)
 
 
-def is_integer(precision: str) -> bool:
-    """Whether files of that precision hold integers, so that they are written from a quantized hub."""
+def is_quantized(precision: str) -> bool:
+    """Whether files of that precision are written from a quantized hub."""
     return precision in FORMATS and FORMATS[precision].kind != "float"  # type: ignore[index]
+
+
+def is_integer(precision: str) -> bool:
+    """Whether files of that precision hold integers."""
+    return is_quantized(precision) and FORMATS[precision].kind != "float8"  # type: ignore[index]
 
 
 def needs_calibration(precision: Precision) -> bool:
     """Whether sample data has to be seen before a file of that precision can be written."""
-    return FORMATS[precision].kind == "static"
+    return FORMATS[precision].kind in ("static", "float8")
 
 
 def is_corrected(precision: Precision) -> bool:
-    """Whether the hub steps run for files of that precision: they work on calibrated integers."""
+    """Whether the hub steps of the recipe run for files of that precision: they work on calibrated integers."""
     return FORMATS[precision].kind == "static"
 
 

@@ -42,7 +42,7 @@ class Step:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        """``prune(sparsity=0.5)``."""
+        """``sparsify(sparsity=0.5)``."""
         return f"{self.name}({', '.join(f'{k}={v!r}' for k, v in self.options.items())})"
 
 
@@ -81,7 +81,7 @@ def load_recipe(path: Path) -> Recipe:
     .. code-block:: toml
 
         [[step]]
-        name = "prune"
+        name = "sparsify"
         sparsity = 0.5
 
         [train]

@@ -16,6 +16,8 @@ GROUPS = (16, 32, 64, 128, 256)
 """Sizes of groups that kernels read."""
 WIDTHS = (*range(2, 9), 16)
 """Bits of activations that there is a storage for."""
+LARGEST_FLOAT8 = 448
+"""Of E4M3: 1.75 * 2^8 (Micikevicius et al., FP8 formats for deep learning, 2022, table 1)."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,9 @@ class QuantSpec:
     are stored in 4, so that what lies outside their range is cut at its ends.
     """
 
+    grid: Literal["integer", "float8"] = "integer"
+    """What numbers are rounded to once they are divided by their scale: integers, or E4M3, floating point of 8 bits (a
+    sign, 4 bits of exponent, 3 of mantissa), which the precision fp8 asks for."""
     activation_bits: int = 8
     port_bits: int | None = None
     """Bits of the network's inputs and outputs; None: as many as activations have."""
@@ -68,13 +73,17 @@ class QuantSpec:
 
     @property
     def activation_storage(self) -> str:
-        """What activations are stored in, as numpy calls it, e.g. ``"uint8"``."""
+        """What activations are stored in, as ONNX calls it, e.g. ``"uint8"``."""
+        if self.grid == "float8":
+            return "float8e4m3fn"
         bits = self.activation_bits if self.activation_bits in (4, 16) else 8
         return f"{'int' if self.activation_signed else 'uint'}{bits}"
 
     @property
     def activation_range(self) -> tuple[int, int]:
         """Smallest and largest stored activation."""
+        if self.grid == "float8":
+            return -LARGEST_FLOAT8, LARGEST_FLOAT8
         if self.activation_symmetric and self.activation_signed:
             top = 2 ** (self.activation_bits - 1) - 1
             return -top, top
@@ -85,7 +94,7 @@ class QuantSpec:
     @property
     def weight_max(self) -> int:
         """Largest stored weight magnitude."""
-        return int(2 ** (self.weight_bits - 1) - 1)
+        return LARGEST_FLOAT8 if self.grid == "float8" else int(2 ** (self.weight_bits - 1) - 1)
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ def chosen_file(manifest: Manifest, precision: str | None, folder: str) -> File:
     """
     files = {f.precision: f for f in manifest.files if is_integer(f.precision)}
     if not files:
-        raise DeploykitError(f"{folder}: every operator is float, nothing was quantized. --calib DATA does that.")
+        raise DeploykitError(f"{folder}: every operator is float, no file holds integers. --calib DATA adds one.")
     if precision is not None and precision not in files:
         raise unknown("integer file of precision", precision, files)
     return files[precision] if precision is not None else list(files.values())[-1]

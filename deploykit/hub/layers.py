@@ -28,7 +28,8 @@ class Layer:
 
     node: onnx.NodeProto
     x: str
-    """The integer tensor it reads (a QuantizeLinear output)."""
+    """The integer tensor it reads (a QuantizeLinear output). In 8-bit floating point, of which ONNX Runtime's Python
+    side makes no arrays, the real values behind it."""
     y: str
     """What its output, bias included, is called in the float graph."""
     weight: str
@@ -64,7 +65,8 @@ def _layer(node: onnx.NodeProto, slicer: Slicer) -> Layer | None:
     output = (holder or node).output[0]
     y = str(slicer.renamed.get(output, output))
     stored, scale = (bias, "") if dequantizer is None else (dequantizer.input[0], dequantizer.input[1])
-    return Layer(node, x.input[0], y, w.input[0], w.input[1], holder, stored, scale)
+    is_float8 = slicer.initializers[w.input[0]].data_type == onnx.TensorProto.FLOAT8E4M3FN
+    return Layer(node, x.output[0] if is_float8 else x.input[0], y, w.input[0], w.input[1], holder, stored, scale)
 
 
 def _dequantizer(name: str, slicer: Slicer) -> onnx.NodeProto | None:

@@ -5,6 +5,7 @@ Nobody else in the hub knows operators by name; exporters have translation table
 
 from __future__ import annotations
 
+from math import prod
 from typing import Literal
 
 import numpy as np
@@ -80,6 +81,10 @@ WHY_FLOAT = {
 }
 """Reasons that are worth more than "there is no rule"."""
 
+SMALL_FLOAT8_CHANNELS, MOST_FLOAT8_POSITIONS = 16, 32
+"""Convolutions with so few channels on a side gain nothing in 8-bit floating point (pull request 1083 of NVIDIA's Model
+Optimizer), and its kernels have so many positions at most (TensorRT 10.13 release notes, limitations)."""
+
 CANNOT_BE_STORED = "tables and recurrent layers stay in float where only inputs of products are quantized"
 
 
@@ -108,6 +113,24 @@ def why_float(node: ir.Node) -> str:
     if ROLES.get(node.op_type) in ("lookup", "recurrent", "arithmetic"):
         return "its weights are computed while the model runs"
     return WHY_FLOAT.get(node.op_type, f"{node.op_type} has no quantization rule")
+
+
+def why_not_float8(node: ir.Node) -> str:
+    """Why a product with constant weights stays as it is where the others compute in 8-bit floating point; empty where
+    it does not."""
+    weight = node.inputs[1].shape if node.inputs[1] is not None else None
+    if node.op_type == "ConvTranspose":
+        return "transposed convolutions have no fp8 kernels"
+    if node.op_type != "Conv" or weight is None:
+        return ""
+    outputs, inputs, *kernel = weight.numpy()
+    if attribute(node, "group", 1) > 1:
+        return "grouped convolutions have no fp8 kernels"
+    if prod(kernel) > MOST_FLOAT8_POSITIONS:
+        return f"its kernel has {prod(kernel)} positions, fp8 kernels have at most {MOST_FLOAT8_POSITIONS}"
+    if min(inputs, outputs) <= SMALL_FLOAT8_CHANNELS:
+        return f"fp8 is slower than float16 with {SMALL_FLOAT8_CHANNELS} channels or fewer on a side"
+    return ""
 
 
 def data_inputs(node: ir.Node) -> list[int]:

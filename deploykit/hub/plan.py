@@ -20,6 +20,7 @@ from deploykit.hub.operators import (
     is_float,
     role,
     why_float,
+    why_not_float8,
 )
 
 
@@ -104,7 +105,7 @@ def plan(graph: ir.Graph, spec: QuantSpec, keep_float: Iterable[str] = ()) -> Pl
                 made.decisions.append(Decision(node.op_type, name, False, why))
             continue
         if spec.placement == "linear_inputs":
-            _plan_linear_inputs(node, kind, made)
+            _plan_linear_inputs(node, kind, spec, made)
         elif kind in ("lookup", "recurrent"):
             _plan_storage(node, kind, made)
         else:
@@ -182,15 +183,21 @@ def _plan_everywhere(node: ir.Node, kind: str, spec: QuantSpec, wanted: set[str]
     return chain
 
 
-def _plan_linear_inputs(node: ir.Node, kind: str, made: Plan) -> None:
-    """Inputs of products, and the skip branch of residual adds: the other branch fuses with the product before it."""
-    if kind == "linear":
+def _plan_linear_inputs(node: ir.Node, kind: str, spec: QuantSpec, made: Plan) -> None:
+    """Inputs of products, and the skip branch of residual adds: the other branch fuses with the product before it.
+
+    In 8-bit floating point the skip branch stays as it is: it would lose more than in integers.
+    """
+    why = why_not_float8(node) if kind == "linear" and spec.grid == "float8" else ""
+    if why:
+        made.decisions.append(Decision(node.op_type, name_of(node), False, why))
+    elif kind == "linear":
         made.integer[name_of(node)] = None
         made.inputs.append((node, 0))
         made.decisions.append(Decision(node.op_type, name_of(node), True))
     elif kind in ("lookup", "recurrent"):
         made.decisions.append(Decision(node.op_type, name_of(node), False, CANNOT_BE_STORED))
-    elif node.op_type == "Add" and all(constant(v) is None for v in node.inputs):
+    elif node.op_type == "Add" and spec.grid == "integer" and all(constant(v) is None for v in node.inputs):
         products = [i for i in (0, 1) if _is_lone_product(node.inputs[i])]
         if products:
             made.inputs.append((node, 1 - products[0]))

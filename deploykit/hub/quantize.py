@@ -1,4 +1,7 @@
-"""Float graph + ranges + QuantSpec -> hub: sets scales once and inserts Q/DQ where the plan wants integers."""
+"""Float graph + ranges + QuantSpec -> hub: sets scales once and inserts Q/DQ where the plan wants integers.
+
+Where the spec wants 8-bit floating point, read that for integers: it only rounds otherwise.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ import onnx_ir as ir
 from deploykit.calibration.thresholds import threshold
 from deploykit.core.errors import DeploykitError
 from deploykit.core.ranges import Ranges, Stats
-from deploykit.core.target import QuantSpec
+from deploykit.core.target import LARGEST_FLOAT8, QuantSpec
 from deploykit.hub.graph import FloatGraph, Hub, add_initializer, attribute, constant, drop_unused, fresh_name
 from deploykit.hub.operators import bias_of, is_float, role, weight_axis
 from deploykit.hub.plan import Plan, name_of, plan, root_of
@@ -58,7 +61,8 @@ def quantize(
         ranges: statistics of exactly this graph.
         spec: how numbers are stored and where.
         method: how thresholds are chosen (`deploykit.calibration.thresholds`); graph outputs always use min-max,
-            because cutting the largest logit changes the answer.
+            because cutting the largest logit changes the answer, and so does 8-bit floating point, which is as fine
+            for small numbers wherever its range ends.
         keep_float: names of nodes that stay in float, or patterns of names.
 
     Raises:
@@ -126,7 +130,7 @@ def quantize(
     for node in made.stored:
         _store_weights(g, node, spec, shared)
     drop_unused(g)
-    if not {spec.activation_storage, spec.ports.activation_storage} <= {"int8", "uint8"}:
+    if not {spec.activation_storage, spec.ports.activation_storage} <= {"int8", "uint8", "float8e4m3fn"}:
         model.opset_imports[""] = max(model.opset_imports[""], OPSET)
         model.ir_version = max(model.ir_version, IR_VERSION)
     weights = {name_of(_stored(value)): name for (name, _, _), value in shared.items()}
@@ -191,7 +195,7 @@ def _activation_params(graph: ir.Graph, made: Plan, ranges: Ranges, spec: QuantS
             raise DeploykitError(f"the ranges have no tensor '{name}'; calibrate again")
         stats: Stats = ranges.tensors[name]
         bottom, top = specs.get(root, spec).activation_range
-        how = "minmax" if name in exact else method
+        how = "minmax" if name in exact or spec.grid == "float8" else method
         low, high = threshold(stats, how, top - bottom, spec.activation_symmetric)
         lows[root] = min(lows.get(root, 0.0), low)
         highs[root] = max(highs.get(root, 0.0), high)
@@ -282,10 +286,22 @@ def weight_scale(
     return np.asarray(scale, np.float32)
 
 
-def round_weight(weight: NDArray[Any], scale: NDArray[np.float32], axis: int, spec: QuantSpec) -> NDArray[np.int8]:
-    """Nearest integers in float32 arithmetic (as torch rounds in training), halves to even, within the spec's range."""
+def round_float8(steps: NDArray[Any]) -> NDArray[Any]:
+    """Nearest E4M3 values, halves to even; what lies beyond the largest becomes the largest, as in QuantizeLinear."""
+    cut = np.clip(steps, -LARGEST_FLOAT8, LARGEST_FLOAT8)
+    return np.asarray(cut, np.float32).astype(ir.DataType.FLOAT8E4M3FN.numpy())
+
+
+def round_weight(weight: NDArray[Any], scale: NDArray[np.float32], axis: int, spec: QuantSpec) -> NDArray[Any]:
+    """Nearest integers in float32 arithmetic (as torch rounds in training), halves to even, within the spec's range.
+
+    Returns:
+        int8, or float8_e4m3fn under that grid.
+    """
     shape = [-1 if i == axis else 1 for i in range(weight.ndim)]
     steps = np.divide(weight, scale.reshape(shape), dtype=np.float32)
+    if spec.grid == "float8":
+        return round_float8(steps)
     np.rint(steps, out=steps)
     return np.asarray(np.clip(steps, -spec.weight_max, spec.weight_max, out=steps), np.int8)
 
@@ -327,7 +343,8 @@ def _quantize_weights(
         stored = round_weight(weight, scale, axis, spec)
         if name in masks:
             assert not stored[~masks[name]].any(), f"quantizing filled zeros of {name}"
-        shared[key] = dequantize_constant(graph, node, f"{name}_q", stored, scale, axis)
+        along = (scale[0], None) if spec.grid == "float8" else (scale, axis)  # its kernels take one number
+        shared[key] = dequantize_constant(graph, node, f"{name}_q", stored, *along)
     node.replace_input_with(1, shared[key])
     if bias is None or (node.op_type == "MatMul" and (bias_value is None or spec.bias == "float")):
         return
@@ -417,9 +434,10 @@ def _constant_operand(graph: ir.Graph, node: ir.Node, value: ir.Value, p: QParam
 
 
 def dequantize_constant(
-    graph: ir.Graph, node: ir.Node, name: str, stored: NDArray[Any], scale: NDArray[np.float32], axis: int
+    graph: ir.Graph, node: ir.Node, name: str, stored: NDArray[Any], scale: NDArray[np.float32], axis: int | None
 ) -> ir.Value:
-    """Integers behind a DequantizeLinear in front of ``node``, one scale per index of ``axis``; zero points are 0."""
+    """Integers behind a DequantizeLinear in front of ``node``; zero points are 0. There is one scale per index of
+    ``axis``; None: one in all."""
     held = add_initializer(graph, name, stored)
     scales = add_initializer(graph, f"{name}_scale", scale)
     zeros = add_initializer(graph, f"{name}_zero", np.zeros(scale.shape, stored.dtype))

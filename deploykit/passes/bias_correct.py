@@ -26,7 +26,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BiasCorrect:
-    """Empirical, sequential bias correction on all calibration samples. Weights and scales do not change."""
+    """Empirical, sequential bias correction on all calibration samples. Weights and scales do not change.
+
+    The one step that works on 8-bit floating point too: W_q and x_q are then floats of 8 bits.
+    """
 
     stage: ClassVar[Stage] = "hub"
     needs: ClassVar[tuple[Need, ...]] = ("data",)

@@ -1,65 +1,122 @@
-"""Magnitude pruning: the smallest weights of the whole network become zeros that stay zero.
+"""The channels that matter least are taken out of all layers that they run through: the network becomes narrower.
 
-Han et al. 2015, "Learning both Weights and Connections for Efficient Neural Networks", with one threshold for all
-layers. Weights of convolutions and linear layers take part; biases and normalisation do not. The zeros are held by a
-parametrization ``w = mask * v`` (`deploykit.hub.structure`), so later training cannot fill them.
+What can go together is found by running the network (`deploykit.pruning.groups`), what matters least by a criterion
+(`deploykit.pruning.criteria`), and how many go by the budget (`deploykit.pruning.budget`). The pruned network computes
+what the whole one does with the same channels zeroed; that is checked before it is handed on.
 """
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from deploykit.core.context import Context
-from deploykit.core.errors import DeploykitError
+from deploykit.core.errors import DeploykitError, some
+from deploykit.core.patterns import matching
+from deploykit.core.progress import say
 from deploykit.core.recipe import Stage
 from deploykit.core.target import Need, Profit
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import nn
+
+    from deploykit.pruning.groups import Channel
 
 
 @dataclass(frozen=True)
 class Prune:
-    """Sets the ``sparsity`` share of all weights with the smallest magnitude to zero."""
+    """Takes out the channels that matter least, until ``amount`` of the network is saved."""
 
-    sparsity: float
-    """Share of the weights to remove, 0 < sparsity < 1."""
+    amount: float
+    """Share to save, 0 <= amount < 1."""
+    of: Literal["macs", "params", "bytes", "channels"] = "macs"
+    """What is saved: multiply-accumulates, parameters, bytes of the weights, or channels."""
+    criterion: str = "fisher"
+    """How channels are ranked; a name in `deploykit.pruning.criteria`."""
+    scope: Literal["global", "layer"] = "global"
+    """global: the least important channels of the whole network; layer: the same share of every group of channels."""
+    skip: tuple[str, ...] = ()
+    """Layers whose output channels stay: names or patterns."""
+    multiple: int = 0
+    """What is left of a layer that loses channels is a multiple of this; 0: of the target's ``channel_multiple``."""
+    most: float = 0.9
+    """Largest share of a layer's channels that may go."""
 
     stage: ClassVar[Stage] = "model"
     needs: ClassVar[tuple[Need, ...]] = ()
-    pays_if: ClassVar[tuple[Profit, ...]] = ("unstructured", "small_file")
+    pays_if: ClassVar[tuple[Profit, ...]] = ("structured",)
 
     def __post_init__(self) -> None:
-        """Refuses a share outside (0, 1)."""
-        if not 0.0 < self.sparsity < 1.0:
-            raise ValueError(f"sparsity must lie between 0 and 1, given {self.sparsity}")
+        """Refuses options out of range."""
+        if not 0.0 <= self.amount < 1.0:
+            raise ValueError(f"amount must be at least 0 and below 1, given {self.amount}")
+        if not 0.0 < self.most < 1.0:
+            raise ValueError(f"most must lie between 0 and 1, given {self.most}")
+        if self.multiple < 0:
+            raise ValueError(f"multiple must be at least 0, given {self.multiple}")
 
     def __call__(self, model: nn.Module, context: Context) -> nn.Module:
-        """A pruned copy of the model.
+        """A narrower copy of the model.
 
         Raises:
-            DeploykitError: the model has no convolution or linear layer.
+            DeploykitError: an unknown criterion or layer, no data where the criterion needs some, a model whose
+                channels cannot be followed, or a budget that cannot be met.
         """
+        import copy
+
         import torch
 
-        from deploykit.hub.structure import attach_mask
+        from deploykit.pruning.budget import fit, ranked
+        from deploykit.pruning.criteria import comparable, criterion, importance
+        from deploykit.pruning.criteria.evidence import Evidence
+        from deploykit.pruning.groups import find_groups, together
+        from deploykit.pruning.layers import mixes, width
+        from deploykit.pruning.surgery import assert_equal, without
 
-        pruned = copy.deepcopy(model)
-        layers = [
-            layer for layer in pruned.modules()
-            if isinstance(layer, (torch.nn.Linear, torch.nn.modules.conv._ConvNd))
-        ]  # fmt: skip
-        if not layers:
-            raise DeploykitError("prune: the model has no convolution or linear layer")
-        with torch.no_grad():
-            magnitudes = torch.cat([layer.weight.abs().flatten() for layer in layers])
-            # exactly k of all layers' weights, also where magnitudes are equal
-            k = round(self.sparsity * magnitudes.numel())
-            lives = torch.ones_like(magnitudes, dtype=torch.bool)
-            lives[magnitudes.argsort(stable=True)[:k]] = False
-            parts = torch.split(lives, [layer.weight.numel() for layer in layers])
-            for layer, mask in zip(layers, parts, strict=True):
-                attach_mask(layer, "weight", mask.reshape(layer.weight.shape))
+        needs = criterion(self.criterion).needs
+        data = context.need("calibration", f"prune with {self.criterion}") if "data" in needs else None
+        if data is not None and data.labels is None and "labels" in needs:
+            raise DeploykitError(f"prune: criterion '{self.criterion}' needs labels, and {data.origin} has none")
+        if not context.example:
+            raise DeploykitError("prune: the context has no example to follow channels with")
+        whole = copy.deepcopy(model).eval().requires_grad_(True)
+        stay = matching("layer", self.skip, [name for name, layer in whole.named_modules() if mixes(layer)])
+        inputs = {name: torch.from_numpy(array) for name, array in context.example.items()}
+        sample = {name: tensor[:1] for name, tensor in inputs.items()}
+        groups = [group for group in find_groups(whole, sample) if not stay & set(group.writers)]
+        if not groups:
+            raise DeploykitError("prune: there are no channels that can be taken out of this model")
+        scores = importance(whole, groups, self.criterion, Evidence(sample, data, context.loss, context.seed))
+        size = self._size(context)
+        before = size(whole)
+
+        def saved(channels: list[Channel]) -> float:
+            return 1.0 - size(without(whole, together(channels))) / before
+
+        scores = comparable(scores, [saved([g.channels[0]]) for g in groups], criterion(self.criterion).in_cost)
+        order = ranked(whole, groups, scores, self.multiple or context.target.channel_multiple, self.most)
+        chosen = fit(order, self.amount, self.scope, saved)
+        removed = together(chosen)
+        narrower = [
+            f"{p.layer} {width(whole.get_submodule(p.layer), 'out')} -> "
+            f"{width(whole.get_submodule(p.layer), 'out') - len(own)}"
+            for p, own in removed.items()
+            if p.side == "out"
+        ]
+        say(f"prune: {saved(chosen):.1%} of the {self.of} saved; {some(narrower, 8)}")
+        pruned = without(model, removed)
+        assert_equal(model, pruned, removed, inputs)
         return pruned
+
+    def _size(self, context: Context) -> Callable[[nn.Module], float]:
+        """What the budget counts."""
+        if self.of == "channels":
+            from deploykit.pruning.layers import mixes, width
+
+            return lambda module: sum(width(layer, "out") for layer in module.modules() if mixes(layer))
+        cost = context.cost
+        if cost is None:
+            raise DeploykitError(f"prune: the context has no cost to count {self.of} with; use of = 'channels'")
+        return lambda module: float(getattr(cost(module), self.of))

@@ -12,7 +12,7 @@ from deploykit.core.artifact import Arrays, Check, File
 from deploykit.core.errors import DeploykitError
 from deploykit.core.golden import ORIGINAL, SAMPLES, Golden, hub_of, some_samples, some_values
 from deploykit.core.manifest import OperatorError, Score
-from deploykit.core.precision import FORMATS, Precision, integers, is_integer, needs_calibration
+from deploykit.core.precision import FORMATS, Precision, is_quantized, needs_calibration
 from deploykit.core.request import Gate, Settings
 from deploykit.core.target import Target
 from deploykit.pipeline.prepared import HELD_OUT, HELD_OUT_LABEL, Prepared
@@ -100,8 +100,8 @@ class Judge:
             if not judged:  # these inputs show whether the files compute the network, not how well it answers
                 found = replace(found, metric=None, agreement=None)
             checks += check.check_score(found, baseline, self.gate, exact=exact)
-            if is_integer(file.precision):
-                checks.append(check.check_integer(hub, file))
+            if is_quantized(file.precision):
+                checks.append(check.check_quantized(hub, file))
                 part = data.spread(HUB_SAMPLES)
                 assert hub.quantized is not None
                 theirs = check.answer(to_onnx.runner(session(hub.quantized, threads, optimize=False)), part, "hub")
@@ -110,7 +110,8 @@ class Judge:
                     ours, theirs, file.precision, self.gate, ties=needs_calibration(file.precision)
                 )
             checks += exporters.own_checks(exporter, hub, target, folder, file)
-            if is_integer(file.precision) and not FORMATS[file.precision].half:
+            shares_hub = FORMATS[file.precision].half and not FORMATS[file.precision].numbers  # with int8
+            if is_quantized(file.precision) and not shares_hub:
                 found_checks, errors = check.check_operators(hub, exporter, target, data, self.gate, file.precision)
                 checks += found_checks
                 operators += errors
@@ -154,7 +155,7 @@ class Judge:
         answers = {ORIGINAL: original}  # one runtime at a time: models may be large
         for file in files:
             answers[file.precision] = exporter.load(folder / file.path, 1)(inputs)
-        for precision in integers(hubs):
+        for precision in filter(is_quantized, hubs):
             quantized = hubs[precision].quantized
             if hub_of(precision) not in answers and quantized is not None:
                 answers[hub_of(precision)] = to_onnx.runner(session(quantized, optimize=False))(inputs)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from deploykit import exporters
+from deploykit import exporters, passes
 from deploykit.core.artifact import Check
 from deploykit.core.context import Context
 from deploykit.core.errors import DeploykitError
@@ -21,22 +21,21 @@ from deploykit.core.manifest import Manifest, Source, stored_files, versions
 from deploykit.core.precision import (
     FORMATS,
     Precision,
-    integers,
     is_corrected,
-    is_integer,
+    is_quantized,
     needs_calibration,
     spec_of,
 )
 from deploykit.core.progress import say, status
 from deploykit.core.ranges import Ranges
-from deploykit.core.recipe import Pass, Stage
+from deploykit.core.recipe import Pass, Stage, Step
 from deploykit.core.request import Gate, Request, Settings
 from deploykit.core.target import QuantSpec, Target
 from deploykit.pipeline import steps
 from deploykit.pipeline.judge import HUB_SAMPLES, NOT_EVALUATED, Judge
 from deploykit.pipeline.prepared import Prepared
 from deploykit.pipeline.steps import step_context
-from deploykit.planning import Planned, plan, precisions
+from deploykit.planning import Planned, plan, precisions, refusal
 
 if TYPE_CHECKING:
     from deploykit.check import Metric
@@ -135,9 +134,12 @@ class Road:
         settings, calibrated = self.settings, "calibration" in self.prepared.data
         found: dict[str, Pass] = {}
         for target in chosen:
-            for numbers in dict.fromkeys(spec_of(target.quant, p) for p in self._asked(target)):
+            for numbers, corrected in dict.fromkeys(
+                (spec_of(target.quant, p), is_corrected(p)) for p in self._asked(target)
+            ):
                 each = replace(target, quant=numbers)
-                planned = plan(settings.recipe, each, self.prepared.have, settings.correction and calibrated)
+                automatic = settings.correction and calibrated and corrected
+                planned = plan(settings.recipe, each, self.prepared.have, automatic)
                 found |= {
                     repr(p.step): p.step for p in planned if p.step.stage == stage and not (p.automatic and p.refusal)
                 }
@@ -153,8 +155,8 @@ class Road:
         problems: dict[str, None] = {}  # of all the targets, so that one look is enough
         for target in chosen:
             asked = self._asked(target)
-            floats = [p for p in asked if not is_integer(p)] or [p for p in target.precisions if p == "fp32"]
-            tried = [*floats, *(p for p in integers(asked) if FORMATS[p].numbers or not floats)]
+            floats = [p for p in asked if not is_quantized(p)] or [p for p in target.precisions if p == "fp32"]
+            tried = [*floats, *(p for p in asked if is_quantized(p) and (FORMATS[p].numbers or not floats))]
             try:
                 hubs = {p: self._take_pixels(self._stand_in(target, p), target)[0] for p in tried}
                 exporters.rehearse(exporters.load(target.exporter), hubs, target, final)
@@ -173,7 +175,7 @@ class Road:
         from deploykit.hub.weight_only import quantize_weights
 
         numbers = spec_of(target.quant, precision)
-        if not is_integer(precision):
+        if not is_quantized(precision):
             return Hub(self.reference, numbers)
         if not needs_calibration(precision):
             return quantize_weights(self.reference, numbers, self.settings.keep_float, search=False)
@@ -281,15 +283,12 @@ class Road:
         from deploykit.hub.weight_only import quantize_weights
 
         target = replace(target, quant=spec_of(target.quant, precision))
-        chosen: list[Planned] = []
-        if is_corrected(precision):
-            planned = plan(self.settings.recipe, target, self.prepared.have, self.settings.correction)
-            chosen = [p for p in planned if p.step.stage == "hub" and not (p.automatic and p.refusal)]
+        chosen = self._hub_steps(target, precision)
         done = tuple(repr(p.step) for p in chosen)  # targets of one spec may profit from different steps
-        key = target.quant, is_integer(precision), done
+        key = target.quant, is_quantized(precision), done
         if key in self.hubs:
             return self.hubs[key], done
-        if not is_integer(precision):
+        if not is_quantized(precision):
             self.hubs[key] = Hub(self.graph, target.quant)
             return self.hubs[key], done
         if not needs_calibration(precision):
@@ -307,6 +306,17 @@ class Road:
                 hub = p.step(hub, context)
         self.hubs[key] = hub
         return hub, done
+
+    def _hub_steps(self, target: Target, precision: Precision) -> list[Planned]:
+        """The steps that the hub of a precision goes through; all but bias correction choose integers."""
+        if is_corrected(precision):
+            planned = plan(self.settings.recipe, target, self.prepared.have, self.settings.correction)
+        elif needs_calibration(precision) and self.settings.correction:
+            step = passes.build(Step("bias_correct"))
+            planned = (Planned(step, refusal(step, target, self.prepared.have), automatic=True),)
+        else:
+            planned = ()
+        return [p for p in planned if p.step.stage == "hub" and not (p.automatic and p.refusal)]
 
     def _take_pixels(self, hub: Hub, target: Target) -> tuple[Hub, tuple[str, ...]]:
         """The hub as the files are written from it, and what the user should know."""

@@ -9,7 +9,7 @@ from typing import Literal
 from deploykit import targets
 from deploykit.core.artifact import Check
 from deploykit.core.manifest import Manifest
-from deploykit.core.precision import is_integer
+from deploykit.core.precision import is_integer, is_quantized
 from deploykit.core.ranges import Ranges
 from deploykit.report.rows import reason, rows
 from deploykit.report.scatter import NOT_THE_DEVICE
@@ -32,6 +32,10 @@ OUT_OF_REACH = "Time it there yourself: deploykit reaches devices with Linux or 
 IN_FLOATS = (
     "Nothing in this file is quantized: ask the steps of the recipe, where there are some, for less; or take another "
     "precision, or another version of the runtime."
+)
+IN_FLOAT8 = (
+    "There is no more to correct in 8-bit floating point: take --precision int8-fp16, or keep layers in float16 "
+    "(--keep-float NAME)."
 )
 
 CHECKS = {
@@ -95,7 +99,7 @@ def mend(check: Check, manifest: Manifest) -> str:
     """What to do about a check of an artifact that failed; empty: nothing is known."""
     found = next((m for start, m in CHECKS.items() if check.name.startswith(start)), "")
     if found is LOSSY and not is_integer(check.precision):
-        return IN_FLOATS
+        return IN_FLOAT8 if is_quantized(check.precision) else IN_FLOATS
     keep_it = "" if integers_only(manifest.exporter) else "keep it in float (--keep-float NAME), or "
     return found.format(worst=_keep_worst(manifest, check.precision), keep_it=keep_it)
 

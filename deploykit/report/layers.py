@@ -1,4 +1,4 @@
-"""Operator by operator, in the network's order: what is integer, what is in float and why, what quantizing costs."""
+"""Operator by operator, in the network's order: what is quantized, what is in float and why, what quantizing costs."""
 
 from __future__ import annotations
 
@@ -57,9 +57,9 @@ class Map:
 
     path: str
     integer: str
-    """What its integers are called: the precision."""
+    """What is not float is called: the precision."""
     half: bool
-    """Whether what is not integer is computed in 16 bits."""
+    """Whether what is float is computed in 16 bits."""
     cells: tuple[Cell, ...]
     blocks: tuple[Block, ...]
     errors: Axis | None

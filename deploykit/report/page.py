@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from deploykit import targets
 from deploykit.calibration.growth import convergence
-from deploykit.core.artifact import Measurement
+from deploykit.core.artifact import File, Measurement
 from deploykit.core.device import Facts
 from deploykit.core.figures import file_size, milliseconds, number, quotient
 from deploykit.core.manifest import Manifest, Score
@@ -43,7 +43,7 @@ def render(made: Made) -> str:
         usage=usage(m),
         road=road(m),
         facts=facts,
-        counts={f.path: _counts(f.quantized) for f in m.files if f.quantized},
+        counts={f.path: _counts(f) for f in m.files if f.quantized},
         maps=maps(m),
         integers_only=integers_only(m.exporter),
         unmeasured=next((c.detail for c in m.checks if c.name == "operators" and c.passed is None), ""),
@@ -199,5 +199,7 @@ def facts(device: Facts) -> tuple[tuple[str, str], ...]:
     return tuple((name, fact) for name, fact in said.items() if fact)
 
 
-def _counts(quantized: Mapping[str, int]) -> str:
-    return ", ".join(f"{n} {kind}" for kind, n in quantized.items())
+def _counts(file: File) -> str:
+    """How many operators of each kind compute in what."""
+    counts = ", ".join(f"{n} {kind}" for kind, n in file.quantized.items())
+    return f"{'integers' if is_integer(file.precision) else file.precision}: {counts}"

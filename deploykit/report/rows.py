@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from deploykit.core.artifact import File, Measurement
 from deploykit.core.manifest import Manifest, Score
-from deploykit.core.precision import is_integer
+from deploykit.core.precision import is_quantized
 
 ORIGINAL = "original"
 """Precision of the score of the model as it came in, which is no file."""
@@ -33,7 +33,7 @@ def rows(manifest: Manifest) -> tuple[Row, ...]:
     scores = {s.precision: s for s in reversed(manifest.scores)}
     measured = {m.precision: m for m in reversed(manifest.measurements)}
     sizes = {s.path: s.bytes for s in manifest.stored}
-    first = manifest.files[0] if manifest.files and not is_integer(manifest.files[0].precision) else None
+    first = manifest.files[0] if manifest.files and not is_quantized(manifest.files[0].precision) else None
     base = None if first is None else _bytes(first, sizes)
     found = [Row(manifest.target, ORIGINAL, None, None, None, scores[ORIGINAL], None)] if ORIGINAL in scores else []
     for file in manifest.files:

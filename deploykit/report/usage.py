@@ -163,7 +163,7 @@ def _readme(folder: Path, manifest: Manifest) -> str:
         "",
         f"Files for one device, made from `{manifest.model}` by deploykit{version}.",
         "",
-        "| file | precision | size | integer operators |",
+        "| file | precision | size | quantized operators |",
         "|---|---|---|---|",
     ]
     for file in manifest.files:

@@ -93,8 +93,8 @@ def name(node: ir.Node) -> str:
     return node.name or node.outputs[0].name or node.op_type
 
 
-def runs_in_int8(node: ir.Node) -> bool:
-    """Whether TensorRT runs this linear operator on integers: both inputs quantized the way its kernels want."""
+def runs_in_8_bits(node: ir.Node) -> bool:
+    """Whether TensorRT runs this linear operator in int8 or fp8: both inputs quantized the way its kernels want."""
     inputs_quantized = _dequantize(node.inputs[0]) is not None and _dequantize(node.inputs[1]) is not None
     broken = [rule(node) for rule in (_q9_linear, _q10, _q12)]
     return inputs_quantized and not any(True for found in broken for _ in found)
@@ -130,7 +130,7 @@ def _zero(node: ir.Node) -> ir.Value | None:
 
 
 def _stored(node: ir.Node) -> ir.DataType | None:
-    """The integer type a Q writes or a DQ reads."""
+    """The type a Q writes or a DQ reads."""
     value = node.outputs[0] if node.op_type == "QuantizeLinear" else node.inputs[0]
     zero = _zero(node)
     return zero.dtype if zero is not None and zero.dtype is not None else value.dtype if value is not None else None

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from deploykit.core.errors import DeploykitError
-from deploykit.core.precision import Precision
+from deploykit.core.precision import FORMATS, Precision
 from deploykit.core.tables import from_table
 from deploykit.core.target import Target
 from deploykit.exporters.tensorrt.device.build import parser_opset
@@ -29,7 +29,7 @@ class Options:
     batch: tuple[int, int, int]
     """Smallest, best and largest batch. Three equal numbers: the batch is bound in the files."""
     opset_strong: int | None = None
-    """Operator set of fp16 and int8-fp16 files, for TensorRT 10 (strong typing: the file's types are the kernels').
+    """Operator set of the float16 files, for TensorRT 10 (strong typing: the file's types are the kernels').
     Absent where every TensorRT of the range is older: fp16 files then have ``opset_weak``."""
 
     def __post_init__(self) -> None:
@@ -70,7 +70,8 @@ class Options:
 
     def typing(self, precision: Precision) -> Literal["weak", "strong"]:
         """What a file is written for: strong, its types are the kernels'; weak, flags allow more types."""
-        return "strong" if precision.endswith("fp16") and self.opset_strong is not None else "weak"
+        half = precision == "fp16" or FORMATS[precision].half
+        return "strong" if half and self.opset_strong is not None else "weak"
 
     def readers(self, precision: Precision) -> tuple[int, tuple[int, ...]]:
         """A file's operator set, and the oldest TensorRT that shall read it."""
@@ -104,9 +105,10 @@ def options(target: Target) -> Options:
         raise DeploykitError(
             f"target {target.name} [options]: operator set {highest} is above its opset = {target.opset}"
         )
-    if found.opset_strong is None and "int8-fp16" in target.precisions:
-        raise DeploykitError(
-            f"target {target.name}: int8-fp16 files need strong typing, which begins with TensorRT 10; "
-            f"this target has {found.trt[0]} to {found.trt[1]}. Leave int8-fp16 out of its precisions."
-        )
+    for precision in (*target.precisions, *target.on_request):
+        if found.opset_strong is None and FORMATS[precision].half:
+            raise DeploykitError(
+                f"target {target.name}: {precision} files need strong typing, which begins with TensorRT 10; "
+                f"this target has {found.trt[0]} to {found.trt[1]}. Leave {precision} out of its precisions."
+            )
     return found

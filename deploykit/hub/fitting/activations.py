@@ -47,9 +47,11 @@ class Activations:
             known.append(name)
 
     def mean(self, name: str) -> NDArray[np.float32]:
-        """Mean over all samples of the real values behind an integer tensor, ``[1, ...]``."""
-        scale, zero = self.parameters(name)
+        """Mean over all samples of the real values of a tensor, or of those behind an integer one, ``[1, ...]``."""
         self._spool(name)
+        if self._is_real(name):
+            return self._means[name].astype(np.float32)[None]
+        scale, zero = self.parameters(name)
         return ((self._means[name] - zero) * scale).astype(np.float32)[None]
 
     def batches(self, name: str) -> Iterator[NDArray[Any]]:
@@ -73,6 +75,10 @@ class Activations:
         scale, zero = (float(self.slicer.array(i)) for i in self.slicer.producer[name].input[1:3])
         return scale, zero
 
+    def _is_real(self, name: str) -> bool:
+        """Whether a tensor holds real values, as layers in 8-bit floating point are read."""
+        return bool(self.slicer.producer[name].op_type == "DequantizeLinear")
+
     def _spool(self, name: str) -> Spool:
         if name not in self._stored:
             self._stored[name] = self._compute(name)
@@ -80,7 +86,8 @@ class Activations:
 
     def _compute(self, name: str) -> Spool:
         sources = self.slicer.boundary([name], list(self._stored))
-        run = session(self.slicer.cut([name], list(self._stored)))
+        # the optimizer takes float8 for integers that end at 0, and drops a Relu in front of them
+        run = session(self.slicer.cut([name], list(self._stored)), optimize=not self._is_real(name))
         spool, total, rows = Spool(), np.zeros((), np.float64), 0
         for arrays in self._inputs(sources):
             (array,) = run.run(None, arrays)

@@ -60,6 +60,7 @@ PLANS = (
     Plan("fp16", "fp16", "strong", "fp16", ("--stronglyTyped",), (10, 0), "strong typing", (99, 0)),
     Plan("int8-weak", "int8", "weak", "int8-fp16", ("--int8", "--fp16"), (8, 0), "", (11, 0)),
     Plan("int8-fp16", "int8-fp16", "strong", "int8-fp16", ("--stronglyTyped",), (10, 0), "strong typing", (99, 0)),
+    Plan("fp8", "fp8", "strong", "fp8", ("--stronglyTyped",), (10, 2), "fp8 convolutions", (99, 0)),
 )
 
 

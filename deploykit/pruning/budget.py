@@ -1,0 +1,102 @@
+"""How many channels go: ranks, shares and multiples, until the budget is met."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor, nn
+
+from deploykit.core.errors import DeploykitError
+from deploykit.pruning.groups import Channel, Group
+from deploykit.pruning.layers import width
+
+Scope = Literal["global", "layer"]
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """A group whose channels are in order, least important first, and how many of them may go."""
+
+    channels: tuple[Channel, ...]
+    scores: tuple[float, ...]
+    allowed: tuple[int, ...]
+    """Ascending, from 0."""
+
+    def at_most(self, count: int) -> int:
+        """The largest number that may go, up to ``count``."""
+        return max(n for n in self.allowed if n <= count)
+
+
+def ranked(
+    model: nn.Module, groups: Sequence[Group], scores: Sequence[Tensor], multiple: int, most: float
+) -> list[Ranked]:
+    """The groups in the order in which their channels go.
+
+    Args:
+        scores: importance by group, ``[channels]``.
+        multiple: what is left of a layer that loses channels is a multiple of it, as far as groups can choose.
+        most: largest share of a group's channels that goes; one channel always stays.
+    """
+    found = []
+    for group, own in zip(groups, scores, strict=True):
+        order = own.argsort(stable=True).tolist()
+        limit = min(int(most * len(order) + 1e-9), len(order) - 1)
+        lost = [(width(model.get_submodule(p.layer), "out"), len(group.channels[0][p])) for p in group.ports
+                if p.side == "out"]  # fmt: skip
+        allowed = [n for n in range(limit + 1) if n == 0 or all((w - n * each) % multiple == 0 for w, each in lost)]
+        found.append(Ranked(tuple(group.channels[i] for i in order), tuple(own[order].tolist()), tuple(allowed)))
+    return found
+
+
+def chosen(groups: Sequence[Ranked], level: float, scope: Scope) -> list[Channel]:
+    """The channels that go at a level between 0 (none) and 1 (all that may go).
+
+    Args:
+        groups: from `ranked`.
+        level: with scope ``layer`` the share of each group's own limit; with ``global`` the share of all channels that
+            may go, least important of the whole network first.
+        scope: whether channels of different groups are compared.
+    """
+    if scope == "layer":
+        counts = [round(level * group.allowed[-1]) for group in groups]
+    else:
+        every = sorted((s, g) for g, group in enumerate(groups) for s in group.scores[: group.allowed[-1]])
+        counts = [0] * len(groups)
+        for _, g in every[: round(level * len(every))]:
+            counts[g] += 1
+    return [c for group, n in zip(groups, counts, strict=True) for c in group.channels[: group.at_most(n)]]
+
+
+def fit(
+    groups: Sequence[Ranked], amount: float, scope: Scope, removed: Callable[[list[Channel]], float]
+) -> list[Channel]:
+    """The fewest channels by which at least ``amount`` is saved.
+
+    Args:
+        groups: from `ranked`.
+        amount: share to save, 0 <= amount < 1.
+        scope: see `chosen`.
+        removed: the share that is saved without these channels; it never falls when more of them go.
+
+    Raises:
+        DeploykitError: all that may go is not enough; says what is possible.
+    """
+    if amount == 0.0:
+        return []
+    steps = max(1, sum(group.allowed[-1] for group in groups))
+    possible = removed(chosen(groups, 1.0, scope))
+    if possible < amount:
+        raise DeploykitError(
+            f"prune: {amount:.1%} cannot be saved; at most {possible:.1%} can, "
+            "by what layers, skip, multiple and most allow"
+        )
+    low, high = 0, steps  # saved(low) < amount <= saved(high)
+    while high - low > 1:
+        middle = (low + high) // 2
+        if removed(chosen(groups, middle / steps, scope)) < amount:
+            low = middle
+        else:
+            high = middle
+    return chosen(groups, high / steps, scope)

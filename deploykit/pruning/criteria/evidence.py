@@ -1,0 +1,70 @@
+"""What a criterion may look at besides the weights: a sample, data, the cost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deploykit.core.data import DataSet
+from deploykit.core.errors import DeploykitError
+from deploykit.losses import Loss, TrainBatch, cross_entropy, tensors
+from deploykit.pruning.flow import Inputs
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Data is read in batches and never held, so memory does not grow with it."""
+
+    sample: Inputs
+    """``[1, ...]`` by forward-argument name."""
+    data: DataSet | None = None
+    loss: Loss | None = None
+    """The cost C that a criterion speaks of; None: cross-entropy with the labels, or with the model's own answers."""
+    seed: int = 0
+    batch: int = 64
+
+    def batches(self, size: int | None = None) -> Iterator[TrainBatch]:
+        """All data in order.
+
+        Raises:
+            DeploykitError: there is none.
+        """
+        if self.data is None:
+            raise DeploykitError("the criterion needs sample data: give --calib")
+        for batch in self.data.batches(size or self.batch):
+            inputs = {name: torch.from_numpy(array) for name, array in batch.inputs.items()}
+            yield TrainBatch(inputs, None if batch.labels is None else torch.from_numpy(batch.labels))
+
+    def cost(self, model: nn.Module, batch: TrainBatch) -> Tensor:
+        """C: the mean cost of a batch, with gradients.
+
+        Raises:
+            DeploykitError: there are no labels, and outputs that are not one tensor of class scores.
+        """
+        outputs: Any = model(**batch.inputs)
+        if self.loss is not None:
+            return self.loss(outputs, batch)
+        if batch.labels is None:
+            batch = TrainBatch(batch.inputs, own_answers(outputs))
+        return cross_entropy(outputs, batch)
+
+
+def own_answers(outputs: Any) -> Tensor:
+    """What stands for labels where there are none: the most probable classes.
+
+    Not the probabilities, since the divergence from them has no slope where it starts.
+
+    Raises:
+        DeploykitError: the outputs are not one tensor of class scores.
+    """
+    scores = tensors(outputs)
+    if len(scores) != 1 or scores[0].ndim < 2 or scores[0].shape[1] < 2:
+        raise DeploykitError(
+            "the criterion needs a cost, and the outputs are not one tensor of class scores: "
+            "give [train] loss = 'file.py:function'"
+        )
+    return scores[0].detach().argmax(1)

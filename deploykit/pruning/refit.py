@@ -1,0 +1,178 @@
+"""What pruning took, the weights that are left make good: layer by layer, on unlabelled data.
+
+Each layer of the pruned network reads what the pruned layers in front of it feed it, x, and shall give what the same
+layer gives in the original network, y. Under the mask S of a row, with Σ covariances and w the weights as they came,
+
+    w_S  =  (Σ_SS + λ)⁻¹ (Σ_xy + λ w)_S        b = E[y] - w E[x]
+
+(the reconstruction of He et al. 2017, "Channel Pruning for Accelerating Very Deep Neural Networks", section 3.1, for
+any mask, and on inputs as they have become). What is fitted varies less than what it is fitted to: only the explained
+part is there. Layer upon layer the signal fades, so it can be stretched back, w ← w sd(y) / sd(w x): better where much
+is missing, worse where little is. Both are tried, and held-out samples choose.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from deploykit.core.data import DataSet
+from deploykit.core.progress import track
+from deploykit.hub.structure import mask_of
+from deploykit.losses import tensors
+from deploykit.pruning.obs import DAMPING
+from deploykit.pruning.patches import Stop, inputs, matrix, outputs, products, torch_inputs, watch
+from deploykit.pruning.statistics import BATCH, Covariance, evaluating
+
+HELD_OUT = 4
+"""Every so many samples one is held out."""
+ROWS = 16
+"""That are solved at a time."""
+MOST = 4.0
+"""By how much variances are stretched at most."""
+
+
+def refit(pruned: nn.Module, original: nn.Module, data: DataSet) -> nn.Module:
+    """A copy of the pruned network whose layers do what is left to them as well as they can.
+
+    Args:
+        pruned: with the layers of the original, some weights masked; not changed.
+        original: what it was made of; not changed.
+        data: unlabelled samples.
+    """
+    held = np.arange(len(data)) % HELD_OUT == HELD_OUT - 1
+    fitted, judged = data.pick(np.flatnonzero(~held)), data.pick(np.flatnonzero(held))
+    tried = [fit(pruned, original, fitted, stretch) for stretch in (False, True)]
+    errors = [error(model, original, judged) for model in tried]
+    return tried[int(np.argmin(errors))]
+
+
+def fit(pruned: nn.Module, original: nn.Module, data: DataSet, stretch: bool) -> nn.Module:
+    """One of the two: with the variance that the fit has, or with that of the original."""
+    model = copy.deepcopy(pruned)
+    theirs = products(original)
+    with evaluating(model), evaluating(original), torch.no_grad():
+        calls, shifts = _look(model, data)
+        for name, layer in track(list(products(model).items()), "refit: layers"):
+            if calls[name]:
+                moments = Moments()
+                for (x, _), (_, y) in _both(model, layer, original, theirs[name], data, calls[name]):
+                    moments.add(inputs(layer, x), outputs(layer, y))
+                _solve(layer, shifts.get(name), moments, stretch)
+    return model
+
+
+class Moments:
+    """Of what a layer multiplies, x ``[g, n, k]``, and of what it should give, y ``[g, n, o]``."""
+
+    def __init__(self) -> None:
+        """Nothing seen."""
+        self.x = Covariance()
+        self.y_sum: Any = 0.0
+        self.y_squares: Any = 0.0
+        self.yx: Any = 0.0
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """The next positions."""
+        self.x.add(x)
+        self.y_sum = self.y_sum + y.sum(1, dtype=torch.float64)
+        self.y_squares = self.y_squares + y.square().sum(1, dtype=torch.float64)
+        self.yx = self.yx + (y.transpose(1, 2) @ x).double()
+
+
+def _solve(layer: Any, norm: Any, moments: Moments, stretch: bool) -> None:
+    """Writes the weights, and the shift of the mean where it can be: in the layer's bias, or in what normalises it."""
+    n, mean = moments.x.count, moments.x.mean
+    y_mean = moments.y_sum / n
+    shifted = layer.bias is not None or norm is not None
+    if shifted:
+        xx, yx = moments.x.centred(), moments.yx / n - y_mean[:, :, None] * mean[:, None, :]
+        variance = moments.y_squares / n - y_mean.square()
+    else:  # a product alone: nothing takes a mean
+        xx, yx, variance = moments.x.products / n, moments.yx / n, moments.y_squares / n
+    held = mask_of(layer, "weight")
+    w = matrix(layer, layer.weight).double()
+    lives = matrix(layer, held.mask) if held is not None else torch.ones_like(w, dtype=torch.bool)
+    lam = DAMPING * xx.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
+    eye = torch.eye(xx.shape[1], dtype=xx.dtype)
+    found = torch.zeros_like(w)
+    for g in range(len(w)):
+        for start in range(0, w.shape[1], ROWS):
+            rows = slice(start, start + ROWS)
+            s = lives[g, rows]
+            among = s[:, :, None] & s[:, None, :]
+            right = (yx[g, rows] + lam[g] * w[g, rows]) * s
+            found[g, rows] = torch.linalg.solve(torch.where(among, xx[g] + lam[g] * eye, eye), right)
+    if stretch:
+        explained = ((found @ xx) * found).sum(2)
+        found = found * (variance / explained.clamp_min(1e-12)).clamp(0, MOST).sqrt()[:, :, None]
+    fitted = found.reshape(layer.weight.shape).to(layer.weight)
+    layer.weight = nn.Parameter(fitted) if held is None else fitted
+    if not shifted:
+        return
+    b = (y_mean - (found @ mean[:, :, None])[:, :, 0]).flatten()
+    if layer.bias is not None:
+        layer.bias.copy_(b)
+    else:
+        norm.running_mean.sub_(b)
+
+
+def _look(model: nn.Module, data: DataSet) -> tuple[dict[str, int], dict[str, nn.Module]]:
+    """How often each product is called for a batch, and which normalisation reads nothing but what it gives."""
+    calls = dict.fromkeys(products(model), 0)
+    given: dict[int, tuple[str, Tensor]] = {}
+    norms: dict[str, list[nn.Module]] = {}
+
+    def called(name: str, y: Tensor) -> None:
+        calls[name] += 1
+        given[id(y)] = (name, y)
+
+    def read(norm: nn.Module, x: Tensor) -> None:
+        if id(x) in given:
+            norms.setdefault(given[id(x)][0], []).append(norm)
+
+    hooks = [m.register_forward_hook(lambda _, __, y, n=n: called(n, y)) for n, m in products(model).items()]
+    hooks += [
+        m.register_forward_pre_hook(lambda m, x: read(m, x[0]))
+        for m in model.modules()
+        if getattr(m, "running_mean", None) is not None
+    ]
+    model(**torch_inputs(next(data.batches(1))))
+    for hook in hooks:
+        hook.remove()
+    return calls, {name: found[0] for name, found in norms.items() if len(found) == calls[name] == 1}
+
+
+def _both(
+    model: nn.Module, layer: nn.Module, original: nn.Module, theirs: nn.Module, data: DataSet, calls: int
+) -> Iterator[tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]]:
+    """Input and output of a layer in both networks, call by call."""
+    for batch in data.batches(BATCH):
+        given = torch_inputs(batch)
+        pairs = []
+        for network, place in ((model, layer), (original, theirs)):
+            seen: list[tuple[Tensor, Tensor]] = []
+            hook = watch(place, seen, calls)
+            with contextlib.suppress(Stop):
+                network(**given)
+            hook.remove()
+            pairs.append(seen)
+        yield from zip(*pairs, strict=True)
+
+
+def error(model: nn.Module, original: nn.Module, data: DataSet) -> float:
+    """E |z' - z|² / E |z|², summed over the outputs."""
+    noise, power = 0.0, 0.0
+    with evaluating(model), evaluating(original), torch.no_grad():
+        for batch in data.batches(BATCH):
+            given = torch_inputs(batch)
+            for ours, z in zip(tensors(model(**given)), tensors(original(**given)), strict=True):
+                noise += float((ours - z).double().square().sum())
+                power += float(z.double().square().sum())
+    return noise / max(power, 1e-300)

@@ -1,0 +1,60 @@
+"""The network without some of its channels, and the same network with those channels zeroed."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from deploykit.core.errors import DeploykitError
+from deploykit.losses import tensors
+from deploykit.pruning.flow import Inputs
+from deploykit.pruning.layers import Port, crop, groups_of, mixes, weight_axis, weight_of
+
+Removed = Mapping[Port, Sequence[int]]
+
+
+def without(model: nn.Module, removed: Removed) -> nn.Module:
+    """A smaller copy: modes and what is trainable are those of the model."""
+    pruned = copy.deepcopy(model)
+    crop(pruned, removed)
+    return pruned
+
+
+def zeroed(model: nn.Module, removed: Removed) -> nn.Module:
+    """A copy of the same size, in which the weights that read those channels are zero."""
+    same = copy.deepcopy(model)
+    for (name, side), channels in removed.items():
+        layer = same.get_submodule(name)
+        if side == "out" or not mixes(layer):
+            continue
+        groups = groups_of(layer)
+        axis = weight_axis(layer, "in")
+        within = list(channels) if axis == 0 or groups == 1 else list(channels)[: len(channels) // groups]
+        with torch.no_grad():
+            weight = weight_of(layer).clone()
+            weight.movedim(axis, 0)[within] = 0
+            layer.weight = weight if parametrize.is_parametrized(layer, "weight") else nn.Parameter(weight)
+    return same
+
+
+def assert_equal(model: nn.Module, pruned: nn.Module, removed: Removed, inputs: Inputs) -> None:
+    """Raises if the pruned network does not compute what the network with zeroed channels does.
+
+    Raises:
+        DeploykitError: outputs differ by more than rounding, or cannot be computed.
+    """
+    try:
+        with torch.no_grad():
+            expected, found = (tensors(copy.deepcopy(m).eval()(**inputs)) for m in (zeroed(model, removed), pruned))
+    except Exception as error:  # the user's code and torch raise whatever they like
+        raise DeploykitError(f"prune: the pruned model does not run ({error}); leave layers out with skip") from None
+    for a, b in zip(expected, found, strict=True):
+        if a.shape != b.shape or not torch.allclose(a, b, rtol=1e-3, atol=1e-4 * max(1.0, float(a.abs().max()))):
+            raise DeploykitError(
+                "prune: the pruned model computes something else than the model with the same channels zeroed; "
+                "its code must depend on sizes that prune cannot see. Leave those layers out with skip."
+            )

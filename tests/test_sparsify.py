@@ -1,0 +1,115 @@
+"""The steps that mask single weights."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from deploykit import targets
+from deploykit.core.context import Context
+from deploykit.core.data import DataSet
+from deploykit.core.errors import DeploykitError
+from deploykit.hub.structure import mask_of
+from deploykit.passes.semi_structured import SemiStructured
+from deploykit.passes.sparsify import Sparsify
+from deploykit.pruning.patches import products
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.Flatten(), nn.Linear(64, 5)
+    )
+
+
+def here(count: int = 0, labels: bool = False) -> Context:
+    random = np.random.default_rng(0)
+    pictures = random.standard_normal((max(count, 2), 3, 8, 8)).astype(np.float32)
+    data = DataSet.of({"input": pictures}, random.integers(0, 5, len(pictures)) if labels else None)
+    example = {"input": pictures[:2]}
+    return Context(targets.load("mobile-arm"), {"calibration": data} if count else {}, example)
+
+
+def zeros(model: nn.Module) -> dict[str, float]:
+    found: dict[str, Any] = {name: layer.weight for name, layer in products(model).items()}
+    return {name: float((w == 0).float().mean()) for name, w in found.items()}
+
+
+@pytest.mark.parametrize("criterion", ["auto", "l1", "l2", "obs", "hessian", "activation", "synflow", "random", "snip"])
+def test_by_every_criterion_the_share_asked_for_goes_and_the_model_itself_is_left_alone(criterion: str) -> None:
+    model = net()
+    before = copy.deepcopy(model.state_dict())
+    sparse = Sparsify(0.5, criterion)(model, here(32, labels=True))
+    dead = sum(int((~mask_of(layer, "weight").mask).sum()) for layer in products(sparse).values())  # type: ignore[union-attr]
+    assert dead == round(0.5 * (216 + 288 + 320))
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert sparse.training == model.training
+
+
+def test_with_few_samples_or_none_magnitude_decides_and_with_enough_optimal_brain_surgeon() -> None:
+    model = net()
+    masks = {n: Sparsify(0.5)(model, here(n)).state_dict()["0.parametrizations.weight.0.mask"] for n in (0, 31, 32)}
+    by_hand = torch.cat([p.detach().abs().flatten() for n, p in model.named_parameters() if p.ndim > 1]).sort()[0]
+    lives = model[0].weight.abs() > by_hand[round(0.5 * len(by_hand)) - 1]  # type: ignore[index, union-attr]
+    assert torch.equal(masks[0], lives) and torch.equal(masks[31], lives) and not torch.equal(masks[32], lives)
+
+
+def test_layer_by_layer_all_lose_the_same_share_and_those_skipped_nothing() -> None:
+    found = zeros(Sparsify(0.25, "l1", "layer", skip=("5",))(net(), here()))
+    assert found == {"0": 0.25, "3": 0.25, "5": 0.0}
+
+
+def test_a_second_step_counts_the_zeros_of_the_first() -> None:
+    sparse = Sparsify(0.5, "l1", "layer")(Sparsify(0.25, "l1", "layer")(net(), here()), here())
+    assert set(zeros(sparse).values()) == {0.5}
+
+
+@pytest.mark.parametrize("count", [0, 32])
+def test_of_four_inputs_two_keep_their_weights(count: int) -> None:
+    sparse = SemiStructured()(net(), here(count))
+    for name, layer in products(sparse).items():
+        weight: Any = layer.weight.detach()
+        if weight.shape[1] % 4:
+            assert name == "0" and bool((weight != 0).all())
+        else:
+            alive = (weight != 0).movedim(1, -1).reshape(-1, 4).sum(1)
+            assert bool((alive == 2).all())
+
+
+def test_one_of_three_is_a_pattern_too() -> None:
+    weight: Any = SemiStructured("1:3")(net(), here())[0].weight  # type: ignore[index]
+    assert bool(((weight != 0).sum(1) == 1).all())
+
+
+@pytest.mark.parametrize(
+    ("step", "count", "said"),
+    [
+        (Sparsify(0.5, "magnitude"), 32, "no criterion 'magnitude'"),
+        (Sparsify(0.5, "taylor"), 32, "scores whole channels"),
+        (Sparsify(0.5, "obs"), 31, "at least 32 calibration samples; there are 31"),
+        (Sparsify(0.5, "obs"), 0, "needs calibration data: give --calib"),
+        (Sparsify(0.5, "hessian"), 0, "needs calibration data: give --calib"),
+        (Sparsify(0.5, "snip"), 32, "needs labels"),
+        (Sparsify(0.5, skip=("6",)), 0, "no layer"),
+        (SemiStructured("2:5"), 0, "multiples of 5"),
+    ],
+)
+def test_what_cannot_be_done_is_refused(step: Any, count: int, said: str) -> None:
+    with pytest.raises(DeploykitError, match=said):
+        step(net(), here(count))
+
+
+@pytest.mark.parametrize("pattern", ["4:2", "2", "0:4", "4:4", "two of four"])
+def test_what_is_no_pattern_is_refused(pattern: str) -> None:
+    with pytest.raises(ValueError, match="N:M"):
+        SemiStructured(pattern)
+
+
+def test_a_model_without_products_has_nothing_to_lose() -> None:
+    with pytest.raises(DeploykitError, match="no convolution or linear layer"):
+        Sparsify(0.5)(nn.ReLU(), here())
