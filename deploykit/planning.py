@@ -23,7 +23,7 @@ NEEDS: Mapping[Need, str] = {
 }
 
 
-CORRECTIONS = ("bias_correct", "weight_correct", "gptq", "adaround")
+CORRECTIONS = ("bias_correct", "weight_correct", "gptq", "adaround", "reconstruct")
 """Steps that correct what rounding costs; one of them runs without being asked."""
 
 SETTLE = (Mixed, FitRanges)

@@ -285,9 +285,9 @@ EXPORT: dict[str, tuple[str, ...]] = {
     ),
     f"nets.py:build {GOOD} --recipe late.toml": ("'sparsify' works on the model", "cannot come after 'equalize'"),
     f"nets.py:build {GOOD} --recipe good.toml": (
-        "Sparsify(sparsity=0.5) cannot pay on target 'x86'", "unstructured or small_file", "--force runs it",
+        "step Sparsify(sparsity=0.5", "cannot pay on target 'x86'", "unstructured or small_file", "--force runs it",
     ),
-    f"net.onnx {GOOD} --recipe good.toml --force": ("Sparsify(sparsity=0.5) works on the model", "give file.py:fact"),
+    f"net.onnx {GOOD} --recipe good.toml --force": ("step Sparsify(", "works on the model", "give file.py:factory"),
     f"nets.py:build {GOOD} --recipe qat.toml": ("needs --train",),
     f"net.onnx {GOOD} --taget x86": ("No such option: --taget", "--target"),
     f"net.onnx {GOOD} --thresholds kl": ("no threshold method 'kl'", "Known: entropy, minmax"),

@@ -22,8 +22,8 @@ from deploykit.hub.structure import bake
 from deploykit.hub.training.module import HubModule
 from deploykit.passes.bias_correct import BiasCorrect
 from deploykit.passes.equalize import Equalize
-from deploykit.passes.sparsify import Sparsify
 from deploykit.passes.qat import Qat
+from deploykit.passes.sparsify import Sparsify
 from deploykit.trainer import Trainer
 from tests.graphs import conv_relu_conv, graph, images, measured, normal, residual, run
 

@@ -289,6 +289,18 @@ def test_what_leaves_the_network_stays() -> None:
     assert writers(net.eval(), {"input": torch.zeros(1, 3)}) == [(6, ("0",))]
 
 
+def test_what_leaves_as_a_class_number_stays_too() -> None:
+    class Chosen(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.head = nn.Linear(3, 6), nn.Linear(6, 9)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(torch.relu(self.first(x))).argmax(-1)
+
+    assert writers(Chosen().eval(), {"x": torch.zeros(1, 3)}) == [(6, ("first",))]
+
+
 # ------------------------------------------------------------------ random graphs
 
 
@@ -355,7 +367,7 @@ STEP = st.tuples(
 )  # fmt: skip
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(st.lists(STEP, min_size=1, max_size=7), st.integers(0, 2**16))
 def test_a_random_graph_pruned_is_the_graph_with_the_same_channels_zeroed(steps: Any, seed: int) -> None:
     torch.manual_seed(seed)
@@ -559,7 +571,6 @@ def test_options_out_of_range_are_refused(options: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"criterion": "tailor"}, "no criterion 'tailor'. Did you mean 'taylor'"),
         ({"skip": ["body.o"]}, "no layer 'body.o'. Did you mean 'body.7'"),
         ({"amount": 0.95, "most": 0.5}, "cannot be saved; at most"),
         ({"multiple": 65}, "cannot be saved; at most 0.0%"),
@@ -570,6 +581,15 @@ def test_what_cannot_be_done_is_said_with_what_can(options: dict[str, Any], said
     step = passes.build(Step("prune", {"amount": 0.5, "criterion": "l1"} | options))
     with pytest.raises(DeploykitError, match=said):
         step(net, context(net, images()))
+
+
+def test_a_criterion_that_nobody_knows_is_refused_with_the_nearest() -> None:
+    with pytest.raises(DeploykitError, match=r"no criterion 'tailor'\. Did you mean 'taylor'"):
+        passes.build(Step("prune", {"amount": 0.5, "criterion": "tailor"}))
+
+
+def test_a_step_needs_what_its_criterion_needs() -> None:
+    assert [Prune(0.5, criterion=c).needs for c in ("l2", "fisher", "snip")] == [(), ("data",), ("data", "labels")]
 
 
 def test_a_criterion_that_lacks_data_or_labels_says_so_before_any_work() -> None:

@@ -31,7 +31,7 @@ LEAST_SAMPLES = 8
 class Gptq:
     """Rounds weights for the least error of their layer's output, layer after layer."""
 
-    positions: int = 32
+    positions: int = 128
     """Output positions per input of a layer that the statistics are averaged over, of all samples together."""
 
     stage: ClassVar[Stage] = "hub"

@@ -45,17 +45,21 @@ class Prune:
     """Largest share of a layer's channels that may go."""
 
     stage: ClassVar[Stage] = "model"
-    needs: ClassVar[tuple[Need, ...]] = ()
+    needs: ClassVar[tuple[Need, ...]] = ("data",)
+    """Of the default criterion; a step has those of its own."""
     pays_if: ClassVar[tuple[Profit, ...]] = ("structured",)
 
     def __post_init__(self) -> None:
-        """Refuses options out of range."""
+        """Refuses options out of range and criteria that nobody knows."""
         if not 0.0 <= self.amount < 1.0:
             raise ValueError(f"amount must be at least 0 and below 1, given {self.amount}")
         if not 0.0 < self.most < 1.0:
             raise ValueError(f"most must lie between 0 and 1, given {self.most}")
         if self.multiple < 0:
             raise ValueError(f"multiple must be at least 0, given {self.multiple}")
+        from deploykit.pruning.criteria import criterion
+
+        object.__setattr__(self, "needs", criterion(self.criterion).needs)
 
     def __call__(self, model: nn.Module, context: Context) -> nn.Module:
         """A narrower copy of the model.
@@ -75,9 +79,8 @@ class Prune:
         from deploykit.pruning.layers import mixes, width
         from deploykit.pruning.surgery import assert_equal, without
 
-        needs = criterion(self.criterion).needs
-        data = context.need("calibration", f"prune with {self.criterion}") if "data" in needs else None
-        if data is not None and data.labels is None and "labels" in needs:
+        data = context.need("calibration", f"prune, criterion {self.criterion}") if "data" in self.needs else None
+        if data is not None and data.labels is None and "labels" in self.needs:
             raise DeploykitError(f"prune: criterion '{self.criterion}' needs labels, and {data.origin} has none")
         if not context.example:
             raise DeploykitError("prune: the context has no example to follow channels with")

@@ -32,7 +32,7 @@ class Reconstruct:
     """A block ends where it can, once it has so many."""
     batch: int = 16
     """Samples per step."""
-    positions: int = 32
+    positions: int = 128
     """Output positions per input of a layer that gptq's statistics are averaged over, of all samples together."""
 
     stage: ClassVar[Stage] = "hub"

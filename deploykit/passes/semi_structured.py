@@ -56,6 +56,4 @@ class SemiStructured:
         layers = [name for name, layer in found.items() if fits(layer.weight, m)]
         if not layers:
             raise DeploykitError(f"semi_structured: no layer has input channels in multiples of {m}")
-        # one of M is taken at a time, so that those who make up for it are known when the next one goes
-        portions = [partial(n_of_m, n=left, m=m) for left in range(m - 1, n - 1, -1)]
-        return masked(model, layers, criterion, context, portions)
+        return masked(model, layers, criterion, context, partial(n_of_m, n=n, m=m), (n, m))

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,10 +12,12 @@ from torch import Tensor, nn
 from deploykit.core.context import Context
 from deploykit.core.errors import DeploykitError, unknown
 from deploykit.core.patterns import matching
+from deploykit.core.progress import track
 from deploykit.hub.structure import attach_mask, mask_of
 from deploykit.pruning.criteria import CRITERIA
 from deploykit.pruning.criteria.evidence import Evidence
-from deploykit.pruning.obs import Matrix, Portion, damped, surgeon
+from deploykit.pruning.masks import Masks, Scores
+from deploykit.pruning.obs import Matrix, costs, damped
 from deploykit.pruning.patches import matrix, products
 from deploykit.pruning.statistics import covariances, fisher
 
@@ -74,7 +75,12 @@ def layers_of(model: nn.Module, skip: Sequence[str], who: str) -> dict[str, Any]
 
 
 def masked(
-    model: nn.Module, layers: Sequence[str], criterion: str, context: Context, portions: Sequence[Portion]
+    model: nn.Module,
+    layers: Sequence[str],
+    criterion: str,
+    context: Context,
+    choose: Callable[[Scores, Masks], dict[str, Tensor]],
+    pattern: tuple[int, int] | None = None,
 ) -> nn.Module:
     """A copy of the model in which the weights that a criterion finds least worth are zeros that stay zero.
 
@@ -83,18 +89,19 @@ def masked(
         layers: that lose weights.
         criterion: a `resolved` one.
         context: calibration data, sample, seed.
-        portions: who lives by the scores; ``obs`` takes all one after another, the others the last alone.
+        choose: who lives by the scores.
+        pattern: N and M, where at most N of M inputs will live: ``obs`` wants to know.
     """
     found = copy.deepcopy(model)
     lives = {name: _lives(found.get_submodule(name)) for name in layers}
     if criterion == OBS:
-        matrices = _matrices(found, layers, context)
-        lives = surgeon(matrices, {name: lives[name] for name in matrices}, portions)
+        scores = _surgeon(found, layers, lives, context, pattern)
+        lives = {name: lives[name] for name in scores}
     else:
         sample = {name: torch.from_numpy(x[:1]) for name, x in context.example.items()}
         evidence = Evidence(sample, context.data.get("calibration"), context.loss, context.seed)
-        lives = portions[-1](CRITERIA[criterion].function(found, layers, evidence), lives)
-    for name, mask in lives.items():
+        scores = CRITERIA[criterion].function(found, layers, evidence)
+    for name, mask in choose(scores, lives).items():
         attach_mask(found.get_submodule(name), "weight", mask)
     return found
 
@@ -105,17 +112,21 @@ def _lives(layer: nn.Module) -> Tensor:
     return held.mask if held is not None else torch.ones_like(weight, dtype=torch.bool)
 
 
-def _matrices(model: nn.Module, layers: Sequence[str], context: Context) -> Mapping[str, Matrix]:
+def _surgeon(
+    model: nn.Module, layers: Sequence[str], lives: Masks, context: Context, pattern: tuple[int, int] | None
+) -> dict[str, Tensor]:
+    """What weights cost by `deploykit.pruning.obs`; layers that are never called have nothing to go by."""
     data = context.need("calibration", OBS)
     them: dict[str, Any] = {name: model.get_submodule(name) for name in layers}
     seen, matters = covariances(model, them, data), fisher(model, them, data, context.seed)
-    return {
-        name: Matrix(matrix(layer, layer.weight.detach()).double(), damped(seen[name].centred()), matters[name])
-        for name, layer in them.items()
-        if seen[name].count  # a layer that is never called has nothing to go by
-    }
-
-
-def in_portions(choose: Any, sparsity: float, count: int) -> list[Portion]:
-    """Portions up to a sparsity, equally large."""
-    return [partial(choose, sparsity=sparsity * (i + 1) / count) for i in range(count)]
+    found = {}
+    for name, layer in track([item for item in them.items() if seen[item[0]].count], "optimal brain surgeon"):
+        w = matrix(layer, layer.weight.detach())
+        whole = Matrix(w, damped(seen[name].centred()).to(w), matters[name].to(w))
+        room = None
+        if pattern is not None:  # inputs lie c, then position: M neighbours are M channels at one position
+            c, positions = layer.weight.shape[1], w.shape[2] // layer.weight.shape[1]
+            room = (torch.arange(c)[:, None] // pattern[1] * positions + torch.arange(positions)).flatten()
+        most = pattern[1] - pattern[0] if pattern is not None else 0
+        found[name] = costs(whole, lives[name].reshape(w.shape), room, most).reshape(layer.weight.shape)
+    return found

@@ -27,12 +27,21 @@ from torch import Tensor, nn
 
 from deploykit.core.errors import DeploykitError
 from deploykit.pruning.flow import Flow, Inputs, follow, written
-from deploykit.pruning.layers import Port, axis, can_be_cropped, crop, groups_of, is_channelwise, mixes, sides, width
+from deploykit.pruning.layers import (
+    Port,
+    Side,
+    axis,
+    can_be_cropped,
+    crop,
+    groups_of,
+    is_channelwise,
+    mixes,
+    sides,
+    width,
+)
 
 Channel = Mapping[Port, tuple[int, ...]]
 """What goes if one channel goes: numbers by port."""
-
-
 Place = tuple[str | None, int]
 """Where something is read: a layer and the number of its call, or None and the number of an output of the model."""
 
@@ -92,7 +101,6 @@ class _Classes:
     """Sets of channels that depend on each other, by union and find."""
 
     def __init__(self, model: nn.Module, flow: Flow) -> None:
-        self._model = model
         self._first: dict[Port, int] = {}
         self.layers = {n: m for n, m in model.named_modules() if n in flow.read and (mixes(m) or is_channelwise(m))}
         count = 0
@@ -129,7 +137,7 @@ class _Classes:
     def by_channel(self, place: Place, nan: Tensor) -> NDArray[np.bool_]:
         """``[channels]``: which of them hold a NaN anywhere; every number of an output counts as one."""
         reader, _ = place
-        if reader is None or not width(self.layers[reader], "in"):
+        if reader is None:
             return nan.flatten().numpy()
         return nan.movedim(axis(self.layers[reader], nan), 0).flatten(1).any(1).numpy()
 
@@ -137,7 +145,10 @@ class _Classes:
         self._parent[self.find(a)] = self.find(b)
 
     def channels(self) -> list[Channel]:
-        """The classes that can go: something is left of every layer they are in."""
+        """The classes that can go: layers write and read them, and something is left of every layer.
+
+        What no layer reads is an output, if one that no NaN comes out of (the most probable class).
+        """
         members: dict[int, dict[Port, list[int]]] = defaultdict(lambda: defaultdict(list))
         for port, first in self._first.items():
             for c in range(width(self.layers[port.layer], port.side)):
@@ -148,6 +159,7 @@ class _Classes:
             for root, ports in members.items()
             if root != stays
             and any(port.side == "out" for port in ports)
+            and any(port.side == "in" and mixes(self.layers[port.layer]) for port in ports)
             and all(len(numbers) < width(self.layers[p.layer], p.side) for p, numbers in ports.items())
         ]
 
@@ -232,8 +244,8 @@ def _can_go(model: nn.Module, inputs: Inputs, values: Mapping[str, list[Tensor]]
     crop(pruned, removed)
     layers = dict(model.named_modules())
 
-    def without(name: str, tensor: Tensor, side: str) -> Tensor:
-        gone = removed.get(Port(name, side))  # type: ignore[arg-type]
+    def without(name: str, tensor: Tensor, side: Side) -> Tensor:
+        gone = removed.get(Port(name, side))
         if gone is None:
             return tensor
         place = axis(layers[name], tensor)

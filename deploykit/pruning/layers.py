@@ -79,9 +79,8 @@ def groups_of(layer: nn.Module) -> int:
 
 def weight_axis(layer: nn.Module, side: Side) -> int:
     """The dimension of the weight that counts the channels of one side (within a group where there are several)."""
-    if isinstance(layer, (nn.Linear, nn.Embedding)) or (isinstance(layer, _ConvNd) and not layer.transposed):
-        return 0 if (side == "out") != isinstance(layer, nn.Embedding) else 1
-    return 0 if side == "in" or not isinstance(layer, _ConvTransposeNd) else 1
+    inputs_first = isinstance(layer, (nn.Embedding, _ConvTransposeNd))
+    return int((side == "in") != inputs_first)
 
 
 def can_be_cropped(layer: nn.Module) -> bool:

@@ -28,7 +28,7 @@ def network_wide(scores: Scores, lives: Masks, sparsity: float) -> dict[str, Ten
     """
     every = torch.cat([scores[name].flatten().double() for name in lives])
     living = torch.cat([mask.flatten() for mask in lives.values()])
-    every[~living] = -torch.inf  # the dead come first
+    every[~living] = -torch.inf  # the dead come first; those that must live come last
     kept = torch.ones_like(living)
     kept[every.argsort(stable=True)[: round(sparsity * len(every))]] = False
     parts = torch.split(kept & living, [mask.numel() for mask in lives.values()])

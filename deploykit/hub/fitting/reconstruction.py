@@ -158,7 +158,7 @@ def _take(slicer: Slicer, block: Block, other: Hub) -> None:
 def fit(
     module: SoftBlock, x: Arrays, z: Arrays, steps: int, batch: int, random: np.random.Generator, who: str = "fit"
 ) -> bool:
-    """Learns a block's roundings and biases; whether it is better for it on samples held out. Ends in evaluation mode.
+    """Learns a block's roundings and biases; whether it is better for it on samples held out. It ends in evaluation.
 
     Args:
         module: the block.
@@ -186,8 +186,10 @@ def fit(
         with torch.no_grad():
             return sum(float(loss(part)) * len(part) for part in parts) / len(samples)
 
-    before, unit = rounded(judging), max(rounded(training), 1e-12)
     biases = [p for p in module.move.values() if p.requires_grad]
+    if not (biases or module.v):
+        return False
+    before, unit = rounded(judging), max(rounded(training), 1e-12)
     optimizer = torch.optim.Adam(
         [{"params": [*module.v.values()], "lr": LEARNING_RATE}, {"params": biases, "lr": BIAS_RATE}]
     )

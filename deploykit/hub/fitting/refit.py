@@ -21,7 +21,7 @@ several layers share and masked weights keep what they have; their biases are co
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 RIDGES = (1e-2, 0.1, 1.0, 10.0)
 """λ as a share of the mean variance of the inputs."""
 BLUR = 1e-5
-DAMPING = 0.1
+DAMPING = 0.5
 """Most that is added to H where integers are chosen: what few samples say about the target may be doubtful, which
 errors of it would show is less so."""
 BATCH = 4
@@ -72,6 +72,7 @@ def refit(
     samples: int | None = None,
     positions: int = 1,
     widest: int | None = None,
+    only: Collection[str] | None = None,
     seed: int = 0,
 ) -> Hub:
     """The hub with weights, scales and biases chosen by the data.
@@ -85,11 +86,13 @@ def refit(
         positions: output positions that H and C are averaged over, per input of a layer, of all samples together.
         widest: layers with more inputs per output than this keep their integers; None: none do. Where less than a third
             of the layers is left (`FEW`), they keep theirs too. Biases are corrected in any case.
+        only: names of the layers that may change, biases included; None: all.
         seed: which positions.
     """
     slicer = Slicer(onnx.load_model_from_string(hub.bytes))
-    found = layers(slicer)
-    weights = {layer.y: weight for layer in found if (weight := _free_weight(layer, found, hub)) is not None}
+    everyone = layers(slicer)
+    found = [layer for layer in everyone if only is None or layer.name in only]
+    weights = {layer.y: weight for layer in found if (weight := _free_weight(layer, everyone, hub)) is not None}
     forms = {layer.y: MatrixForm.of(layer, weights[layer.y].shape) for layer in found if layer.y in weights}
     if widest is not None:
         forms = {y: form for y, form in forms.items() if form.inputs_per_output <= widest}

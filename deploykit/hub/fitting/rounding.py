@@ -22,6 +22,8 @@ BLOCK = 64
 """Columns whose effect on the others waits until the block is done: the same numbers, as one product of matrices."""
 SWEEPS = 6
 REFITS = 2
+SCALES = 1.0, 1.15, 0.87, 0.75, 0.65
+"""Scales that columns are rounded with, as shares of the one that is best for plain rounding."""
 SHRINK = np.linspace(1.0, 0.4, 13).tolist()
 """Scales that are tried, as shares of the one that cuts no weight."""
 
@@ -48,10 +50,18 @@ def gptq(w: Matrices, h: Matrices, least: Matrices, spec: QuantSpec) -> tuple[Ma
         least: smallest scales allowed ``[g, o]``.
         spec: bits, granularity and kind of scale.
     """
-    top = spec.weight_max
-    s = searched_scale(w, h, least, spec)
-    q = _better(column_by_column(w, s, h, top), s, nearest(w, s, top), s, w, h)[0]
-    return polished(q, s, w, h, least, spec)
+    top, plain = spec.weight_max, searched_scale(w, h, least, spec)
+    tries = []
+    for share in SCALES:
+        s = storable(np.maximum(plain * share, least), spec)
+        q = _better(column_by_column(w, s, h, top), s, nearest(w, s, top), s, w, h)[0]
+        tries.append(polished(q, s, w, h, least, spec))
+    if spec.weight_granularity == "tensor":
+        return min(tries, key=lambda tried: float(error(tried[0], tried[1], w, h).sum()))
+    best, best_s = tries[0]
+    for q, s in tries[1:]:
+        best, best_s = _better(best, best_s, q, s, w, h)
+    return best, best_s
 
 
 def polished(

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 POSITIONS = 32
-"""As the step gptq has them by default."""
+"""Fewer than gptq takes: these integers are only compared, never kept."""
 Errors = Mapping[int, "NDArray[np.float32]"]
 """Bits -> what rounding adds to a weight."""
 

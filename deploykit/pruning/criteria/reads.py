@@ -49,4 +49,5 @@ def by_example(t: Tensor, axis: int, n: int) -> Tensor:
     if t.ndim < 2 or len(t) % n:
         raise DeploykitError(f"a layer reads {tuple(t.shape)}, which cannot be told apart by its {n} examples")
     channels = t.movedim(axis, 1).flatten(2) if t.ndim > 2 else t[:, :, None]
-    return channels.unflatten(0, (n, -1)).transpose(1, 2).flatten(2)
+    # [n, parts, channels, positions] -> [n, channels, parts and positions]
+    return channels.reshape(n, -1, *channels.shape[1:]).transpose(1, 2).flatten(2)
