@@ -18,7 +18,7 @@ from deploykit.core.target import Need, Profit
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from torch import nn
+    from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,7 @@ def train(
     learning_rate: float,
     temperature: float = 1.0,
     keep: Callable[[], None] | None = None,
+    penalty: Callable[[], Tensor] | None = None,
 ) -> None:
     """Trains in place, by the recipe's loss or by what the original answers.
 
@@ -69,6 +70,7 @@ def train(
         learning_rate: the highest.
         temperature: of the distillation.
         keep: called after every optimizer step: sees to it that what has to hold still holds.
+        penalty: what is added to the loss.
     """
     from deploykit.losses import distill_kl
     from deploykit.passes.qat import split
@@ -76,7 +78,9 @@ def train(
     data, holdout = split(context.need("train", who), context.data.get("holdout"))
     if context.trainer is None:
         raise DeploykitError(f"{who} needs a trainer")
+    loss = context.loss or distill_kl(temperature)
+    whole = loss if penalty is None else lambda outputs, batch: loss(outputs, batch) + penalty()
     context.trainer.fit(
-        model, data, context.loss or distill_kl(temperature), teacher=context.original, holdout=holdout, steps=steps,
+        model, data, whole, teacher=context.original, holdout=holdout, steps=steps,
         learning_rate=learning_rate, on_step=(lambda _step, _loss: keep()) if keep is not None else None,
     )  # fmt: skip

@@ -1,0 +1,107 @@
+"""Soft filter pruning: the weakest channels are set to zero again and again while the network trains.
+
+He et al. 2018, "Soft Filter Pruning for Accelerating Deep Convolutional Neural Networks". Every so many steps the
+channels with the smallest norm become zero, layer by layer, and train on: one that is needed after all grows back.
+Those that are weakest in the end are taken out.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from deploykit.core.context import Context
+from deploykit.core.errors import DeploykitError
+from deploykit.core.recipe import Stage
+from deploykit.core.target import Need, Profit
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import nn
+
+    from deploykit.pruning.groups import Channel
+
+
+@dataclass(frozen=True)
+class SoftPrune:
+    """Trains with a share of the channels of every layer set to zero now and then, and takes that share out."""
+
+    amount: float
+    """Share of the channels of every group, 0 < amount < 1."""
+    steps: int = 300
+    """Optimizer steps."""
+    every: int = 30
+    """Steps between two times that channels become zero; the paper: an epoch."""
+    learning_rate: float = 1e-3
+
+    stage: ClassVar[Stage] = "model"
+    needs: ClassVar[tuple[Need, ...]] = ("train",)
+    pays_if: ClassVar[tuple[Profit, ...]] = ("structured",)
+
+    def __post_init__(self) -> None:
+        """Refuses settings that cannot train."""
+        if not 0.0 < self.amount < 1.0:
+            raise ValueError(f"amount must lie between 0 and 1, given {self.amount}")
+        if self.steps < 1 or self.every < 1 or not self.learning_rate > 0:
+            raise ValueError("steps, every and learning_rate must be above 0")
+
+    def __call__(self, model: nn.Module, context: Context) -> nn.Module:
+        """A narrower, trained copy of the model.
+
+        Raises:
+            DeploykitError: there are no channels that can be taken out.
+        """
+        import torch
+
+        from deploykit.passes.finetune import train
+        from deploykit.pruning.budget import chosen, ranked
+        from deploykit.pruning.criteria import importance
+        from deploykit.pruning.criteria.evidence import Evidence
+        from deploykit.pruning.groups import find_groups, together
+        from deploykit.pruning.surgery import assert_equal, without
+
+        trained = copy.deepcopy(model)
+        inputs = {name: torch.from_numpy(x) for name, x in context.example.items()}
+        sample = {name: x[:1] for name, x in inputs.items()}
+        groups = find_groups(trained, sample)
+        if not groups:
+            raise DeploykitError("soft_prune: there are no channels that can be taken out of this model")
+
+        def weakest() -> list[Channel]:
+            scores = importance(trained, groups, "l2", Evidence(sample))
+            order = ranked(trained, groups, scores, context.target.channel_multiple, self.amount)
+            return chosen(order, 1.0, "layer")
+
+        done = 0
+
+        def soften() -> None:
+            nonlocal done
+            done += 1
+            if done % self.every == 0:
+                silence(trained, weakest())
+
+        train(trained, context, "soft_prune", self.steps, self.learning_rate, keep=soften)
+        removed = together(weakest())
+        pruned = without(trained, removed)
+        assert_equal(trained, pruned, removed, inputs)
+        return pruned
+
+
+def silence(model: nn.Module, channels: Sequence[Channel]) -> None:
+    """Sets the weights and biases that write these channels to zero, in place."""
+    import torch
+
+    from deploykit.pruning.groups import together
+    from deploykit.pruning.layers import weight_axis
+
+    with torch.no_grad():
+        for (name, side), numbers in together(channels).items():
+            layer: Any = model.get_submodule(name)
+            if side == "out":
+                axis = weight_axis(layer, "out")
+                within = sorted({c % layer.weight.shape[axis] for c in numbers})
+                layer.weight.movedim(axis, 0)[within] = 0
+                if getattr(layer, "bias", None) is not None:
+                    layer.bias[numbers] = 0
