@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import onnx
 import pytest
@@ -82,6 +84,15 @@ def test_the_same_inputs_give_the_same_bytes() -> None:
 def test_ranges_of_another_graph_are_refused() -> None:
     with pytest.raises(DeploykitError, match="another graph"):
         quantize(residual(0), measured(residual(1), images()), EVERYWHERE)
+
+
+def test_ranges_that_lack_a_tensor_are_refused_by_its_name() -> None:
+    made, data = residual(), images()
+    whole = measured(made, data)
+    for name in ("x", "y"):
+        holed = replace(whole, tensors={k: v for k, v in whole.tensors.items() if k != name})
+        with pytest.raises(DeploykitError, match=f"no tensor '{name}'; calibrate again"):
+            quantize(made, holed, EVERYWHERE)
 
 
 def test_a_dead_channel_does_not_saturate_its_bias() -> None:
