@@ -8,7 +8,7 @@ layer gives in the original network, y. Under the mask S of a row, with Σ covar
 (the reconstruction of He et al. 2017, "Channel Pruning for Accelerating Very Deep Neural Networks", section 3.1, for
 any mask, and on inputs as they have become). What is fitted varies less than what it is fitted to: only the explained
 part is there. Layer upon layer the signal fades, so it can be stretched back, w ← w sd(y) / sd(w x): better where much
-is missing, worse where little is. Both are tried, and held-out samples choose.
+is missing, worse where little is. Held-out samples choose between the two; then all are fitted to.
 """
 
 from __future__ import annotations
@@ -32,8 +32,6 @@ from deploykit.pruning.statistics import BATCH, Covariance, evaluating
 
 HELD_OUT = 4
 """Every so many samples one is held out."""
-ROWS = 16
-"""That are solved at a time."""
 MOST = 4.0
 """By how much variances are stretched at most."""
 
@@ -48,9 +46,8 @@ def refit(pruned: nn.Module, original: nn.Module, data: DataSet) -> nn.Module:
     """
     held = np.arange(len(data)) % HELD_OUT == HELD_OUT - 1
     fitted, judged = data.pick(np.flatnonzero(~held)), data.pick(np.flatnonzero(held))
-    tried = [fit(pruned, original, fitted, stretch) for stretch in (False, True)]
-    errors = [error(model, original, judged) for model in tried]
-    return tried[int(np.argmin(errors))]
+    errors = [error(fit(pruned, original, fitted, stretch), original, judged) for stretch in (False, True)]
+    return fit(pruned, original, data, stretch=errors[1] < errors[0])
 
 
 def fit(pruned: nn.Module, original: nn.Module, data: DataSet, stretch: bool) -> nn.Module:
@@ -100,15 +97,15 @@ def _solve(layer: Any, norm: Any, moments: Moments, stretch: bool) -> None:
     w = matrix(layer, layer.weight).double()
     lives = matrix(layer, held.mask) if held is not None else torch.ones_like(w, dtype=torch.bool)
     lam = DAMPING * xx.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
-    eye = torch.eye(xx.shape[1], dtype=xx.dtype)
     found = torch.zeros_like(w)
     for g in range(len(w)):
-        for start in range(0, w.shape[1], ROWS):
-            rows = slice(start, start + ROWS)
-            s = lives[g, rows]
-            among = s[:, :, None] & s[:, None, :]
-            right = (yx[g, rows] + lam[g] * w[g, rows]) * s
-            found[g, rows] = torch.linalg.solve(torch.where(among, xx[g] + lam[g] * eye, eye), right)
+        masks, which = torch.unique(lives[g], dim=0, return_inverse=True)
+        for k, s in enumerate(masks):  # rows with the same mask (all, where channels went) are solved together
+            rows = (which == k).nonzero()
+            places = s.nonzero()[:, 0]
+            system = xx[g][places][:, places] + lam[g] * torch.eye(len(places), dtype=xx.dtype)
+            right = yx[g][rows, places] + lam[g] * w[g][rows, places]
+            found[g][rows, places] = torch.linalg.solve(system, right.T).T
     if stretch:
         explained = ((found @ xx) * found).sum(2)
         found = found * (variance / explained.clamp_min(1e-12)).clamp(0, MOST).sqrt()[:, :, None]
