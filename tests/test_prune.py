@@ -26,6 +26,7 @@ from deploykit.cost import cost
 from deploykit.hub.structure import attach_mask
 from deploykit.losses import tensors
 from deploykit.passes.prune import Prune
+from deploykit.pruning.compensation import compensated
 from deploykit.pruning.groups import Group, find_groups, together
 from deploykit.pruning.layers import Port, axis, mixes, width
 from deploykit.pruning.surgery import without, zeroed
@@ -394,6 +395,11 @@ def plain(width: int = 32) -> nn.Module:
     return settled(net.append(nn.AdaptiveAvgPool2d(1)).append(nn.Flatten()).append(nn.Linear(2 * width, 5)))
 
 
+def prune(amount: float, **options: Any) -> Prune:
+    """Takes channels out and leaves the other weights as they are."""
+    return Prune(amount, refit=False, **options)
+
+
 class Named(nn.Module):
     def __init__(self, body: nn.Module) -> None:
         super().__init__()
@@ -408,7 +414,7 @@ class Named(nn.Module):
 def test_a_budget_is_met_within_a_point(of: str, amount: float) -> None:
     net, data = Named(plain(64)).eval(), images()
     here = context(net, data)
-    pruned = Prune(amount, of=of, criterion="l2", multiple=1)(net, here)
+    pruned = prune(amount, of=of, criterion="l2", multiple=1)(net, here)
     if of == "channels":
         left, whole = (sum(width(m, "out") for m in n.modules() if mixes(m)) for n in (pruned, net))
     else:
@@ -422,7 +428,7 @@ def test_the_least_important_channels_go() -> None:
     with torch.no_grad():
         net[0].weight.copy_(torch.arange(1.0, 9.0)[:, None].expand(8, 4))
     data = DataSet.of({"input": np.ones((4, 4), np.float32)})
-    pruned = Prune(0.3, of="params", criterion="l2", multiple=1)(net, context(net, data))
+    pruned = prune(0.3, of="params", criterion="l2", multiple=1)(net, context(net, data))
     assert pruned[0].weight[:, 0].tolist() == [4.0, 5.0, 6.0, 7.0, 8.0]
 
 
@@ -430,14 +436,14 @@ def test_what_is_left_of_a_layer_is_a_multiple_of_what_the_target_wants() -> Non
     net, data = Named(plain()).eval(), images()
     here = context(net, data)
     for multiple, wanted in ((0, 16), (8, 8)):
-        pruned = Prune(0.3, criterion="l1", multiple=multiple)(net, here)
+        pruned = prune(0.3, criterion="l1", multiple=multiple)(net, here)
         assert {m.out_channels % wanted for m in pruned.modules() if isinstance(m, nn.Conv2d)} == {0}
     assert X86.channel_multiple == 16
 
 
 def test_scope_layer_takes_the_same_share_of_every_layer() -> None:
     net, data = Named(plain()).eval(), images()
-    pruned = Prune(0.5, of="channels", criterion="l1", scope="layer", multiple=1)(net, context(net, data))
+    pruned = prune(0.5, of="channels", criterion="l1", scope="layer", multiple=1)(net, context(net, data))
     shares = [m.out_channels / w for m, w in zip([m for m in pruned.modules() if isinstance(m, nn.Conv2d)],
                                                  (32, 64, 64), strict=True)]  # fmt: skip
     assert max(shares) - min(shares) < 0.04
@@ -445,14 +451,14 @@ def test_scope_layer_takes_the_same_share_of_every_layer() -> None:
 
 def test_layers_that_are_skipped_keep_their_channels_and_no_layer_loses_more_than_most() -> None:
     net, data = Named(plain()).eval(), images()
-    pruned = Prune(0.5, criterion="l1", multiple=1, skip=("body.0",), most=0.75)(net, context(net, data))
+    pruned = prune(0.5, criterion="l1", multiple=1, skip=("body.0",), most=0.75)(net, context(net, data))
     widths = [m.out_channels for m in pruned.modules() if isinstance(m, nn.Conv2d)]
     assert widths[0] == 32 and min(widths[1:]) >= 16
 
 
 def test_nothing_to_save_is_nothing_removed() -> None:
     net, data = Named(plain()).eval(), images()
-    pruned = Prune(0.0, criterion="l1")(net, context(net, data))
+    pruned = prune(0.0, criterion="l1")(net, context(net, data))
     assert cost(pruned, context(net, data).example) == cost(net, context(net, data).example)
 
 
@@ -461,7 +467,7 @@ def test_the_users_model_is_left_as_it_is_and_the_copy_is_in_its_mode(training: 
     net, data = Named(plain()).train(training), images()
     net.body[0].weight.requires_grad_(False)
     before, modes = copy.deepcopy(net.state_dict()), [m.training for m in net.modules()]
-    pruned = Prune(0.4, criterion="taylor", multiple=1)(net, context(net, data))
+    pruned = prune(0.4, criterion="taylor", multiple=1)(net, context(net, data))
     assert [m.training for m in net.modules()] == modes == [m.training for m in pruned.modules()]
     assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), before.values(), strict=True))
     assert not pruned.body[0].weight.requires_grad and pruned.body[4].weight.requires_grad
@@ -472,7 +478,7 @@ def test_zeros_of_an_earlier_step_stay_zero() -> None:
     here = context(net, data)
     sparse = copy.deepcopy(net)
     attach_mask(sparse.body[4], "weight", sparse.body[4].weight > 0)
-    pruned = Prune(0.4, criterion="l1", multiple=1)(sparse, here)
+    pruned = prune(0.4, criterion="l1", multiple=1)(sparse, here)
     weight = pruned.body[4].weight
     assert weight.shape[1] == pruned.body[0].out_channels < 32
     held = weight == 0
@@ -482,11 +488,61 @@ def test_zeros_of_an_earlier_step_stay_zero() -> None:
     assert torch.equal(pruned.body[4].weight == 0, held)
 
 
+class Redundant(nn.Module):
+    """Every hidden unit is there twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.norm, self.head = nn.Linear(6, 12), nn.BatchNorm1d(12), nn.Linear(12, 5)
+        with torch.no_grad():
+            self.first.weight[6:] = self.first.weight[:6]
+            self.first.bias[6:] = self.first.bias[:6]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.norm(self.first(x))))
+
+
+def test_what_left_weights_can_make_good_they_make_good() -> None:
+    net = Redundant().eval()
+    x = np.random.default_rng(0).normal(size=(200, 6)).astype(np.float32)
+    data = DataSet.of({"x": x}, np.arange(200) % 5)
+    (group,) = find_groups(net, {"x": torch.zeros(1, 6)})
+    removed = together(group.channels[:6])
+    (whole,) = answers(net, {"x": torch.from_numpy(x)})
+    (cut,) = answers(without(net, removed), {"x": torch.from_numpy(x)})
+    (fitted,) = answers(without(compensated(net, removed, data), removed), {"x": torch.from_numpy(x)})
+    assert float((cut - whole).square().mean()) > 1e-3
+    assert float((fitted - whole).square().mean()) < 1e-2 * float((cut - whole).square().mean())
+
+
+def test_the_pass_fits_what_is_left_and_keeps_zeros_modes_and_the_users_model() -> None:
+    net, data = Named(plain()).train(), images(48)
+    attach_mask(net.body[4], "weight", net.body[4].weight > 0)
+    before = copy.deepcopy(net.state_dict())
+    here = context(net, data)
+    step = Prune(0.4, criterion="l1", multiple=1)
+    fitted, cut = step(net, here), replace(step, refit=False)(net, here)
+    shapes = [[p.shape for p in module.parameters()] for module in (fitted, cut)]
+    assert shapes[0] == shapes[1]
+    assert fitted.training and all(torch.equal(a, before[k]) for k, a in net.state_dict().items())
+    assert torch.equal(fitted.body[4].weight == 0, cut.body[4].weight == 0)
+    x = {"x": torch.from_numpy(next(data.batches(48)).inputs["x"])}
+    (whole,), (one,), (other,) = (answers(copy.deepcopy(module).eval(), x) for module in (net, fitted, cut))
+    assert float((one - whole).square().mean()) < 0.5 * float((other - whole).square().mean())
+
+
+def test_too_few_samples_to_fit_weights_to_are_refused() -> None:
+    net = Named(plain()).eval()
+    with pytest.raises(DeploykitError, match="at least 32 calibration samples; there are 31"):
+        Prune(0.5, criterion="l1")(net, context(net, images(31)))
+
+
 def test_without_labels_the_models_own_answers_stand_for_them() -> None:
     net, data = Named(plain()).eval(), images(labels=False)
     own = answers(net, {"x": torch.from_numpy(next(data.batches(32)).inputs["x"])})[0].argmax(1).numpy()
     for criterion in ("taylor", "hessian", "fisher"):
-        step = Prune(0.4, criterion=criterion, multiple=1)
+        step = prune(0.4, criterion=criterion, multiple=1)
         one, two = step(net, context(net, data)), step(net, context(net, replace(data, labels=own)))
         assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
 
@@ -578,7 +634,7 @@ def test_options_out_of_range_are_refused(options: dict[str, Any]) -> None:
 )
 def test_what_cannot_be_done_is_said_with_what_can(options: dict[str, Any], said: str) -> None:
     net = Named(plain()).eval()
-    step = passes.build(Step("prune", {"amount": 0.5, "criterion": "l1"} | options))
+    step = passes.build(Step("prune", {"amount": 0.5, "criterion": "l1", "refit": False} | options))
     with pytest.raises(DeploykitError, match=said):
         step(net, context(net, images()))
 
@@ -589,16 +645,17 @@ def test_a_criterion_that_nobody_knows_is_refused_with_the_nearest() -> None:
 
 
 def test_a_step_needs_what_its_criterion_needs() -> None:
-    assert [Prune(0.5, criterion=c).needs for c in ("l2", "fisher", "snip")] == [(), ("data",), ("data", "labels")]
+    assert [prune(0.5, criterion=c).needs for c in ("l2", "fisher", "snip")] == [(), ("data",), ("data", "labels")]
+    assert Prune(0.5, criterion="l2").needs == ("data",)  # to fit what is left
 
 
 def test_a_criterion_that_lacks_data_or_labels_says_so_before_any_work() -> None:
     net = Named(plain()).eval()
     here = context(net, images(labels=False))
     with pytest.raises(DeploykitError, match="needs calibration data: give --calib"):
-        Prune(0.5, criterion="taylor")(net, replace(here, data={}))
+        prune(0.5, criterion="taylor")(net, replace(here, data={}))
     with pytest.raises(DeploykitError, match="criterion 'snip' needs labels"):
-        Prune(0.5, criterion="snip")(net, here)
+        prune(0.5, criterion="snip")(net, here)
 
 
 def test_a_model_that_cannot_be_followed_names_the_operation() -> None:
@@ -615,10 +672,10 @@ def test_a_model_that_cannot_be_followed_names_the_operation() -> None:
 
     data = DataSet.of({"x": np.ones((4, 4), np.float32)})
     with pytest.raises(DeploykitError, match=r'cannot be followed through `raise ValueError\("not finite"\)`'):
-        Prune(0.5, criterion="l1")(Picky().eval(), context(Picky(), data))
+        prune(0.5, criterion="l1")(Picky().eval(), context(Picky(), data))
 
 
 def test_a_model_without_channels_to_take_is_refused() -> None:
     made = example("lstm")
     with pytest.raises(DeploykitError, match="no channels that can be taken out"):
-        Prune(0.5, criterion="l1")(made.module, context(made.module, made.data))
+        prune(0.5, criterion="l1")(made.module, context(made.module, made.data))

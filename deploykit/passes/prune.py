@@ -1,8 +1,9 @@
 """The channels that matter least are taken out of all layers that they run through: the network becomes narrower.
 
 What can go together is found by running the network (`deploykit.pruning.groups`), what matters least by a criterion
-(`deploykit.pruning.criteria`), and how many go by the budget (`deploykit.pruning.budget`). The pruned network computes
-what the whole one does with the same channels zeroed; that is checked before it is handed on.
+(`deploykit.pruning.criteria`), and how many go by the budget (`deploykit.pruning.budget`). What is lost with them, the
+weights that are left make good (`deploykit.pruning.compensation`). The pruned network computes what the whole one does
+with the same channels zeroed; that is checked before it is handed on.
 """
 
 from __future__ import annotations
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
     from deploykit.pruning.groups import Channel
 
 
+LEAST_SAMPLES = 32
+"""That weights are fitted to."""
+
+
 @dataclass(frozen=True)
 class Prune:
     """Takes out the channels that matter least, until ``amount`` of the network is saved."""
@@ -44,6 +49,9 @@ class Prune:
     most: float = 0.9
     """Largest share of a layer's channels that may go."""
 
+    refit: bool = True
+    """Whether the weights that are left are fitted to what the layers gave with all channels, on calibration data."""
+
     stage: ClassVar[Stage] = "model"
     needs: ClassVar[tuple[Need, ...]] = ("data",)
     """Of the default criterion; a step has those of its own."""
@@ -59,7 +67,8 @@ class Prune:
             raise ValueError(f"multiple must be at least 0, given {self.multiple}")
         from deploykit.pruning.criteria import criterion
 
-        object.__setattr__(self, "needs", criterion(self.criterion).needs)
+        needs = (*criterion(self.criterion).needs, *(("data",) if self.refit else ()))
+        object.__setattr__(self, "needs", tuple(dict.fromkeys(needs)))
 
     def __call__(self, model: nn.Module, context: Context) -> nn.Module:
         """A narrower copy of the model.
@@ -73,15 +82,21 @@ class Prune:
         import torch
 
         from deploykit.pruning.budget import fit, ranked
+        from deploykit.pruning.compensation import compensated
         from deploykit.pruning.criteria import comparable, criterion, importance
         from deploykit.pruning.criteria.evidence import Evidence
         from deploykit.pruning.groups import find_groups, together
         from deploykit.pruning.layers import mixes, width
         from deploykit.pruning.surgery import assert_equal, without
 
-        data = context.need("calibration", f"prune, criterion {self.criterion}") if "data" in self.needs else None
+        data = context.need("calibration", "prune") if "data" in self.needs else None
         if data is not None and data.labels is None and "labels" in self.needs:
             raise DeploykitError(f"prune: criterion '{self.criterion}' needs labels, and {data.origin} has none")
+        if self.refit and data is not None and len(data) < LEAST_SAMPLES:
+            raise DeploykitError(
+                f"prune fits the weights that are left to the data and needs at least {LEAST_SAMPLES} calibration "
+                f"samples; there are {len(data)}. With refit = false it needs fewer."
+            )
         if not context.example:
             raise DeploykitError("prune: the context has no example to follow channels with")
         whole = copy.deepcopy(model).eval().requires_grad_(True)
@@ -109,6 +124,8 @@ class Prune:
             if p.side == "out"
         ]
         say(f"prune: {saved(chosen):.1%} of the {self.of} saved; {some(narrower, 8)}")
+        if self.refit and data is not None and chosen:
+            model = compensated(model, removed, data)
         pruned = without(model, removed)
         assert_equal(model, pruned, removed, inputs)
         return pruned
