@@ -56,6 +56,7 @@ def exported(
     quant: str = "",
     recipe: Recipe | None = None,
     train: DataSet | None = None,
+    thresholds: str = "minmax",
 ) -> dict[str, Manifest]:
     """What was made for some targets in one precision, by runtime."""
     with tempfile.TemporaryDirectory() as folder:
@@ -63,7 +64,9 @@ def exported(
         roles = {"calibration": calibration, "eval": evaluation} | ({"train": train} if train is not None else {})
         prepared = pipeline.prepare(accept_module(module), roles, None)
         them = [chosen(name, out, quant) for name in names]
-        settings = pipeline.Settings(recipe or Recipe(), precisions=(precision,), benchmark=False, threads=2)
+        settings = pipeline.Settings(
+            recipe or Recipe(), precisions=(precision,), thresholds=thresholds, benchmark=False, threads=2
+        )
         with contextlib.suppress(GateFailed):  # a row that is not met says so itself
             pipeline.export(prepared, them, [out / n for n in names], settings, Gate())
         found: dict[str, Manifest] = {name: load_manifest(out / name) for name in names}
