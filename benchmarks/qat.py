@@ -20,8 +20,8 @@ from deploykit.core.recipe import Recipe, Step, TrainSettings
 
 COMMAND = "python -m benchmarks.qat"
 ABOUT = (
-    "ResNet-20, 512 JPEG CIFAR-10 training images calibrate (thresholds mse), 30,000 train once, all 10,000 test images "
-    "evaluate"
+    "ResNet-20, 512 JPEG CIFAR-10 training images calibrate (thresholds mse), 30,000 train once, all 10,000 test "
+    "images evaluate"
 )
 IMAGES, BATCH = 30_000, 64
 

@@ -1,0 +1,268 @@
+"""Pruning: accuracy without training and with a little, by channels and by single weights; tickets; dense-sparse-dense.
+
+ResNet-20 on JPEG CIFAR-10: 512 training images, without labels, choose and refit; the first 2,000 test images evaluate,
+as they did for the figures of torch-pruning 1.6.1 that stand beside (`neighbour`).
+
+    python -m benchmarks.prune
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from benchmarks import data
+from benchmarks.choices import in_memory
+from benchmarks.rows import Row, record
+from deploykit import exporters, passes, pipeline, targets
+from deploykit.bench.timing import in_turns
+from deploykit.core.context import Context
+from deploykit.core.data import DataSet
+from deploykit.core.errors import GateFailed
+from deploykit.core.recipe import Step, TrainSettings
+from deploykit.core.request import Gate
+from deploykit.cost import cost
+from deploykit.losses import cross_entropy
+from deploykit.models import accept_module
+from deploykit.trainer import Trainer
+
+COMMAND = "python -m benchmarks.prune"
+ABOUT = "ResNet-20, 512 JPEG CIFAR-10 training images choose and refit, the first 2,000 test images evaluate"
+TORCH_PRUNING = "best criterion of torch-pruning 1.6.1"
+CRITERIA = ("fisher", "taylor", "hessian", "l1", "l2", "bn_scale", "fpgm", "activation", "synflow", "random")
+
+
+def context(net: nn.Module, train: DataSet | None = None, **settings: Any) -> Context:
+    """What the passes may ask for; channels may go one by one."""
+    calibration = in_memory(data.cifar("train", 512))
+    calibration = replace(calibration, labels=None)
+    roles = {"calibration": calibration} | ({"train": train} if train is not None else {})
+    example = next(calibration.batches(2)).inputs
+    return Context(
+        replace(targets.load("mobile-arm"), channel_multiple=1), roles, example, original=net,
+        trainer=Trainer(TrainSettings(**settings)), cost=lambda module: cost(module, example),
+    )  # fmt: skip
+
+
+def accuracy(model: nn.Module, evaluation: DataSet) -> float:
+    """Top-1 in percent."""
+    right = 0
+    model.eval()
+    with torch.no_grad():
+        for batch in evaluation.batches(250):
+            assert batch.labels is not None
+            right += int((model(torch.from_numpy(batch.inputs["x"])).argmax(1).numpy() == batch.labels).sum())
+    return 100 * right / len(evaluation)
+
+
+def run(net: nn.Module, here: Context, *steps: Step) -> nn.Module:
+    """A recipe on a module."""
+    for step in steps:
+        net = passes.build(step)(net, here)
+    return net
+
+
+def channels() -> list[Row]:
+    """30 and 50 % of the multiply-accumulates, without training."""
+    net, evaluation = data.resnet20(), in_memory(data.cifar("test", 2000))
+    here, rows = context(net), []
+    for amount, bar in ((0.3, 79.3), (0.5, 59.2)):
+        plain, fitted = {}, {}
+        for criterion in CRITERIA:
+            options = {"amount": amount, "criterion": criterion}
+            narrow = run(net, here, Step("prune", {**options, "refit": False}), Step("reestimate_bn"))
+            plain[criterion] = accuracy(narrow, evaluation)
+            fitted[criterion] = accuracy(run(net, here, Step("prune", options)), evaluation)
+            print(amount, criterion, plain[criterion], fitted[criterion], flush=True)
+        what = f"ResNet-20, {amount:.0%} of the MACs removed, no training"
+        rows += [
+            Row(f"{what}, batch normalisation re-estimated: top-1 (%)", plain["fisher"], bar, "higher", ABOUT,
+                f"{COMMAND} channels", [0], plain, f"{TORCH_PRUNING}: {bar}"),
+            Row(f"{what}, refitted (default): top-1 (%)", fitted["fisher"], bar, "higher", ABOUT,
+                f"{COMMAND} channels", [0], fitted, f"{TORCH_PRUNING}, batch normalisation re-estimated: {bar}"),
+        ]  # fmt: skip
+    return rows
+
+
+def trained() -> list[Row]:
+    """Half of the multiply-accumulates, and 150 steps of training; the latency of the int8 file."""
+    net, evaluation = data.resnet20(), in_memory(data.cifar("test", 2000))
+    images = in_memory(data.cifar("train", 20_000))
+    here = context(net, images, batch=128, augment=("flip", "crop"))
+    narrow = run(net, here, Step("prune", {"amount": 0.5}))
+    tuned = run(narrow, here, Step("finetune", {"steps": 150, "learning_rate": 1e-3}))
+    values = {"before": accuracy(narrow, evaluation), "after": accuracy(tuned, evaluation)}
+    return [
+        Row("ResNet-20, 50% of the MACs removed, 150 steps of 128: top-1 (%)", values["after"], 78.7, "higher", ABOUT,
+            f"{COMMAND} trained", [0], values, f"{TORCH_PRUNING} and the same steps: 78.7")
+    ]  # fmt: skip
+
+
+def latency() -> list[Row]:
+    """The int8 file of the half network beside that of the whole, x86, in one run."""
+    net = data.resnet20()
+    narrow = run(net, context(net), Step("prune", {"amount": 0.5, "multiple": 8}))
+    calibration = in_memory(data.cifar("train", 512))
+    sample, calls = next(calibration.batches(1)).inputs, []
+    with tempfile.TemporaryDirectory() as folder:
+        for what, module in (("whole", net), ("half", narrow)):
+            out = Path(folder) / what
+            prepared = pipeline.prepare(accept_module(module), {"calibration": calibration}, None)
+            settings = pipeline.Settings(precisions=("int8",), benchmark=False, threads=1)
+            with contextlib.suppress(GateFailed):
+                pipeline.export(prepared, [targets.load("x86")], [out], settings, Gate())
+            calls.append(functools.partial(exporters.load("onnx").load(out / "model.int8.onnx", 1), sample))
+        times = in_turns(calls, 2000, 60.0)
+    ms = dict(zip(("whole", "half"), (float(np.median(t)) for t in times), strict=True))
+    return [
+        Row("ResNet-20, 50% of the MACs removed: latency of the int8 file, pruned / whole", ms["half"] / ms["whole"],
+            0.8, "lower", ABOUT, f"{COMMAND} latency", [0], ms)
+    ]  # fmt: skip
+
+
+def weights() -> list[Row]:
+    """Single weights, without training."""
+    net, evaluation = data.resnet20(), in_memory(data.cifar("test", 2000))
+    here, rows = context(net), []
+    for sparsity, bar, magnitude in ((0.5, 86.3, 83.5), (0.7, 85.3, 79.5), (0.8, 82.0, 69.3), (0.9, 74.0, 42.0)):
+        started = time.process_time()
+        values = {"obs, refit": accuracy(run(net, here, Step("sparsify", {"sparsity": sparsity}), Step("refit")),
+                                         evaluation)}  # fmt: skip
+        values["CPU seconds"] = time.process_time() - started
+        small = Step("sparsify", {"sparsity": sparsity, "criterion": "l1"})
+        values["l1, batch normalisation re-estimated"] = accuracy(
+            run(net, here, small, Step("reestimate_bn")), evaluation
+        )
+        print(sparsity, values, flush=True)
+        rows.append(
+            Row(f"ResNet-20, {sparsity:.0%} of the weights zero, no training: top-1 (%)", values["obs, refit"], bar,
+                "higher", ABOUT, f"{COMMAND} weights", [0], values,
+                f"global magnitude, batch normalisation re-estimated: {magnitude}")
+        )  # fmt: skip
+    return rows
+
+
+def synflow() -> list[Row]:
+    """1 % of the weights left before any training."""
+    torch.manual_seed(0)
+    net = data.resnet20()
+    for module in net.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    here, left = context(net), {}
+    for criterion in ("synflow", "l1"):
+        sparse = passes.build(Step("sparsify", {"sparsity": 0.99, "criterion": criterion}))(net, here)
+        lives = [int((m.weight != 0).sum()) for m in sparse.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+        left[f"{criterion}: emptiest layer"] = min(lives)
+    return [
+        Row("ResNet-20 untrained, 1% of the weights left by synflow: weights of the emptiest layer",
+            left["synflow: emptiest layer"], 1, "higher", "no data", f"{COMMAND} synflow", [0], left)
+    ]  # fmt: skip
+
+
+# ------------------------------------------------------------------ MNIST
+
+
+def mnist() -> tuple[DataSet, DataSet]:
+    """Training and test images ``[784]``."""
+    raw = np.load(data.ROOT / "mnist.npz")
+
+    def split(name: str) -> DataSet:
+        x = ((raw[f"x_{name}"].reshape(-1, 784) / 255.0 - 0.1307) / 0.3081).astype(np.float32)
+        return DataSet.of({"input": x}, raw[f"y_{name}"].astype(np.int64), "MNIST")
+
+    return split("train"), split("test")
+
+
+def lenet(seed: int) -> nn.Module:
+    """LeNet-300-100, as it is initialised."""
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(784, 300), nn.ReLU(), nn.Linear(300, 100), nn.ReLU(), nn.Linear(100, 10))
+
+
+def correct(model: nn.Module, test: DataSet) -> float:
+    batch = next(test.batches(len(test)))
+    with torch.no_grad():
+        return 100 * float(
+            (model.eval()(torch.from_numpy(batch.inputs["input"])).argmax(1).numpy() == batch.labels).mean()
+        )
+
+
+def lottery(seeds: Sequence[int] = (0, 1, 2)) -> list[Row]:
+    """Frankle & Carbin 2019: 15 rounds of 20 %, weights rewound to where they began, or drawn anew."""
+    train, test = mnist()
+    values: dict[str, float] = {}
+    for seed in seeds:
+        net = lenet(seed)
+        for what in ("weights", "random"):
+            here = Context(
+                targets.load("mobile-arm"), {"train": train}, {"input": np.zeros((2, 784), np.float32)}, original=net,
+                trainer=Trainer(TrainSettings(batch=60), seed=seed), loss=cross_entropy, seed=seed,
+            )  # fmt: skip
+            step = Step("iterate", {
+                "amount": 1 - 0.8**15, "rounds": 15, "steps": 800, "dense": 800, "schedule": "geometric",
+                "rewind": what, "learning_rate": 1.2e-3, "options": {"criterion": "l1"},
+            })  # fmt: skip
+            values[f"seed {seed}, {'ticket' if what == 'weights' else 'drawn anew'}"] = correct(
+                run(net, here, step), test
+            )
+            print(values, flush=True)
+    tickets = [v for k, v in values.items() if "ticket" in k]
+    controls = [v for k, v in values.items() if "anew" in k]
+    gain = statistics.mean(tickets) - statistics.mean(controls)
+    return [
+        Row("LeNet-300-100, 3.5% of the weights: winning ticket above random re-initialisation (points, mean of 3 seeds)",
+            gain, 0.0, "higher", "MNIST, 60,000 train, 10,000 test", f"{COMMAND} lottery", list(seeds), values)
+    ]  # fmt: skip
+
+
+def dsd(seeds: Sequence[int] = (0, 1, 2)) -> list[Row]:
+    """Dense-sparse-dense beside as many steps without zeros."""
+    train, test = mnist()
+    values: dict[str, float] = {}
+    for seed in seeds:
+        net = lenet(seed)
+        here = Context(
+            targets.load("mobile-arm"), {"train": train}, {"input": np.zeros((2, 784), np.float32)}, original=net,
+            trainer=Trainer(TrainSettings(batch=60), seed=seed), loss=cross_entropy, seed=seed,
+        )  # fmt: skip
+        dense = run(net, here, Step("finetune", {"steps": 1500, "learning_rate": 1.2e-3}))
+        again = Step("finetune", {"steps": 1000, "learning_rate": 1.2e-3}), Step("finetune", {"steps": 1000,
+                     "learning_rate": 1.2e-4})  # fmt: skip
+        values[f"seed {seed}, dsd"] = correct(
+            run(dense, here, Step("dsd", {"steps": 1000, "learning_rate": 1.2e-3})), test
+        )
+        values[f"seed {seed}, control"] = correct(run(dense, here, *again), test)
+        print(values, flush=True)
+    mean = {w: statistics.mean(v for k, v in values.items() if w in k) for w in ("dsd", "control")}
+    return [
+        Row("LeNet-300-100, dense-sparse-dense above as many steps without zeros (points, mean of 3 seeds)",
+            mean["dsd"] - mean["control"], 0.0, "higher", "MNIST, 60,000 train, 10,000 test", f"{COMMAND} dsd",
+            list(seeds), values, note="reported as measured")
+    ]  # fmt: skip
+
+
+PARTS = {f.__name__: f for f in (channels, trained, latency, weights, synflow, lottery, dsd)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="default: all")
+    for name in parser.parse_args().parts or PARTS:
+        record("prune", PARTS[name]())
+
+
+if __name__ == "__main__":
+    main()
