@@ -223,7 +223,7 @@ def lottery(seeds: Sequence[int] = (0, 1, 2)) -> list[Row]:
     controls = [v for k, v in values.items() if "anew" in k]
     gain = statistics.mean(tickets) - statistics.mean(controls)
     return [
-        Row("LeNet-300-100, 3.5% of the weights: winning ticket above random re-initialisation (points, mean of 3 seeds)",
+        Row("LeNet-300-100, 3.5% of the weights: winning ticket above new random weights (points, mean of 3 seeds)",
             gain, 0.0, "higher", "MNIST, 60,000 train, 10,000 test", f"{COMMAND} lottery", list(seeds), values)
     ]  # fmt: skip
 
