@@ -173,7 +173,7 @@ def pruning() -> Row:
     for sparsity in (0.0, 0.3, 0.5, 0.7):
         net = case.module
         if sparsity:
-            net = passes.build(Step("sparsify", {"sparsity": sparsity}))(net, case.context).eval()
+            net = passes.build(Step("sparsify", {"sparsity": sparsity, "criterion": "l1"}))(net, case.context).eval()
         pruned = replace(case, module=net)
         hub = pruned.hub()
         with tempfile.TemporaryDirectory() as folder:
