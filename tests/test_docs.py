@@ -52,7 +52,7 @@ WITH_ARTIFACT = (
     "docs/exporters/onnx.md",
 )  # fmt: skip
 """Pages that speak of an artifact ``out/`` that is there already."""
-FOREIGN_OPTIONS = {"--save", "--workspace-mb", "--only"}
+FOREIGN_OPTIONS = {"--nncf", "--save", "--workspace-mb", "--only"}
 """Options of infer.py and build.py."""
 LANGUAGES = ("python", "toml", "console")
 
