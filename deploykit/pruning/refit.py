@@ -7,8 +7,8 @@ layer gives in the original network, y. Under the mask S of a row, with Σ covar
 
 (the reconstruction of He et al. 2017, "Channel Pruning for Accelerating Very Deep Neural Networks", section 3.1, for
 any mask, and on inputs as they have become). What is fitted varies less than what it is fitted to: only the explained
-part is there. Layer upon layer the signal fades, so it can be stretched back, w ← w sd(y) / sd(w x): better where much
-is missing, worse where little is. Held-out samples choose between the two; then all are fitted to.
+part is there, and layer upon layer the signal would fade. So every output gets the variance back that it had,
+w ← w sd(y) / sd(w x).
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import copy
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -30,8 +29,6 @@ from deploykit.pruning.obs import DAMPING
 from deploykit.pruning.patches import Stop, inputs, matrix, outputs, products, torch_inputs, watch
 from deploykit.pruning.statistics import BATCH, Covariance, evaluating
 
-HELD_OUT = 4
-"""Every so many samples one is held out."""
 MOST = 4.0
 """By how much variances are stretched at most."""
 
@@ -44,14 +41,6 @@ def refit(pruned: nn.Module, original: nn.Module, data: DataSet) -> nn.Module:
         original: what it was made of; not changed.
         data: unlabelled samples.
     """
-    held = np.arange(len(data)) % HELD_OUT == HELD_OUT - 1
-    fitted, judged = data.pick(np.flatnonzero(~held)), data.pick(np.flatnonzero(held))
-    errors = [error(fit(pruned, original, fitted, stretch), original, judged) for stretch in (False, True)]
-    return fit(pruned, original, data, stretch=errors[1] < errors[0])
-
-
-def fit(pruned: nn.Module, original: nn.Module, data: DataSet, stretch: bool) -> nn.Module:
-    """One of the two: with the variance that the fit has, or with that of the original."""
     model = copy.deepcopy(pruned)
     theirs = products(original)
     with evaluating(model), evaluating(original), torch.no_grad():
@@ -61,7 +50,7 @@ def fit(pruned: nn.Module, original: nn.Module, data: DataSet, stretch: bool) ->
                 moments = Moments()
                 for (x, _), (_, y) in _both(model, layer, original, theirs[name], data, calls[name]):
                     moments.add(inputs(layer, x), outputs(layer, y))
-                _solve(layer, shifts.get(name), moments, stretch)
+                _solve(layer, shifts.get(name), moments)
     return model
 
 
@@ -83,7 +72,7 @@ class Moments:
         self.yx = self.yx + (y.transpose(1, 2) @ x).double()
 
 
-def _solve(layer: Any, norm: Any, moments: Moments, stretch: bool) -> None:
+def _solve(layer: Any, norm: Any, moments: Moments) -> None:
     """Writes the weights, and the shift of the mean where it can be: in the layer's bias, or in what normalises it."""
     n, mean = moments.x.count, moments.x.mean
     y_mean = moments.y_sum / n
@@ -106,9 +95,8 @@ def _solve(layer: Any, norm: Any, moments: Moments, stretch: bool) -> None:
             system = xx[g][places][:, places] + lam[g] * torch.eye(len(places), dtype=xx.dtype)
             right = yx[g][rows, places] + lam[g] * w[g][rows, places]
             found[g][rows, places] = torch.linalg.solve(system, right.T).T
-    if stretch:
-        explained = ((found @ xx) * found).sum(2)
-        found = found * (variance / explained.clamp_min(1e-12)).clamp(0, MOST).sqrt()[:, :, None]
+    explained = ((found @ xx) * found).sum(2)
+    found = found * (variance / explained.clamp_min(1e-12)).clamp(0, MOST).sqrt()[:, :, None]
     fitted = found.reshape(layer.weight.shape).to(layer.weight)
     layer.weight = nn.Parameter(fitted) if held is None else fitted
     if not shifted:
