@@ -91,6 +91,13 @@ def distill_kl(temperature: float = 1.0) -> Loss:
     return loss
 
 
+def as_tensors(arrays: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Inputs by name as tensors, on the arrays' own memory."""
+    import torch
+
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
 def tensors(outputs: Any) -> list[Tensor]:
     """What a model returned (a tensor, or a tuple or dict of tensors), as a list in the model's order."""
     import torch

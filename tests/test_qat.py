@@ -28,7 +28,8 @@ from deploykit.hub.running import session
 from deploykit.hub.training.graph import held_by, read_nodes
 from deploykit.hub.training.module import HubModule
 from deploykit.losses import TrainBatch, distill_kl
-from deploykit.passes.qat import Qat, split
+from deploykit.passes.qat import Qat
+from deploykit.retraining import split
 from deploykit.trainer import Trainer
 from tests.graphs import graph, images, measured, normal, residual
 

@@ -98,7 +98,7 @@ def is_quantized(precision: str) -> bool:
 
 def is_integer(precision: str) -> bool:
     """Whether files of that precision hold integers."""
-    return is_quantized(precision) and FORMATS[precision].kind != "float8"  # type: ignore[index]
+    return is_quantized(precision) and FORMATS[cast(Precision, precision)].kind != "float8"
 
 
 def needs_calibration(precision: Precision) -> bool:

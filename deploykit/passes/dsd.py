@@ -48,7 +48,7 @@ class Dsd:
         Raises:
             DeploykitError: there is no weight of two or more dimensions.
         """
-        from deploykit.passes.finetune import train
+        from deploykit.retraining import train
 
         trained = copy.deepcopy(model)
         held = smallest(trained, self.sparsity)

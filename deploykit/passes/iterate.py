@@ -68,7 +68,7 @@ class Iterate:
             DeploykitError: as the step raises them; wrong options of the step.
         """
         from deploykit import passes
-        from deploykit.passes.finetune import train
+        from deploykit.retraining import train
 
         key = "sparsity" if self.step == "sparsify" else "amount"
         if key in self.options:

@@ -61,14 +61,14 @@ class L0:
         Raises:
             DeploykitError: there are no channels that can be taken out.
         """
-        import torch
 
-        from deploykit.passes.finetune import train
+        from deploykit.losses import as_tensors
         from deploykit.pruning.groups import find_groups, together
         from deploykit.pruning.surgery import without
+        from deploykit.retraining import train
 
         trained = copy.deepcopy(model)
-        sample = {name: torch.from_numpy(x[:1]) for name, x in context.example.items()}
+        sample = {name: x[:1] for name, x in as_tensors(context.example).items()}
         groups = find_groups(trained, sample)
         if not groups:
             raise DeploykitError("l0: there are no channels that can be taken out of this model")

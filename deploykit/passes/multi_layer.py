@@ -70,16 +70,16 @@ class MultiLayer:
         Raises:
             DeploykitError: a pattern matches nothing; there are no channels that can be taken out.
         """
-        import torch
 
-        from deploykit.passes.finetune import train
+        from deploykit.losses import as_tensors
         from deploykit.pruning.groups import find_groups, together
         from deploykit.pruning.patches import products
         from deploykit.pruning.surgery import assert_equal, without
+        from deploykit.retraining import train
 
         pruned = copy.deepcopy(model)
         chosen = [matching("layer", patterns, products(pruned)) for patterns in self.sets]
-        inputs = {name: torch.from_numpy(x) for name, x in context.example.items()}
+        inputs = as_tensors(context.example)
         for number, names in enumerate(chosen, 1):
             layers: dict[str, Any] = {name: pruned.get_submodule(name) for name in names}
             size = partial(self._size, layers)
@@ -134,7 +134,7 @@ def largest_threshold(model: nn.Module, layers: Mapping[str, Any], context: Cont
     ``tolerance`` of itself."""
     import torch
 
-    from deploykit.passes.qat import split
+    from deploykit.retraining import split
 
     data, holdout = split(context.need("train", "multi_layer"), context.data.get("holdout"))
     judged = holdout if holdout is not None else data
@@ -161,7 +161,7 @@ def held_out_loss(model: nn.Module, context: Context, data: DataSet) -> float:
     """The mean loss that the step trains with."""
     import torch
 
-    from deploykit.losses import TrainBatch, distill_kl
+    from deploykit.losses import TrainBatch, as_tensors, distill_kl
     from deploykit.pruning.statistics import BATCH, evaluating
 
     loss = context.loss or distill_kl()
@@ -171,7 +171,7 @@ def held_out_loss(model: nn.Module, context: Context, data: DataSet) -> float:
     teacher = context.original if context.original is not None else model
     with evaluating(model), evaluating(teacher), torch.no_grad():
         for batch in data.batches(BATCH):
-            inputs = {name: torch.from_numpy(x) for name, x in batch.inputs.items()}
+            inputs = as_tensors(batch.inputs)
             labels = None if batch.labels is None else torch.from_numpy(batch.labels)
             total += float(loss(model(**inputs), TrainBatch(inputs, labels, teacher(**inputs)))) * len(
                 next(iter(inputs.values()))

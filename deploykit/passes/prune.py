@@ -79,8 +79,7 @@ class Prune:
         """
         import copy
 
-        import torch
-
+        from deploykit.losses import as_tensors
         from deploykit.pruning.budget import fit, ranked
         from deploykit.pruning.compensation import compensated
         from deploykit.pruning.criteria import comparable, criterion, importance
@@ -101,7 +100,7 @@ class Prune:
             raise DeploykitError("prune: the context has no example to follow channels with")
         whole = copy.deepcopy(model).eval().requires_grad_(True)
         stay = matching("layer", self.skip, [name for name, layer in whole.named_modules() if mixes(layer)])
-        inputs = {name: torch.from_numpy(array) for name, array in context.example.items()}
+        inputs = as_tensors(context.example)
         sample = {name: tensor[:1] for name, tensor in inputs.items()}
         groups = [group for group in find_groups(whole, sample) if not stay & set(group.writers)]
         if not groups:

@@ -13,18 +13,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import numpy as np
-
 from deploykit.core.context import Context
-from deploykit.core.data import DataSet
 from deploykit.core.errors import DeploykitError
 from deploykit.core.recipe import Stage
 from deploykit.core.target import Need, Profit
 from deploykit.hub.graph import Hub
-
-KEPT_OUT = 10
-"""Without held-out calibration data every tenth training sample is kept out, but no more than `MOST_KEPT_OUT`."""
-MOST_KEPT_OUT = 500
 
 
 @dataclass(frozen=True)
@@ -54,29 +47,11 @@ class Qat:
             DeploykitError: there is no teacher (the model came as .onnx), or an operator cannot be trained.
         """
         from deploykit.hub.training.module import HubModule
-        from deploykit.losses import distill_kl
+        from deploykit.retraining import train
 
-        data, holdout = split(context.need("train", "qat"), context.data.get("holdout"))
-        if context.original is None or context.trainer is None:
+        context.need("train", "qat")
+        if context.original is None:
             raise DeploykitError("qat needs the PyTorch model as teacher; an .onnx file has none")
         student = HubModule(hub, learn_scales=self.scales == "learned")
-        context.trainer.fit(
-            student, data, context.loss or distill_kl(self.temperature), teacher=context.original, holdout=holdout,
-            steps=self.steps, learning_rate=self.learning_rate,
-        )  # fmt: skip
+        train(student, context, "qat", self.steps, self.learning_rate, self.temperature)
         return student.to_hub()
-
-
-def split(data: DataSet, holdout: DataSet | None) -> tuple[DataSet, DataSet | None]:
-    """What is trained on, and what states are judged on.
-
-    Held-out calibration samples, if the loss finds labels there as it does in the training data; else part of the
-    training data, where there is enough.
-    """
-    if holdout is not None and (data.labels is None or holdout.labels is not None):
-        return data, holdout
-    kept = np.zeros(len(data), bool)
-    kept[KEPT_OUT - 1 :: max(KEPT_OUT, len(data) // MOST_KEPT_OUT)] = True
-    if not kept.any():
-        return data, None
-    return data.pick(np.flatnonzero(~kept)), data.pick(np.flatnonzero(kept))

@@ -45,6 +45,9 @@ class ReestimateBn:
         import torch
         from torch.nn.modules.batchnorm import _BatchNorm
 
+        from deploykit.losses import as_tensors
+        from deploykit.pruning.statistics import evaluating
+
         data = context.need("calibration", "reestimate_bn")
         if len(data) < 2:
             raise DeploykitError(f"reestimate_bn needs at least 2 samples, {data.origin} has {len(data)}")
@@ -52,19 +55,15 @@ class ReestimateBn:
         norms = [layer for layer in anew.modules() if isinstance(layer, _BatchNorm) and layer.track_running_stats]
         if not norms:
             raise DeploykitError("reestimate_bn: the model has no batch normalisation with running statistics")
-        modes = {module: module.training for module in anew.modules()}
         momenta = [norm.momentum for norm in norms]
-        anew.eval()  # dropout stays off
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = None  # cumulative average: batch k weighs 1/k
-            norm.train()
-        with torch.no_grad():
+        with evaluating(anew), torch.no_grad():  # dropout stays off
+            for norm in norms:
+                norm.reset_running_stats()
+                norm.momentum = None  # cumulative average: batch k weighs 1/k
+                norm.train()
             for batch in data.batches(self.batch):
                 if len(next(iter(batch.inputs.values()))) == self.batch or len(data) < self.batch:
-                    anew(**{name: torch.from_numpy(array) for name, array in batch.inputs.items()})
+                    anew(**as_tensors(batch.inputs))
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
-        for module, mode in modes.items():
-            module.training = mode
         return anew

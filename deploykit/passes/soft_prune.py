@@ -53,17 +53,17 @@ class SoftPrune:
         Raises:
             DeploykitError: there are no channels that can be taken out.
         """
-        import torch
 
-        from deploykit.passes.finetune import train
+        from deploykit.losses import as_tensors
         from deploykit.pruning.budget import chosen, ranked
         from deploykit.pruning.criteria import importance
         from deploykit.pruning.criteria.evidence import Evidence
         from deploykit.pruning.groups import find_groups, together
         from deploykit.pruning.surgery import assert_equal, without
+        from deploykit.retraining import train
 
         trained = copy.deepcopy(model)
-        inputs = {name: torch.from_numpy(x) for name, x in context.example.items()}
+        inputs = as_tensors(context.example)
         sample = {name: x[:1] for name, x in inputs.items()}
         groups = find_groups(trained, sample)
         if not groups:

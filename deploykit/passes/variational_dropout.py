@@ -65,8 +65,8 @@ class VariationalDropout:
         from torch import nn
 
         from deploykit.hub.structure import attach_mask
-        from deploykit.passes.finetune import train
         from deploykit.pruning.patches import products
+        from deploykit.retraining import train
 
         trained = copy.deepcopy(model)
         layers: list[Any] = list(products(trained).values())

@@ -14,6 +14,7 @@ from deploykit.core.errors import DeploykitError, unknown
 from deploykit.core.patterns import matching
 from deploykit.core.progress import track
 from deploykit.hub.structure import attach_mask, mask_of
+from deploykit.losses import as_tensors
 from deploykit.pruning.criteria import CRITERIA
 from deploykit.pruning.criteria.evidence import Evidence
 from deploykit.pruning.masks import Masks, Scores
@@ -98,7 +99,7 @@ def masked(
         scores = _surgeon(found, layers, lives, context, pattern)
         lives = {name: lives[name] for name in scores}
     else:
-        sample = {name: torch.from_numpy(x[:1]) for name, x in context.example.items()}
+        sample = {name: x[:1] for name, x in as_tensors(context.example).items()}
         evidence = Evidence(sample, context.data.get("calibration"), context.loss, context.seed)
         scores = CRITERIA[criterion].function(found, layers, evidence)
     for name, mask in choose(scores, lives).items():

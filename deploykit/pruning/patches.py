@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
@@ -89,8 +88,3 @@ def watch(layer: nn.Module, found: list[tuple[Tensor, Tensor]], calls: int) -> A
             raise Stop
 
     return layer.register_forward_hook(note)
-
-
-def torch_inputs(batch: Any) -> dict[str, Tensor]:
-    """A batch's inputs as tensors, by name."""
-    return {name: torch.from_numpy(array) for name, array in batch.inputs.items()}

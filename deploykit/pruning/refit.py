@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from deploykit.core.data import DataSet
 from deploykit.core.progress import track
 from deploykit.hub.structure import mask_of
-from deploykit.losses import tensors
+from deploykit.losses import as_tensors, tensors
 from deploykit.pruning.obs import DAMPING
-from deploykit.pruning.patches import Stop, inputs, matrix, outputs, products, torch_inputs, watch
+from deploykit.pruning.patches import Stop, inputs, matrix, outputs, products, watch
 from deploykit.pruning.statistics import BATCH, Covariance, evaluating
 
 MOST = 4.0
@@ -128,7 +128,7 @@ def _look(model: nn.Module, data: DataSet) -> tuple[dict[str, int], dict[str, nn
         for m in model.modules()
         if getattr(m, "running_mean", None) is not None
     ]
-    model(**torch_inputs(next(data.batches(1))))
+    model(**as_tensors(next(data.batches(1)).inputs))
     for hook in hooks:
         hook.remove()
     return calls, {name: found[0] for name, found in norms.items() if len(found) == calls[name] == 1}
@@ -139,7 +139,7 @@ def _both(
 ) -> Iterator[tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]]:
     """Input and output of a layer in both networks, call by call."""
     for batch in data.batches(BATCH):
-        given = torch_inputs(batch)
+        given = as_tensors(batch.inputs)
         pairs = []
         for network, place in ((model, layer), (original, theirs)):
             seen: list[tuple[Tensor, Tensor]] = []
@@ -156,7 +156,7 @@ def error(model: nn.Module, original: nn.Module, data: DataSet) -> float:
     noise, power = 0.0, 0.0
     with evaluating(model), evaluating(original), torch.no_grad():
         for batch in data.batches(BATCH):
-            given = torch_inputs(batch)
+            given = as_tensors(batch.inputs)
             for ours, z in zip(tensors(model(**given)), tensors(original(**given)), strict=True):
                 noise += float((ours - z).double().square().sum())
                 power += float(z.double().square().sum())

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from deploykit.core.data import DataSet
 from deploykit.core.progress import track
-from deploykit.losses import tensors
-from deploykit.pruning.patches import inputs, outputs, torch_inputs
+from deploykit.losses import as_tensors, tensors
+from deploykit.pruning.patches import inputs, outputs
 
 BATCH = 32
 
@@ -67,14 +67,14 @@ def covariances(model: nn.Module, layers: Mapping[str, nn.Module], data: DataSet
         _hooks(layer.register_forward_hook(note(n)) for n, layer in layers.items()),
     ):
         for batch in track(data.batches(BATCH), "covariances", total=-(-len(data) // BATCH)):
-            model(**torch_inputs(batch))
+            model(**as_tensors(batch.inputs))
     return found
 
 
 def fisher(model: nn.Module, layers: Mapping[str, nn.Module], data: DataSet, seed: int) -> dict[str, Tensor]:
     """E[(∂L/∂y)²] over samples and positions, by layer ``[g, o]``, with L the loss on answers drawn from the model.
 
-    Class scores ``[n, c, ...]`` draw a class from their softmax; everything else draws y + N(0, 1), so that L is the
+    Class scores ``[n, c]`` draw a class from their softmax; everything else draws y + N(0, 1), so that L is the
     squared error.
     """
     random = torch.Generator().manual_seed(seed)
@@ -93,7 +93,7 @@ def fisher(model: nn.Module, layers: Mapping[str, nn.Module], data: DataSet, see
     hooks = (layer.register_forward_hook(lambda m, _, y, name=n: note(name, m, y)) for n, layer in layers.items())
     with evaluating(model), torch.enable_grad(), _hooks(hooks):
         for batch in track(data.batches(BATCH), "gradients", total=-(-len(data) // BATCH)):
-            given = {n: x.requires_grad_() if x.is_floating_point() else x for n, x in torch_inputs(batch).items()}
+            given = {n: x.requires_grad_() if x.is_floating_point() else x for n, x in as_tensors(batch.inputs).items()}
             loss = torch.stack([_drawn(z, random) for z in tensors(model(**given))]).sum()
             torch.autograd.grad(loss, [x for x in given.values() if x.requires_grad] or list(model.parameters()),
                                 allow_unused=True)  # fmt: skip

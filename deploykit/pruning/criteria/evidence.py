@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from deploykit.core.data import DataSet
 from deploykit.core.errors import DeploykitError
-from deploykit.losses import Loss, TrainBatch, cross_entropy, tensors
+from deploykit.losses import Loss, TrainBatch, as_tensors, cross_entropy, tensors
 from deploykit.pruning.flow import Inputs
 
 
@@ -36,7 +36,7 @@ class Evidence:
         if self.data is None:
             raise DeploykitError("the criterion needs sample data: give --calib")
         for batch in self.data.batches(size or self.batch):
-            inputs = {name: torch.from_numpy(array) for name, array in batch.inputs.items()}
+            inputs = as_tensors(batch.inputs)
             yield TrainBatch(inputs, None if batch.labels is None else torch.from_numpy(batch.labels))
 
     def cost(self, model: nn.Module, batch: TrainBatch) -> Tensor:
