@@ -11,8 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from deploykit import targets
+from deploykit.core.context import Context
 from deploykit.core.data import DataSet
 from deploykit.core.errors import DeploykitError
+from deploykit.passes.sparsify import Sparsify
 from deploykit.pruning.criteria import CRITERIA, comparable, importance
 from deploykit.pruning.criteria.activation import activation
 from deploykit.pruning.criteria.bn_scale import bn_scale
@@ -24,7 +27,7 @@ from deploykit.pruning.criteria.hessian import hessian
 from deploykit.pruning.criteria.magnitude import l1, l2
 from deploykit.pruning.criteria.oracle import oracle
 from deploykit.pruning.criteria.snip import snip
-from deploykit.pruning.criteria.synflow import synflow, synflow_masks
+from deploykit.pruning.criteria.synflow import synflow
 from deploykit.pruning.criteria.taylor import taylor
 from deploykit.pruning.groups import Group, find_groups
 from deploykit.pruning.layers import Port
@@ -187,7 +190,9 @@ def test_at_one_percent_synflow_empties_no_layer_and_magnitude_does() -> None:
     widths = (32, 256, 256, 256, 16, 256, 10)
     net = nn.Sequential(*[m for a, b in itertools.pairwise(widths) for m in (nn.Linear(a, b), nn.ReLU())])
     layers, given = [str(2 * i) for i in range(len(widths) - 1)], Evidence({"input": torch.zeros(1, 32)})
-    masks = synflow_masks(net, layers, given, keep=0.01)
+    context = Context(targets.load("mobile-arm"), example={"input": np.zeros((2, 32), np.float32)})
+    sparse = Sparsify(0.99, "synflow")(net, context)
+    masks = {name: sparse.state_dict()[f"{name}.parametrizations.weight.0.mask"] for name in layers}
     assert all(bool(mask.any()) for mask in masks.values())
     left, whole = (sum(int(f(m)) for m in masks.values()) for f in (torch.sum, torch.numel))
     assert left == round(0.01 * whole)

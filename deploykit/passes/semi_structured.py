@@ -56,4 +56,4 @@ class SemiStructured:
         layers = [name for name, layer in found.items() if fits(layer.weight, m)]
         if not layers:
             raise DeploykitError(f"semi_structured: no layer has input channels in multiples of {m}")
-        return masked(model, layers, criterion, context, partial(n_of_m, n=n, m=m), (n, m))
+        return masked(model, layers, criterion, context, [partial(n_of_m, n=n, m=m)], (n, m))

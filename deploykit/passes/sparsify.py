@@ -49,10 +49,12 @@ class Sparsify:
             DeploykitError: the model has no convolution or linear layer; unknown criterion or layer; the criterion
                 lacks data.
         """
-        from deploykit.pruning.choose import layers_of, masked, resolved
+        from deploykit.pruning.choose import layers_of, masked, resolved, rounds
         from deploykit.pruning.masks import layer_by_layer, network_wide
 
         criterion = resolved(self.criterion, context, "sparsify")
         layers = list(layers_of(model, self.skip, "sparsify"))
         choose = network_wide if self.scope == "global" else layer_by_layer
-        return masked(model, layers, criterion, context, partial(choose, sparsity=self.sparsity))
+        n = rounds(criterion)  # the same share of what is left in each
+        shares = [*(1 - (1 - self.sparsity) ** (k / n) for k in range(1, n)), self.sparsity]
+        return masked(model, layers, criterion, context, [partial(choose, sparsity=share) for share in shares])

@@ -80,7 +80,7 @@ def masked(
     layers: Sequence[str],
     criterion: str,
     context: Context,
-    choose: Callable[[Scores, Masks], dict[str, Tensor]],
+    cuts: Sequence[Callable[[Scores, Masks], dict[str, Tensor]]],
     pattern: tuple[int, int] | None = None,
 ) -> nn.Module:
     """A copy of the model in which the weights that a criterion finds least worth are zeros that stay zero.
@@ -90,21 +90,26 @@ def masked(
         layers: that lose weights.
         criterion: a `resolved` one.
         context: calibration data, sample, seed.
-        choose: who lives by the scores.
+        cuts: who lives by the scores; weights are scored anew for each.
         pattern: N and M, where at most N of M inputs will live: ``obs`` wants to know.
     """
     found = copy.deepcopy(model)
-    lives = {name: _lives(found.get_submodule(name)) for name in layers}
-    if criterion == OBS:
-        scores = _surgeon(found, layers, lives, context, pattern)
-        lives = {name: lives[name] for name in scores}
-    else:
-        sample = {name: x[:1] for name, x in as_tensors(context.example).items()}
-        evidence = Evidence(sample, context.data.get("calibration"), context.loss, context.seed)
-        scores = CRITERIA[criterion].function(found, layers, evidence)
-    for name, mask in choose(scores, lives).items():
-        attach_mask(found.get_submodule(name), "weight", mask)
+    sample = {name: x[:1] for name, x in as_tensors(context.example).items()}
+    evidence = Evidence(sample, context.data.get("calibration"), context.loss, context.seed)
+    for cut in cuts:
+        lives = {name: _lives(found.get_submodule(name)) for name in layers}
+        if criterion == OBS:
+            scores = _surgeon(found, layers, lives, context, pattern)
+        else:
+            scores = CRITERIA[criterion].function(found, layers, evidence)
+        for name, mask in cut(scores, {name: lives[name] for name in scores}).items():
+            attach_mask(found.get_submodule(name), "weight", mask)
     return found
+
+
+def rounds(criterion: str) -> int:
+    """How many cuts a `resolved` criterion wants."""
+    return CRITERIA[criterion].rounds if criterion in CRITERIA else 1
 
 
 def _lives(layer: nn.Module) -> Tensor:

@@ -28,7 +28,7 @@ from deploykit.pruning.criteria.hessian import hessian
 from deploykit.pruning.criteria.magnitude import l1, l2
 from deploykit.pruning.criteria.oracle import oracle
 from deploykit.pruning.criteria.snip import snip
-from deploykit.pruning.criteria.synflow import synflow
+from deploykit.pruning.criteria.synflow import ROUNDS, synflow
 from deploykit.pruning.criteria.taylor import taylor
 from deploykit.pruning.groups import Channel, Group
 from deploykit.pruning.layers import Port, groups_of, mixes, weight_axis
@@ -43,6 +43,8 @@ class Criterion:
     needs: tuple[Need, ...] = ()
     in_cost: bool = False
     """Whether scores are changes of the cost, which can be added and compared over the whole network."""
+    rounds: int = 1
+    """How often single weights are scored anew while they go."""
 
 
 CRITERIA: Mapping[str, Criterion] = {
@@ -55,7 +57,7 @@ CRITERIA: Mapping[str, Criterion] = {
     "activation": Criterion(activation, "weights", ("data",)),
     "fpgm": Criterion(fpgm, "ports"),
     "random": Criterion(chance, "weights"),
-    "synflow": Criterion(synflow, "weights"),
+    "synflow": Criterion(synflow, "weights", rounds=ROUNDS),
     "snip": Criterion(snip, "weights", ("data", "labels"), in_cost=True),
     "oracle": Criterion(oracle, "channels", ("data",), in_cost=True),
 }

@@ -4,7 +4,7 @@ synaptic flow".
     R = 1' (prod_l |W_l|) 1,      score = dR/d|w| |w|
 
 What flows into a unit flows out of it, so every layer's scores sum to R and no layer is emptied while others have
-weights to spare, as long as scores are taken anew after every small cut (their algorithm 1).
+weights to spare, as long as scores are taken anew after every small cut: 100 of them in their algorithm 1 (`ROUNDS`).
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from deploykit.hub.structure import bake
 from deploykit.losses import tensors
 from deploykit.pruning.criteria.evidence import Evidence
 from deploykit.pruning.layers import weight_of
+
+ROUNDS = 100
 
 
 def synflow(model: nn.Module, layers: Sequence[str], evidence: Evidence) -> dict[str, Tensor]:
@@ -42,35 +44,3 @@ def synflow(model: nn.Module, layers: Sequence[str], evidence: Evidence) -> dict
         name: torch.zeros_like(weight) if slope is None else (slope * weight).detach()
         for name, weight, slope in zip(layers, weights, slopes, strict=True)
     }
-
-
-def synflow_masks(
-    model: nn.Module, layers: Sequence[str], evidence: Evidence, keep: float, rounds: int = 100
-) -> dict[str, Tensor]:
-    """Which single weights live on: algorithm 1, with one threshold for all layers.
-
-    Args:
-        model: not changed.
-        layers: whose weights are ranked.
-        evidence: its sample gives the shape of the inputs.
-        keep: share of the weights that is left, 0 < keep <= 1.
-        rounds: n; after round k a share keep^(k/n) is left.
-
-    Returns:
-        bool, in the shape of each layer's weight.
-    """
-    model = copy.deepcopy(model)
-    weights = {name: weight_of(model.get_submodule(name)) for name in layers}
-    masks = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in weights.items()}
-    total = sum(mask.numel() for mask in masks.values())
-    for k in range(1, rounds + 1):
-        scores = synflow(model, layers, evidence)
-        ranked = torch.cat([scores[name].flatten() for name in layers])
-        lives = torch.zeros_like(ranked, dtype=torch.bool)
-        lives[ranked.argsort(descending=True, stable=True)[: round(total * keep ** (k / rounds))]] = True
-        parts = torch.split(lives, [weights[name].numel() for name in layers])
-        for (name, weight), part in zip(weights.items(), parts, strict=True):
-            masks[name] &= part.view_as(weight)
-            with torch.no_grad():
-                weight.mul_(masks[name])
-    return masks
