@@ -35,7 +35,7 @@ FITTED = (Step("fit_ranges"), Step("gptq"))
 RESNET_INT8 = (
     "torchao 0.18 PT2E (x86, simulated in torch; sums before residual adds in float), same images: 33.1 / 99.15"
 )
-RUNTIMES = {"x86": "ONNX Runtime", "mobile-arm": "LiteRT"}
+RUNTIMES = {"x86": "ONNX Runtime", "mobile-arm": "LiteRT", "gpu-h100": "TensorRT file in ONNX Runtime"}
 
 
 def chosen(name: str, folder: Path, quant: str) -> Target:
