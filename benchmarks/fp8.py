@@ -50,7 +50,7 @@ def rows() -> list[Row]:
     outliers = "the same, 3 channels times 100"
     gained = values[f"{outliers}, fp8: dB"] - values[f"{outliers}, int8-fp16: dB"]
     return [
-        Row("fp8 beside int8-fp16: decibels gained in a transformer with channels that stick out", gained, 0.0, "higher",
+        Row("fp8 beside int8-fp16: decibels gained in a transformer whose channels stick out", gained, 0.0, "higher",
             ABOUT, COMMAND, [0], values)
     ]  # fmt: skip
 
