@@ -5,6 +5,7 @@ Memory holds one sample's tensors and one histogram per tensor, whatever the num
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -12,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from deploykit.calibration.growth import Growth
-from deploykit.core.data import Batch, DataSet, Digest
+from deploykit.core.data import Batch, DataSet, Digest, evenly
 from deploykit.core.errors import DeploykitError
 from deploykit.core.progress import track
-from deploykit.core.ranges import Histogram, Ranges, Stats
+from deploykit.core.ranges import AVERAGED, Histogram, Ranges, Stats
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -39,11 +40,13 @@ class Seen:
 
     extremes: Mapping[str, Extremes]
     means: Mapping[str, NDArray[Any]]
-    """Per channel, over positions."""
+    """Per channel, over positions; empty where they were not asked for."""
+    totals: Mapping[str, float]
+    """Sums of what goes in and comes out: kernels that compare step over NaN, those that add do not."""
 
 
 def observe(
-    run: Callable[[Mapping[str, NDArray[Any]]], Seen],
+    run: Callable[[Mapping[str, NDArray[Any]], bool], Seen],
     graph: str,
     data: DataSet,
     look: Callable[[Batch], None] = lambda batch: None,
@@ -51,8 +54,8 @@ def observe(
     """Runs the data through a float graph, one sample at a time, and keeps statistics of its tensors.
 
     Args:
-        run: from inputs ``[1, ...]`` by name to what they did to the graph. Where it comes with values, `BINS`-bin
-            histograms are kept too.
+        run: from inputs ``[1, ...]`` by name, and whether means are wanted (of `AVERAGED` samples), to what they did
+            to the graph. Where it comes with values, `BINS`-bin histograms are kept too.
         graph: hash that identifies the graph in the result.
         data: inputs by name.
         look: sees every sample too, in order, so that nobody else has to make them again.
@@ -65,11 +68,16 @@ def observe(
     states: dict[str, _State] = {}
     sums: dict[str, NDArray[np.float64]] = {}
     digest, growth = Digest(), Growth(len(data))
+    averaged = set(evenly(len(data), AVERAGED).tolist())
     for i, batch in enumerate(track(data.batches(1), "calibrating", total=len(data))):
         digest.add(batch)
-        seen = run(batch.inputs)
+        seen = run(batch.inputs, i in averaged)
+        for name, total in seen.totals.items():
+            if not math.isfinite(total):
+                raise unfinite(name, data, i)
         for name, extremes in seen.extremes.items():
-            refuse_unfinite(np.asarray([extremes.low, extremes.high]), name, data, i)
+            if not math.isfinite(extremes.high - extremes.low):
+                raise unfinite(name, data, i)
             states.setdefault(name, _State()).add(extremes)
         look(batch)
         growth.add(i, {name: (e.low, e.high) for name, e in seen.extremes.items()})
@@ -77,15 +85,20 @@ def observe(
             refuse_unfinite(mean, name, data, i)
             sums[name] = sums.get(name, 0.0) + mean.astype(np.float64)
     tensors = {name: replace(state.stats(), growth=growth.of(name)) for name, state in states.items()}
-    means = {name: s / len(data) for name, s in sums.items()}
-    return Ranges(graph, digest.result(), len(data), tensors, means, growth.parts)
+    means = {name: s / len(averaged) for name, s in sums.items()}
+    return Ranges(graph, digest.result(), len(data), tensors, means, growth.parts, averaged=len(averaged))
 
 
 def refuse_unfinite(numbers: NDArray[Any], name: str, data: DataSet, sample: int | None = None) -> None:
     """Raises DeploykitError where a tensor holds NaN or infinity; ``sample``: on which one."""
     if not np.isfinite(numbers).all():
-        where = "" if sample is None else f" (sample {data.index[sample]})"
-        raise DeploykitError(f"{data.origin}: tensor '{name}' becomes NaN or infinite on the calibration data{where}")
+        raise unfinite(name, data, sample)
+
+
+def unfinite(name: str, data: DataSet, sample: int | None = None) -> DeploykitError:
+    """What is said of a tensor that becomes NaN or infinite; ``sample``: on which one."""
+    where = "" if sample is None else f" (sample {data.index[sample]})"
+    return DeploykitError(f"{data.origin}: tensor '{name}' becomes NaN or infinite on the calibration data{where}")
 
 
 class _State:

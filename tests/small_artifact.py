@@ -31,7 +31,7 @@ def small_artifact(folder: Path, target: str = "x86", **changes: Any) -> Manifes
         "exporter": profile.exporter,
         "model": "nets.py:small",
         "request": Request("nets.py:small", target),
-        "steps": ("BiasCorrect()",),
+        "steps": ("BiasCorrect(samples=64)",),
         "graph": graph.hash,
         "inputs": specs(list(graph.model.graph.inputs)),
         "outputs": specs(list(graph.model.graph.outputs)),

@@ -294,7 +294,7 @@ def test_an_export_writes_checks_and_reports_fp8_beside_int8_which_it_does_not_c
     manifest = load_manifest(found[0].folder)
     assert manifest.passed
     fp8 = next(f for f in manifest.files if f.precision == "fp8")
-    assert fp8.steps == ("BiasCorrect()",) and dict(fp8.quantized) == {"Conv": 1, "Gemm": 1}
+    assert fp8.steps == ("BiasCorrect(samples=64)",) and dict(fp8.quantized) == {"Conv": 1, "Gemm": 1}
     assert {island.layer for island in fp8.islands} == {"stem", "depthwise"}
     checks = {c.name: c for c in manifest.checks if c.precision == "fp8"}
     assert checks["fp8 products"].value == 2 and checks["file agrees with the hub (%)"].passed

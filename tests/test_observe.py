@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -8,10 +11,11 @@ from hypothesis import strategies as st
 from deploykit.calibration.observe import StreamingHistogram, channel_mean
 from deploykit.core.data import DataSet
 from deploykit.core.errors import DeploykitError
+from deploykit.core.ranges import load_ranges
 from deploykit.hub.plan import observed
 from deploykit.hub.running import session
 from deploykit.hub.slices import Slicer
-from tests.graphs import conv_relu_conv, images, measured, normal, residual
+from tests.graphs import conv_relu_conv, graph, images, measured, normal, residual
 
 
 def all_values(made, data, names):
@@ -55,8 +59,6 @@ def test_inputs_of_the_graph_are_observed_too() -> None:
 
 
 def test_ranges_survive_their_file(tmp_path) -> None:
-    from deploykit.core.ranges import load_ranges
-
     ranges = measured(residual(), images(), "mse")
     ranges.save(tmp_path / "r.json")
     again = load_ranges(tmp_path / "r.json")
@@ -98,3 +100,39 @@ def test_one_bad_sample_among_good_ones_is_refused(bad) -> None:
     x[3, 0, 0, 0] = bad
     with pytest.raises(DeploykitError, match="NaN or infinite"):
         measured(conv_relu_conv(), DataSet.of({"x": x}))
+
+
+def test_channel_means_are_of_evenly_spread_samples_where_there_are_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deploykit.calibration.observe.AVERAGED", 4)
+    made, data = residual(), images(10)
+    ranges = measured(made, data)
+    assert ranges.averaged == 4
+    array = all_values(made, data, ["b"])["b"][[0, 3, 6, 9]]
+    np.testing.assert_allclose(ranges.means["b"], array.mean(axis=(0, 2, 3)), atol=1e-5)
+    assert ranges.tensors["b"].high == pytest.approx(all_values(made, data, ["b"])["b"].max(), abs=1e-5)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_bad_sample_is_refused_where_no_means_are_taken_too(bad: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deploykit.calibration.observe.AVERAGED", 1)
+    x = normal(0, 8, 3, 8, 8)
+    x[3, 0, 0, 0] = bad
+    with pytest.raises(DeploykitError, match=r"tensor 'x' becomes NaN or infinite .*\(sample 3\)"):
+        measured(conv_relu_conv(), DataSet.of({"x": x}))
+
+
+def test_what_becomes_nan_inside_is_seen_at_the_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deploykit.calibration.observe.AVERAGED", 1)
+    made = graph("(float[batch,3] x) => (float[batch,2] y) { r = Sqrt(x) y = MatMul(r, w) }", w=normal(0, 3, 2))
+    x = np.ones((8, 3), np.float32)
+    x[5] = -1.0
+    with pytest.raises(DeploykitError, match=r"tensor 'y' becomes NaN or infinite .*\(sample 5\)"):
+        measured(made, DataSet.of({"x": x}))
+
+
+def test_older_ranges_are_read_with_means_of_all_samples(tmp_path: Path) -> None:
+    ranges = measured(residual(), images())
+    old = ranges.to_dict()
+    del old["averaged"]
+    (tmp_path / "old.json").write_text(json.dumps(old))
+    assert load_ranges(tmp_path / "old.json").averaged == ranges.samples

@@ -186,7 +186,7 @@ def test_the_page_tells_the_whole_story(manifest: Manifest) -> None:
         "One call takes 1.00 ms instead of 2.00 ms (0.50×) on this machine.",
         "It scores 79.50 %, the original model 80.00 %, on 16 samples (eval).",
         "python infer.py image.jpg",
-        "BiasCorrect()",
+        "BiasCorrect(samples=64)",
         "no board here",
         "no kernel",
         "1 stem.conv Conv 8.7 % 21.2 dB",

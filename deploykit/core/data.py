@@ -131,9 +131,7 @@ class DataSet:
 
     def spread(self, count: int) -> DataSet:
         """At most ``count`` samples, evenly spaced over the set."""
-        if count >= len(self):
-            return self
-        return self.pick(np.linspace(0, len(self) - 1, count).round().astype(int))
+        return self if count >= len(self) else self.pick(evenly(len(self), count))
 
     def pick(self, chosen: NDArray[Any]) -> DataSet:
         """The samples at the given positions."""
@@ -181,3 +179,8 @@ class Digest:
     def result(self) -> str:
         """16 hex digits."""
         return self._sha.hexdigest()[:16]
+
+
+def evenly(total: int, count: int) -> NDArray[np.int64]:
+    """At most ``count`` of the positions 0 .. total - 1, evenly spaced."""
+    return np.linspace(0, total - 1, min(count, total)).round().astype(np.int64)

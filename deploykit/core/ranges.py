@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 FORMAT = "deploykit-ranges-1"
+AVERAGED = 64
+"""Samples, evenly spread, that means are taken over: they settle long before the ends of a range do."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,8 @@ class Ranges:
     """Sizes of growing parts of the data, the last is all of it; empty: not kept (`deploykit.calibration.growth`)."""
     notes: tuple[str, ...] = ()
     """What is to be said about the samples, one sentence each (`deploykit.calibration.lint`)."""
+    averaged: int = 0
+    """How many samples, evenly spread, the means are over."""
 
     @property
     def has_histograms(self) -> bool:
@@ -89,7 +93,7 @@ class Ranges:
         return {
             "format": FORMAT, "graph": self.graph, "data": self.data, "samples": self.samples,
             "parts": list(self.parts), "notes": list(self.notes), "tensors": tensors,
-            "means": {name: mean.tolist() for name, mean in self.means.items()},
+            "means": {name: mean.tolist() for name, mean in self.means.items()}, "averaged": self.averaged,
         }  # fmt: skip
 
 
@@ -120,6 +124,8 @@ class _RangesFile:
     parts: tuple[int, ...] = ()
     """This and what follows is not in older files of the format."""
     notes: tuple[str, ...] = ()
+    averaged: int | None = None
+    """Older files: all samples."""
 
 
 def load_ranges(path: Path) -> Ranges:
@@ -149,4 +155,5 @@ def load_ranges(path: Path) -> Ranges:
     means = {name: np.asarray(m, np.float64) for name, m in raw.means.items()}
     if any(len(s.growth) != len(raw.parts) for s in tensors.values()):
         raise DeploykitError(f"{path}: some tensors have no 'growth' for each of the 'parts'; calibrate again")
-    return Ranges(raw.graph, raw.data, raw.samples, tensors, means, raw.parts, raw.notes)
+    averaged = raw.samples if raw.averaged is None else raw.averaged
+    return Ranges(raw.graph, raw.data, raw.samples, tensors, means, raw.parts, raw.notes, averaged)

@@ -162,7 +162,7 @@ def take_name(wanted: str, taken: set[str | None]) -> str:
 
 def add_initializer(graph: ir.Graph, name: str, array: NDArray[Any]) -> ir.Value:
     """Registers an array under a name that is not taken yet, and returns its value."""
-    return register(graph, name, ir.tensor(array))
+    return register(graph, name, ir.Tensor(np.asarray(array)))
 
 
 def register(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Value:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ import onnxruntime as ort
 
 from deploykit.calibration.observe import Extremes, Seen
 from deploykit.hub.graph import add_initializer, drop_unused, serialize
-from deploykit.hub.operators import is_nonnegative
+from deploykit.hub.operators import is_float, is_nonnegative
 from deploykit.hub.widen import widened
 
 if TYPE_CHECKING:
@@ -67,10 +68,11 @@ def exposing(model: ir.Model, tensors: Sequence[str]) -> Run:
 
 def summarizing(
     model: ir.Model, tensors: Sequence[str], channels: Mapping[str, int], values: bool
-) -> Callable[[Mapping[str, NDArray[Any]]], Seen]:
-    """A function from the model's inputs to the extremes of some tensors and the channel means of others.
+) -> Callable[[Mapping[str, NDArray[Any]], bool], Seen]:
+    """A function from the model's inputs to the extremes of some tensors and, if asked, the channel means of others.
 
     The reductions are part of the graph, so the tensors themselves stay inside the runtime, which reuses their memory.
+    Means are of what stands before an activation and keep the runtime from fusing it, so there is a graph without them.
 
     Args:
         model: a float graph; not changed.
@@ -78,6 +80,17 @@ def summarizing(
         channels: value name -> channel axis, for those whose per-channel mean is wanted.
         values: whether the tensors themselves are wanted too.
     """
+
+    @functools.cache
+    def summary(means: bool) -> Callable[[Mapping[str, NDArray[Any]]], Seen]:
+        return _summary(model, tensors, channels if means else {}, values)
+
+    return lambda arrays, means: summary(means)(arrays)
+
+
+def _summary(
+    model: ir.Model, tensors: Sequence[str], channels: Mapping[str, int], values: bool
+) -> Callable[[Mapping[str, NDArray[Any]]], Seen]:
     extended = model.clone()
     graph = extended.graph
     known = {v.name: v for v in [*graph.inputs, *(v for node in graph for v in node.outputs)]}
@@ -87,12 +100,23 @@ def summarizing(
         reduced.append(append_reduction(graph, operator, value, but))
         return str(reduced[-1].name)
 
+    def pooled(value: ir.Value) -> ir.Value:
+        """The largest of every channel of an image: pooling reads it as convolutions wrote it, in blocks of channels,
+        where a reduction has it laid out anew first."""
+        if value.is_graph_input() or value.shape is None or len(value.shape) != 4:
+            return value
+        made = append_node(graph, "GlobalMaxPool", [value], f"{value.name}.pooled", ir.DataType.FLOAT)
+        made.shape = ir.Shape([*value.shape[:2], 1, 1])
+        return made
+
     # every range includes 0, so the least of what is never negative need not be looked for
     low = {name: reduce("ReduceMin", known[name]) for name in tensors if not is_nonnegative(known[name])}
-    high = {name: reduce("ReduceMax", known[name]) for name in tensors}
+    high = {name: reduce("ReduceMax", pooled(known[name])) for name in tensors}
+    total = {str(v.name): reduce("ReduceSum", v) for v in [*graph.inputs, *graph.outputs] if is_float(v)}
     mean = {name: reduce("ReduceMean", known[name], axis) for name, axis in channels.items()}
     inner = [n for n in tensors if not known[n].is_graph_input()] if values else []
     graph.outputs[:] = [*reduced, *(known[n] for n in inner)]
+    drop_unused(graph)
     names = [v.name for v in graph.outputs]
     running = _mapped_session(extended)
 
@@ -105,7 +129,8 @@ def summarizing(
             )
             for n in tensors
         }  # fmt: skip
-        return Seen(extremes, {n: found[reduction] for n, reduction in mean.items()})
+        totals = {name: float(found[reduction]) for name, reduction in total.items()}
+        return Seen(extremes, {n: found[reduction] for n, reduction in mean.items()}, totals)
 
     return run
 

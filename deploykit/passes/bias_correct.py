@@ -6,7 +6,7 @@ section 4.2, empirical form). Layers are corrected in order, each on the outputs
 
     b_c  +=  E[y_c]  -  E[ (W_q x_q + b)_c ]
 
-E[y_c] was measured on the float network (`Ranges`). A layer is linear, so E[W_q x_q + b] = W_q E[x_q] + b: the layer
+E[y_c] was measured on the float network (`Ranges.means`). A layer is linear, so E[W_q x_q + b] = W_q E[x_q] + b: the layer
 runs once, on the mean of its integer inputs. Those are needed sample by sample, and the network produces them once, in
 stretches from one layer to the next (`deploykit.hub.fitting.activations`).
 """
@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from deploykit.core.context import Context
+from deploykit.core.ranges import AVERAGED
 from deploykit.core.recipe import Stage
 from deploykit.core.target import Need, Profit
 
@@ -26,18 +27,27 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BiasCorrect:
-    """Empirical, sequential bias correction on all calibration samples. Weights and scales do not change.
+    """Empirical, sequential bias correction. Weights and scales do not change.
 
     The one step that works on 8-bit floating point too: W_q and x_q are then floats of 8 bits.
     """
 
+    samples: int = AVERAGED
+    """Of the calibration data, evenly spread: means need no more."""
+
     stage: ClassVar[Stage] = "hub"
     needs: ClassVar[tuple[Need, ...]] = ("data",)
     pays_if: ClassVar[tuple[Profit, ...]] = ("int8",)
+
+    def __post_init__(self) -> None:
+        """Refuses what gives no means."""
+        if self.samples < 1:
+            raise ValueError("samples must be 1 or more")
 
     def __call__(self, hub: Hub, context: Context) -> Hub:
         """The hub with corrected biases."""
         from deploykit.hub.fitting.refit import refit
         from deploykit.hub.fitting.rounding import to_nearest
 
-        return refit(hub, context.need("calibration", "bias_correct"), "bias_correct", to_nearest, widest=0)
+        data = context.need("calibration", "bias_correct")
+        return refit(hub, data, "bias_correct", to_nearest, samples=self.samples, widest=0)

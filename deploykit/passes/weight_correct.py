@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from deploykit.core.context import Context
+from deploykit.core.ranges import AVERAGED
 from deploykit.core.recipe import Stage
 from deploykit.core.target import Need, Profit
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 class WeightCorrect:
     """Regresses every layer on the float network's answers; rounds to nearest."""
 
-    samples: int = 64
+    samples: int = AVERAGED
     """Of the calibration data, evenly spread; more cost time and hardly help at 8 bits."""
     positions: int = 16
     """Output positions per input of a layer that the statistics are averaged over, of all samples together."""

@@ -20,7 +20,7 @@ from deploykit.hub.running import append_node, append_reduction, session
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-LEAST_POSITIONS = 4096
+LEAST_POSITIONS = 2048
 
 
 class FloatOutputs:
@@ -36,6 +36,7 @@ class FloatOutputs:
         batch: how many run at once.
         positions: how many per input of a matrix (k), of all samples together, but `LEAST_POSITIONS` at least.
         seed: which.
+        known: means per channel, by layer output: they are not taken again.
     """
 
     def __init__(
@@ -47,21 +48,25 @@ class FloatOutputs:
         batch: int,
         positions: int,
         seed: int,
+        known: Mapping[str, NDArray[np.float64]] | None = None,
     ) -> None:
         """Runs the network; the values wait in spooled temporary files."""
+        self._means = dict(known or {})
         self._seed, self._forms, self._samples = seed, forms, len(data)
         self._order = {layer.y: i for i, layer in enumerate(layers)}
         self._each = {
             name: -(-max(LEAST_POSITIONS, positions * form.inputs_per_output) // len(data))
             for name, form in forms.items()
         }
-        self._sums: dict[str, Any] = dict.fromkeys(self._order, 0.0)
+        self._sums: dict[str, Any] = {name: 0.0 for name in self._order if name not in self._means}
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._sizes: list[int] = []
         self._least = graph.batch or 1
         self._spools = {name: Spool() for name in forms}
         if layers:  # making samples is costly
-            self._run(graph, {layer.y: channel_axis(layer.node.op_type) for layer in layers}, data, batch)
+            axes = {layer.y: channel_axis(layer.node.op_type) for layer in layers if layer.y in self._sums}
+            self._run(graph, axes, data, batch)
+            self._means |= {name: np.asarray(s / self._samples, np.float64) for name, s in self._sums.items()}
 
     def _run(self, graph: FloatGraph, axes: Mapping[str, int], data: DataSet, batch: int) -> None:
         self._shapes = _shapes(graph, list(self._forms), next(data.batches(self._least)).inputs)
@@ -78,7 +83,7 @@ class FloatOutputs:
 
     def mean(self, name: str) -> NDArray[np.float64]:
         """Per channel, over all samples and positions."""
-        return np.asarray(self._sums[name] / self._samples, np.float64)
+        return self._means[name]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Of a layer's output for the smallest batch there can be."""

@@ -82,7 +82,7 @@ def refit(
         data: calibration samples.
         who: the step's name, for the progress bar.
         rounding: how a target becomes integers.
-        samples: how many of the data, evenly spread, weights are chosen by; None: all.
+        samples: how many of the data, evenly spread, weights and biases are chosen by; None: all.
         positions: output positions that H and C are averaged over, per input of a layer, of all samples together.
         widest: layers with more inputs per output than this keep their integers; None: none do. Where less than a third
             of the layers is left (`FEW`), they keep theirs too. Biases are corrected in any case.
@@ -97,15 +97,15 @@ def refit(
     if widest is not None:
         forms = {y: form for y, form in forms.items() if form.inputs_per_output <= widest}
         forms = forms if len(forms) >= FEW * len(found) else {}
-    if forms and samples is not None:
-        data = data.spread(samples)
+    given, data = data, data.spread(samples or len(data))
     # what calibration measured on these very samples need not be computed again
-    means = hub.ranges.means if hub.ranges is not None and hub.ranges.samples == len(data) else {}
+    there = hub.ranges is not None and (hub.ranges.samples, hub.ranges.averaged) == (len(given), len(data))
+    means = hub.ranges.means if there and hub.ranges is not None else {}
     measured = [layer for layer in found if layer.y in forms or (layer.bias and layer.y not in means)]
     batch = hub.graph.batch or (BATCH if len(data) >= 2 * BATCH else 1)  # at least two: they are compared
     # sums that are split among threads would differ in their last bits with their number
     with threadpool_limits(1, user_api="blas"), contextlib.ExitStack() as stack:
-        outputs = FloatOutputs(hub.graph, measured, forms, data, batch, positions, seed)
+        outputs = FloatOutputs(hub.graph, measured, forms, data, batch, positions, seed, means)
         stack.callback(outputs.close)
         inputs = Activations(slicer, [layer.x for layer in found if layer.y in forms or layer.bias], data, batch)
         stack.callback(inputs.close)
@@ -120,8 +120,7 @@ def refit(
                 q, s = rounding(regressed(whole, w, ridge), h, least, hub.spec_of(layer.weight))
                 _store(slicer, layer, form.weight(q), s.reshape(-1), inputs)
             if layer.bias:
-                mean = means[layer.y] if layer.y in means else outputs.mean(layer.y)
-                shift_bias(slicer, layer, mean - mean_output(slicer, layer, inputs.mean(layer.x)))
+                shift_bias(slicer, layer, outputs.mean(layer.y) - mean_output(slicer, layer, inputs.mean(layer.x)))
     return replace(hub, quantized=ir.from_proto(slicer.model))
 
 
