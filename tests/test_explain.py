@@ -402,7 +402,9 @@ def test_what_cannot_be_explained_says_why(here: Path) -> None:
     refused(f"explain {folder} --precision int9", "no integer file of precision 'int9'. Did you mean 'int8'")
     refused(f"explain {folder} --eval explained.py:test", "give --calib")
     exported(here, "floats", "build --target x86 --input x=1x3x8x8")
-    refused("explain floats", "every operator is float.*--calib")
+    refused("explain floats", "no file holds any.*--calib")
+    exported(here, "eights", "build --target gpu-h100 --precision fp8 --calib explained.py:calib")
+    refused("explain eights", "no file holds any.*stays in float in fp8.*report.html")
 
 
 def test_measuring_needs_the_model_as_it_was(here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

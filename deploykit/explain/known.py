@@ -9,7 +9,7 @@ from deploykit import targets
 from deploykit.core.artifact import File
 from deploykit.core.errors import DeploykitError, unknown
 from deploykit.core.manifest import Layer, Manifest
-from deploykit.core.precision import is_integer
+from deploykit.core.precision import is_integer, is_quantized
 from deploykit.core.target import Target
 from deploykit.explain.explanation import Operator
 from deploykit.explain.timing import Times
@@ -30,7 +30,11 @@ def chosen_file(manifest: Manifest, precision: str | None, folder: str) -> File:
     """
     files = {f.precision: f for f in manifest.files if is_integer(f.precision)}
     if not files:
-        raise DeploykitError(f"{folder}: every operator is float, no file holds integers. --calib DATA adds one.")
+        small = next((f.precision for f in manifest.files if is_quantized(f.precision)), "")
+        raise DeploykitError(
+            f"{folder}: explain measures what integers cost, and no file holds any. "
+            + (f"What stays in float in {small}, and why, is in report.html." if small else "--calib DATA adds one.")
+        )
     if precision is not None and precision not in files:
         raise unknown("integer file of precision", precision, files)
     return files[precision] if precision is not None else list(files.values())[-1]
