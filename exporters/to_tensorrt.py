@@ -29,7 +29,7 @@ import onnx
 import onnx_ir as ir
 
 from deploykit.core.artifact import Arrays, File, Island, Port, Runner, Runtime, TensorSpec
-from deploykit.core.errors import DeploykitError
+from deploykit.core.errors import DeploykitError, some
 from deploykit.core.precision import FORMATS, Precision, is_quantized
 from deploykit.core.target import Target
 from deploykit.exporters import refuse_uncarried
@@ -42,6 +42,7 @@ from deploykit.exporters.tensorrt.opset import lower_opset, verify_opset
 from deploykit.exporters.tensorrt.options import Options, options
 from deploykit.exporters.tensorrt.parsers import FLOAT16_WEIGHTS, unread
 from deploykit.exporters.tensorrt.shapes import bind_batch
+from deploykit.exporters.tensorrt.sparsity import lost_zeros, sparse_layers
 from deploykit.hub.graph import Hub, serialize, specs
 from deploykit.hub.operators import CANNOT_BE_STORED, PRODUCTS
 
@@ -106,6 +107,12 @@ def export(hubs: Mapping[Precision, Hub], target: Target, out_dir: Path) -> tupl
         path = out_dir / f"model.{precision}.onnx"
         path.write_bytes(proto.SerializeToString(deterministic=True))
         counts, islands = _quantized_operators(proto, found, hub) if is_quantized(precision) else ({}, ())
+        read = ir.from_proto(proto).graph
+        sparse = sparse_layers(read) if "2:4" in target.profits else ()
+        if filled := lost_zeros(read, hub):
+            raise DeploykitError(f"{path.name}: zeros of the pattern 2:4 were filled in {some(filled)}")
+        if sparse:
+            notes.append(f"2:4 zeros in {some(sparse)}: TensorRT may pick sparse kernels for them")
         in_islands = {island.layer for island in islands}
         notes += [str(f) for f in found if f.node not in in_islands]
         unreadable = precision == "fp16" and settings.newest < FLOAT16_WEIGHTS
@@ -126,6 +133,7 @@ def export(hubs: Mapping[Precision, Hub], target: Target, out_dir: Path) -> tupl
             "file": path.name,
             "opset": proto.opset_import[0].version,
             "typing": settings.typing(precision),
+            "sparse": sparse,
             "expected_db": expected,
             "least_db": {name: least(db) for name, db in expected.items()},
         }

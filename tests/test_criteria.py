@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Sequence
 
 import numpy as np
 import pytest
 import torch
+from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from deploykit import targets
@@ -31,7 +31,6 @@ from deploykit.pruning.criteria.synflow import synflow
 from deploykit.pruning.criteria.taylor import taylor
 from deploykit.pruning.groups import Group, find_groups
 from deploykit.pruning.layers import Port
-from deploykit.pruning.rank_correlation import rank_correlation
 
 
 def linear(weight: Sequence[Sequence[float]]) -> nn.Linear:
@@ -245,14 +244,6 @@ def test_scores_in_units_of_the_cost_are_divided_by_what_a_channel_saves_and_oth
     assert [s.tolist() for s in comparable(scores, [0.5, 2.0], False)] == [[0.5, 1.5], [1.0, 1.0]]
 
 
-def test_rank_correlation_is_spearmans() -> None:
-    assert rank_correlation([1, 2, 3], [10, 20, 300]) == pytest.approx(1.0)
-    assert rank_correlation([1, 2, 3], [3, 2, 1]) == pytest.approx(-1.0)
-    # ranks 1, 2.5, 2.5, 4 and 1, 3, 2, 4: by hand 4.5 / sqrt(4.5 * 5)
-    assert rank_correlation([1, 2, 2, 9], [0, 5, 4, 7]) == pytest.approx(4.5 / np.sqrt(4.5 * 5))
-    assert np.isnan(rank_correlation([1, 1], [1, 2]))
-
-
 def test_second_order_agrees_with_the_oracle_better_than_chance_does() -> None:
     torch.manual_seed(0)
     net, random = convolutional(), np.random.default_rng(0)
@@ -260,7 +251,7 @@ def test_second_order_agrees_with_the_oracle_better_than_chance_does() -> None:
     given = evidence(x, net(torch.from_numpy(x)).argmax(1).numpy())
     groups = find_groups(net, given.sample)
     truth = torch.cat(importance(net, groups, "oracle", given)).numpy()
-    agreement = {n: rank_correlation(torch.cat(importance(net, groups, n, given)).numpy(), truth)
+    agreement = {n: spearmanr(torch.cat(importance(net, groups, n, given)).numpy(), truth).statistic
                  for n in ("fisher", "taylor", "random")}  # fmt: skip
     assert min(agreement["fisher"], agreement["taylor"]) > max(0.4, agreement["random"])
 
@@ -281,7 +272,7 @@ class Block(nn.Module):
         return torch.relu(y + self.shortcut(x))
 
 
-def test_magnitude_ranks_resnet_18_within_a_second() -> None:
+def test_resnet_18_loses_channels_of_its_stages_and_inside_its_blocks() -> None:
     blocks = [
         (64, 64, 1),
         (64, 64, 1),
@@ -299,6 +290,3 @@ def test_magnitude_ranks_resnet_18_within_a_second() -> None:
     sample = {"input": torch.zeros(1, 3, 32, 32)}
     groups = find_groups(net, sample)
     assert sum(len(g.channels) for g in groups) == 64 * 3 + 128 * 3 + 256 * 3 + 512 * 3
-    start = time.process_time()
-    importance(net, groups, "l2", Evidence(sample))
-    assert time.process_time() - start <= 1.0

@@ -116,6 +116,23 @@ def test_outputs_that_are_no_class_scores_matter_by_their_squared_error() -> Non
     np.testing.assert_allclose(found["layer"][0], [4, 9], rtol=0.1)
 
 
+def test_an_output_matters_once_at_every_position() -> None:
+    """The same sum over 4 x 4 positions, taken by a convolution at every position or by a linear layer at once."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.everywhere, self.once = nn.Conv2d(3, 2, 1), nn.Linear(48, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (self.everywhere(x).sum((2, 3)) + self.once(x.flatten(1))).sum(1, keepdim=True)
+
+    net = Net()
+    found = fisher(net, products(net), DataSet.of({"x": rows(2000, 48).reshape(-1, 3, 4, 4)}), seed=0)
+    np.testing.assert_allclose(found["once"][0], [1, 1], rtol=0.1)
+    np.testing.assert_allclose(found["everywhere"][0], 16 * found["once"][0], rtol=1e-6)
+
+
 def test_statistics_leave_the_model_as_it_was() -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5)).train()
     before = copy.deepcopy(net.state_dict())

@@ -10,9 +10,9 @@ and H_SS⁻¹ loses row and column q by one step of Gaussian elimination. So a r
 cheapest weight first (Frantar & Alistarh 2022, "Optimal Brain Compression", section 4). What a weight cost when it went
 is its score: rows do not know of each other, so any share of the network can be taken by one threshold.
 
-Rows are compared by what their output's error costs the network: Δ counts as often as the loss is sensitive to that
-output, E[(∂L/∂y_c)²] (the Fisher information; Theis et al. 2018, "Faster gaze prediction with dense networks and Fisher
-pruning").
+Rows are compared by what their output's error costs the network: Δ is times how sensitive the loss is to that output at
+all positions p together, E[Σ_p (∂L/∂y_cp)²] (the Fisher information; Theis et al. 2018, "Faster gaze prediction with
+dense networks and Fisher pruning").
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Matrix:
     h: Tensor
     """Covariance of the inputs ``[g, k, k]``, damped."""
     fisher: Tensor
-    """E[(∂L/∂y)²] ``[g, o]``."""
+    """E[Σ_p (∂L/∂y_p)²] ``[g, o]``."""
 
 
 def damped(h: Tensor) -> Tensor:

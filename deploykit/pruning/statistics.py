@@ -72,20 +72,19 @@ def covariances(model: nn.Module, layers: Mapping[str, nn.Module], data: DataSet
 
 
 def fisher(model: nn.Module, layers: Mapping[str, nn.Module], data: DataSet, seed: int) -> dict[str, Tensor]:
-    """E[(∂L/∂y)²] over samples and positions, by layer ``[g, o]``, with L the loss on answers drawn from the model.
+    """E[Σ (∂L/∂y)²] over samples, summed over positions, by layer ``[g, o]``, with L the loss on answers drawn from the
+    model. Times half the variance of an error that all positions have, it is what that error adds to L.
 
     Class scores ``[n, c]`` draw a class from their softmax; everything else draws y + N(0, 1), so that L is the
     squared error.
     """
     random = torch.Generator().manual_seed(seed)
     sums: dict[str, Any] = dict.fromkeys(layers, 0.0)
-    counts = dict.fromkeys(layers, 0)
 
     def note(name: str, layer: nn.Module, y: Tensor) -> None:
         def square(gradient: Tensor) -> None:
             g = outputs(layer, gradient).double()
             sums[name] = sums[name] + g.square().sum(1)
-            counts[name] += g.shape[1]
 
         if y.requires_grad:
             y.register_hook(square)  # type: ignore[no-untyped-call]
@@ -97,7 +96,7 @@ def fisher(model: nn.Module, layers: Mapping[str, nn.Module], data: DataSet, see
             loss = torch.stack([_drawn(z, random) for z in tensors(model(**given))]).sum()
             torch.autograd.grad(loss, [x for x in given.values() if x.requires_grad] or list(model.parameters()),
                                 allow_unused=True)  # fmt: skip
-    return {name: torch.as_tensor(sums[name] / max(counts[name], 1)) for name in layers}
+    return {name: torch.as_tensor(sums[name] / len(data)) for name in layers}
 
 
 def _drawn(z: Tensor, random: torch.Generator) -> Tensor:
