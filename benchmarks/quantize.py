@@ -84,9 +84,9 @@ def score(manifest: Manifest, precision: Precision = "int8") -> Score:
 
 
 def size(manifest: Manifest, precision: Precision = "int8") -> int:
-    """Bytes of the file of a precision."""
-    path = next(f.path for f in manifest.files if f.precision == precision)
-    return next(s.bytes for s in manifest.stored if s.path == path)
+    """Bytes of the file of a precision, with those of its weights where they are in one of their own."""
+    path = Path(next(f.path for f in manifest.files if f.precision == precision))
+    return sum(s.bytes for s in manifest.stored if Path(s.path).stem == path.stem)
 
 
 def mobilenet_rows(

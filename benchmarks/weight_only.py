@@ -92,15 +92,15 @@ class Network:
         return self.linear(self.add("Reshape", [joined, "join"], f"{name}.flat"), f"{name}.out", WIDTH, WIDTH)
 
 
-def encoder(path: Path, seed: int = 0) -> int:
+def encoder(path: Path, layers: int = LAYERS, tokens: int = TOKENS, seed: int = 0) -> int:
     """Writes the network, its weights in a file beside it; returns their bytes in float32."""
     net = Network(seed)
     net.hold("split", np.array([0, 0, HEADS, WIDTH // HEADS]))
     net.hold("join", np.array([0, 0, WIDTH]))
     net.hold("per_head", np.float32((WIDTH // HEADS) ** -0.5))
-    x = net.add("Gather", [net.normal("tokens", TOKENS, WIDTH, spread=1.0), "ids"], "embedded", axis=0)
+    x = net.add("Gather", [net.normal("tokens", tokens, WIDTH, spread=1.0), "ids"], "embedded", axis=0)
     x = net.add("Add", [x, net.normal("positions", LENGTH, WIDTH, spread=0.1)], "placed")
-    for i in range(LAYERS):
+    for i in range(layers):
         x = net.add("Add", [x, net.attention(net.norm(x, f"{i}.norm1"), f"{i}.attention")], f"{i}.first")
         inner = net.add("Gelu", [net.linear(net.norm(x, f"{i}.norm2"), f"{i}.up", WIDTH, INNER)], f"{i}.gelu")
         x = net.add("Add", [x, net.linear(inner, f"{i}.down", INNER, WIDTH)], f"{i}.second")
