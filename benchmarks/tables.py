@@ -4,7 +4,7 @@
 * ``docs/support.md``: every cell of ``results/support.json``;
 * ``<!-- results -->`` … ``<!-- /results -->`` in the README: the rows about two trained networks;
 * ``<!-- row: NAME/CLAIM -->`` … ``<!-- /row -->`` on any page: the values of one row, the claim cut short at will;
-* ``docs/images/int8.svg``: int8 beside fp32.
+* ``docs/images/``: int8 beside fp32, accuracy over the budget of pruning.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
-from xml.sax.saxutils import escape
 
-from benchmarks import support_page
+from benchmarks import charts, support_page
 from benchmarks.rows import RESULTS
 
 ROOT = RESULTS.parent.parent
@@ -33,6 +33,7 @@ TITLES = {
     "deep_compression": "Deep Compression",
     "distill": "Distillation",
 }
+OVER = "ResNet-20, accuracy over the MACs removed"
 Rows = Sequence[Mapping[str, Any]]
 
 
@@ -152,48 +153,47 @@ def values(row: Mapping[str, Any]) -> str:
     return "\n".join([*lines, "", f"{row['data']}. Measured by {origins([row])[0]}.", ""])
 
 
+def smaller_and_faster(found: Mapping[str, Rows]) -> charts.Bars:
+    """Bytes and time of MobileNetV1's int8 files, their own fp32 files being 1."""
+    kinds = {"size": "MobileNetV1: int8 bytes", "time per image": "MobileNetV1: int8 time"}
+    shares = {
+        f"{runtime}, {what}": value
+        for what, claim in kinds.items()
+        for runtime, value in find(found["road"], claim)["values"].items()
+    }
+    return charts.Bars("MobileNetV1 0.75 at 224: int8 beside its own fp32 file", shares, "fp32 = 1")
+
+
+def by_line(row: Mapping[str, Any]) -> dict[str, list[tuple[float, float]]]:
+    """A row's values as points, line by line. Keys are ``LINE: PERCENT``."""
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for key, value in row["values"].items():
+        name, at = key.split(": ")
+        lines.setdefault(name, []).append((float(at.rstrip("%")), value))
+    return lines
+
+
 def find(rows: Rows, claim: str) -> Mapping[str, Any]:
     """The only row whose claim begins like that."""
     (row,) = [row for row in rows if row["claim"].startswith(claim)]
     return row
 
 
-def chart(rows: Rows) -> str:
-    """An SVG with bars: bytes and time of MobileNetV1's int8 files, their own fp32 files being 1."""
-    kinds = {"size": "MobileNetV1: int8 bytes", "time per image": "MobileNetV1: int8 time"}
-    bars = [
-        (f"{runtime}, {what}", value)
-        for what, claim in kinds.items()
-        for runtime, value in find(rows, claim)["values"].items()
-    ]
-    left, full, step = 220, 400, 34
-    height = 70 + step * len(bars)
-    shapes = [
-        '<text x="16" y="28" font-size="16">MobileNetV1 0.75 at 224: int8 beside its own fp32 file</text>',
-        f'<path d="M{left + full} 44V{height - 16}" stroke="#888" stroke-dasharray="4 3"/>',
-        f'<text x="{left + full + 6}" y="{height - 18}" fill="#555">fp32 = 1</text>',
-    ]
-    for i, (label, value) in enumerate(bars):
-        y = 50 + step * i
-        shapes += [
-            f'<text x="{left - 10}" y="{y + 17}" text-anchor="end">{escape(label)}</text>',
-            f'<rect x="{left}" y="{y}" width="{full * value:.1f}" height="24" fill="#3b6ea5"/>',
-            f'<text x="{left + full * value + 6:.1f}" y="{y + 17}">{value:.2f}</text>',
-        ]
-    body = "\n".join(shapes)
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 {height}" font-family="sans-serif" font-size="14">\n'
-        f'<rect width="720" height="{height}" fill="white"/>\n{body}\n</svg>\n'
-    )
+def written(found: Mapping[str, Rows]) -> dict[Path, str]:
+    """Every page and picture, as it should read."""
+    images = ROOT / "docs" / "images"
+    made = {ROOT / "docs" / "results.md": page(found), images / "int8.svg": charts.bars(smaller_and_faster(found))}
+    if over := [row for row in found["prune"] if row["claim"].startswith(OVER)]:
+        made[images / "prune.svg"] = charts.lines(
+            "ResNet-20: top-1 % over the share of the multiply-accumulates removed", by_line(over[0])
+        )
+    made[ROOT / "docs" / "support.md"] = support_page.page(support_page.load())
+    return made | {path: refreshed(path.read_text(encoding="utf-8"), found) for path in PAGES if path not in made}
 
 
 def main() -> None:
     """Writes all of it."""
-    found = results()
-    written = {ROOT / "docs" / "results.md": page(found), ROOT / "docs" / "images" / "int8.svg": chart(found["road"])}
-    written[ROOT / "docs" / "support.md"] = support_page.page(support_page.load())
-    written |= {path: refreshed(path.read_text(encoding="utf-8"), found) for path in PAGES if path not in written}
-    for path, text in written.items():
+    for path, text in written(results()).items():
         if not path.is_file() or path.read_text(encoding="utf-8") != text:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text, encoding="utf-8")

@@ -7,14 +7,14 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deploykit import pipeline, targets
+from deploykit import pipeline, recipes, targets
 from deploykit.asked import files_read
 from deploykit.core.artifact import Artifact
 from deploykit.core.context import Role
 from deploykit.core.data import DataSet, Preprocess
 from deploykit.core.errors import DeploykitError, unknown
 from deploykit.core.ranges import load_ranges
-from deploykit.core.recipe import Recipe, load_recipe
+from deploykit.core.recipe import Recipe
 from deploykit.core.request import Gate, Request, Settings
 from deploykit.exporters import open_artifact
 from deploykit.models import Model, accept_module, input_specs, load_model
@@ -55,7 +55,8 @@ def export(
         train: like ``calibration``, for steps that train.
         evaluation: like ``calibration``, with labels: ``(inputs, labels)`` batches.
         weights: for a factory.
-        recipe: a `Recipe` or a TOML file.
+        recipe: a `Recipe`, a TOML file, or the name of one that ships: ``"prune"``, ``"dsd"``, ``"sparse_2_4"``;
+            ``"default"`` is the target's own.
         preprocess: what is done to images read from files.
         example: arrays ``[n, ...]`` by input name, where there is no sample data.
         metric: ``metric(outputs, labels) -> percent``, higher is better; default: top-1 accuracy.
@@ -80,7 +81,10 @@ def export(
     seed = settings.get("seed", 0)
     data = {role: _data(s, loaded, preprocess, role, seed, example) for role, s in given.items() if s is not None}
     prepared = pipeline.prepare(loaded, data, example)
-    steps = recipe if isinstance(recipe, Recipe) else load_recipe(Path(recipe)) if recipe is not None else Recipe()
+    profile = targets.load(target)
+    steps = (
+        recipe if isinstance(recipe, Recipe) else Recipe() if recipe is None else recipes.load(str(recipe), [profile])
+    )
     known = load_ranges(Path(ranges)) if ranges is not None else None
     named = [("model", model), ("example", example), ("metric", metric), *given.items()]
     request = Request(
@@ -95,7 +99,7 @@ def export(
         objects=tuple(f"{n} ({type(s).__name__})" for n, s in named if s is not None and not _is_spec(s)),
     )
     request = replace(request, read=files_read(request))
-    folder, profile = Path(out), targets.load(target)
+    folder = Path(out)
     pipeline.export(prepared, [profile], [folder], request.settings, request.gate, metric, known, [request], device)
     return open_artifact(folder)
 

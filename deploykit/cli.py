@@ -27,7 +27,7 @@ from deploykit.options import (
     Out,
     Overwrite,
     PreprocessFile,
-    RecipeFile,
+    RecipeName,
     Resize,
     Scale,
     Seed,
@@ -49,6 +49,7 @@ from deploykit.show import (
     print_explanation,
     print_ranges,
     print_table,
+    show_compressed,
     show_exported,
 )
 
@@ -89,7 +90,7 @@ def export(
     train: Train = None,
     evaluation: Eval = None,
     weights: Weights = None,
-    recipe: RecipeFile = None,
+    recipe: RecipeName = None,
     preprocess: PreprocessFile = None,
     resize: Resize = None,
     crop: Crop = None,
@@ -137,7 +138,7 @@ def export(
     if twice is not None:
         raise DeploykitError(f"--target {twice} is given twice; every target gets one folder, named after it")
     settings = Settings(
-        recipe=read_recipe(recipe),
+        recipe=read_recipe(recipe, chosen),
         thresholds=known_name("threshold method", thresholds, threshold_methods()),
         precisions=tuple(known_name("precision", p, PRECISIONS) for p in precision or ()),  # type: ignore[misc]
         correction=correction,
@@ -210,8 +211,10 @@ def calibrate(
 @app.command()
 def compress(
     model: Model,
-    recipe: Annotated[Path, typer.Option("--recipe", help="Model-stage steps, TOML")],
-    target: Annotated[str | None, typer.Option("--target", help="A device that the steps have to pay on")] = None,
+    recipe: RecipeName = None,
+    target: Annotated[
+        str | None, typer.Option("--target", help="A device that the steps have to pay on; without --recipe, its own")
+    ] = None,
     calib: Calib = None,
     train: Train = None,
     weights: Weights = None,
@@ -224,17 +227,18 @@ def compress(
     as_json: Json = False,
 ) -> None:
     """Run the model-stage steps of a recipe; the folder it writes is a MODEL for the other commands."""
-    from deploykit import asked, pipeline, targets
+    from deploykit import asked, pipeline, recipes, targets
     from deploykit.core.request import Request, Settings
 
     device = None if target is None else targets.load(target)
     look = declared_preprocess(preprocess, None, None, None, None, None)
-    settings = Settings(recipe=read_recipe(recipe), seed=seed, force=force, overwrite=overwrite)
+    steps = read_recipe(recipe or recipes.DEFAULT, [] if device is None else [device])
+    settings = Settings(recipe=steps, seed=seed, force=force, overwrite=overwrite)
     data = given(calibration=calib, train=train)
     shapes = tuple(input_shape or ())
     prepared = asked.prepare(Request(model, target or "", typed(weights), data, look, shapes, settings=settings))
-    steps = pipeline.compress(prepared, settings, device, out)
-    print(json.dumps({"out": str(out), "steps": list(steps)}, indent=1) if as_json else f"{out}: {', '.join(steps)}")
+    done = pipeline.compress(prepared, settings, device, out)
+    show_compressed(out, done.steps, done.findings, as_json)
 
 
 @app.command()
@@ -284,7 +288,7 @@ def benchmark(
 def plan(
     model: Annotated[str | None, typer.Argument(help="MODEL; may be left out")] = None,
     target: Annotated[str, typer.Option("--target")] = "x86",
-    recipe: RecipeFile = None,
+    recipe: RecipeName = None,
     calib: Calib = None,
     train: Train = None,
     evaluation: Eval = None,
@@ -306,13 +310,14 @@ def plan(
         kinds = [(name, passes.load(name)) for name in planning.in_order(passes.names())]
         rows = [(pass_line(name), kind.needs, planning.refusal(kind, chosen, have, enters)) for name, kind in kinds]
     else:
-        planned = planning.plan(read_recipe(recipe), chosen, have, enters=enters)
+        planned = planning.plan(read_recipe(recipe, [chosen]), chosen, have, enters=enters)
         rows = [(repr(p.step), p.step.needs, p.refusal) for p in planned]
     if as_json:
         found = [{"step": s, "applies": not why, "needs": list(needs), "why_not": why} for s, needs, why in rows]
         print(json.dumps(found, indent=1))
         return
     print(f"{chosen.name}: {chosen.title}\nprofits from {', '.join(chosen.profits)}")
+    print(f"default recipe: {chosen.recipe or 'none'}")
     for step, needs, why in rows:
         open_needs = [n for n in needs if n not in given]
         note = why or (f"needs {planning.named(open_needs)}" if open_needs else "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +13,7 @@ from deploykit.core.errors import DeploykitError, unknown
 if TYPE_CHECKING:
     from deploykit.core.context import Role
     from deploykit.core.recipe import Recipe
+    from deploykit.core.target import Target
 
 Model = Annotated[
     str,
@@ -28,7 +30,14 @@ Calib = Annotated[
 Train = Annotated[str | None, typer.Option("--train", help="Training data, for steps that train", metavar="DATA")]
 Eval = Annotated[str | None, typer.Option("--eval", help="Data (with labels) to score the files on", metavar="DATA")]
 Weights = Annotated[Path | None, typer.Option(help="Weights for a factory: .safetensors, or .pt read weights-only")]
-RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="Steps and training settings, TOML")]
+RecipeName = Annotated[
+    str | None,
+    typer.Option(
+        "--recipe",
+        help="Steps and training settings: a TOML file, or prune, dsd, sparse_2_4; 'default': that of the target",
+        metavar="RECIPE",
+    ),
+]
 PreprocessFile = Annotated[
     Path | None, typer.Option("--preprocess", help="TOML with resize, crop, scale, mean, std, layout, channels")
 ]
@@ -53,11 +62,12 @@ Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random")]
 Out = Annotated[Path, typer.Option("-o", "--out", help="Output folder")]
 
 
-def read_recipe(path: Path | None) -> Recipe:
-    """The recipe in a file; without one, no steps."""
-    from deploykit.core.recipe import Recipe, load_recipe
+def read_recipe(name: str | None, chosen: Sequence[Target]) -> Recipe:
+    """The recipe of that name or in that file; without one, no steps."""
+    from deploykit import recipes
+    from deploykit.core.recipe import Recipe
 
-    return Recipe() if path is None else load_recipe(path)
+    return Recipe() if name is None else recipes.load(name, chosen)
 
 
 def typed(path: Path | None) -> str | None:

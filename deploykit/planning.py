@@ -37,6 +37,12 @@ class Planned:
     step: Pass
     refusal: str = ""
     automatic: bool = False
+    optional: bool = False
+
+    @property
+    def left_out(self) -> bool:
+        """Whether it does not run and nobody minds: it was not asked for, or only where it can run."""
+        return bool(self.refusal) and (self.automatic or self.optional)
 
 
 def plan(
@@ -64,7 +70,10 @@ def plan(
                 f"'{recipe.steps[before].name}', which works on the {steps[before].stage}. "
                 f"Stages in order: {', '.join(STAGES)}."
             )
-    planned = [Planned(step, refusal(step, target, available, enters)) for step in steps]
+    planned = [
+        Planned(built, refusal(built, target, available, enters), optional=step.optional)
+        for built, step in zip(steps, recipe.steps, strict=True)
+    ]
     named = {step.name for step in recipe.steps}
     if automatic and not named & set(CORRECTIONS) and integers((*target.precisions, *target.on_request)):
         fewest = min([target.quant.weight_bits, *(s.least_bits for s in steps if isinstance(s, Mixed))])

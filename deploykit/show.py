@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 from deploykit.core.precision import is_integer
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from rich.table import Table
 
     from deploykit.calibration.growth import Convergence
+    from deploykit.core.manifest import Finding
     from deploykit.core.ranges import Ranges
     from deploykit.core.target import Target
     from deploykit.explain.explanation import Explanation
@@ -46,6 +48,7 @@ def card(target: Target, base: Target | None) -> str:
         "files": f"{', '.join(target.precisions)} (exporter {target.exporter}, ONNX opset up to {target.opset})",
         **({"on request": ", ".join(target.on_request)} if target.on_request else {}),
         "profits": ", ".join(target.profits),
+        "recipe": f"{target.recipe or 'none'} by default",
         "channels": f"best in multiples of {target.channel_multiple}",
         **(integers if any(map(is_integer, target.precisions)) else {}),
         "timed here": target.measured_here or "no: only on the device",
@@ -70,10 +73,25 @@ def show_exported(finished: list[tuple[Path, Any]], as_json: bool) -> None:
         return
     print_table(result_table(finished))
     for folder, manifest in finished:
-        for note in (*manifest.notes, *manifest.advice, *narrow(manifest.checks, manifest.request.gate)):
+        said = [found.summary for found in manifest.findings if found.summary]
+        for note in (*said, *manifest.notes, *manifest.advice, *narrow(manifest.checks, manifest.request.gate)):
             print(f"{folder.name}: {note}")
         for island in [i for f in manifest.files for i in f.islands][:5]:
             print(f"{folder.name}: {island.operator} {island.layer} stays in float: {island.why}")
+
+
+def show_compressed(out: Path, steps: Sequence[str], findings: Sequence[Finding], as_json: bool) -> None:
+    """Print which steps a compression went through, and what they found out that matters at once."""
+    if as_json:
+        import msgspec
+
+        values = {"out": str(out), "steps": list(steps), "findings": msgspec.to_builtins(tuple(findings))}
+        print(json.dumps(values, indent=1))
+        return
+    print(f"{out}: {', '.join(steps)}")
+    for found in findings:
+        if found.summary:
+            print(f"{out}: {found.summary}")
 
 
 def print_ranges(out: Path, found: Ranges, settled: Convergence | None, as_json: bool) -> None:

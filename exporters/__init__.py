@@ -15,6 +15,7 @@ A module may also have
 * ``max_mismatch(target, hub) -> float``: how many percent of a product's outputs may be one step off the hub
   because its kernels round otherwise by design;
 * ``max_lsb(target, hub) -> float``: how many steps an operator may be off, where that is more than one;
+* ``unlimited(target) -> Target``: the target without the budgets that ``export`` would refuse a file by;
 * ``rehearse(hubs, target, final)``: refuses what ``export`` would refuse, where that can be had for less
   than an export; ``final``: the model will be exported as large as it is here.
 
@@ -130,6 +131,12 @@ def rehearse(exporter: Exporter, hubs: Mapping[Precision, Hub], target: Target, 
         return
     with tempfile.TemporaryDirectory() as folder:
         exporter.export(hubs, target, Path(folder))
+
+
+def unlimited(exporter: Exporter, target: Target) -> Target:
+    """The target without budgets, to find out what a file takes that may be too large for it."""
+    own = getattr(exporter, "unlimited", None)
+    return cast(Target, own(target)) if own is not None else target
 
 
 def open_artifact(folder: str | Path) -> Artifact:

@@ -8,6 +8,7 @@ has no integer form is refused.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +74,12 @@ def rehearse(hubs: Mapping[Precision, Hub], target: Target, final: bool) -> None
     lowered = _lowered(hub, target)
     if final:
         _fitted(lowered.program, target)
+
+
+def unlimited(target: Target) -> Target:
+    """The target with as much flash and RAM as it takes."""
+    budgets = ("flash_bytes", "ram_bytes")
+    return replace(target, options={name: v for name, v in target.options.items() if name not in budgets})
 
 
 def load(path: Path, threads: int = 1) -> Runner:

@@ -21,7 +21,9 @@ from deploykit import passes, targets
 from deploykit.core.context import Context
 from deploykit.core.data import DataSet
 from deploykit.core.errors import DeploykitError
+from deploykit.core.manifest import Finding
 from deploykit.core.recipe import Step
+from deploykit.core.request import Gate
 from deploykit.cost import cost
 from deploykit.hub.structure import attach_mask
 from deploykit.losses import tensors
@@ -422,6 +424,123 @@ def test_a_budget_is_met_within_a_point(of: str, amount: float) -> None:
     assert amount <= 1 - left / whole <= amount + 0.01 + 0.005 * (of == "channels")
 
 
+def prepared_for(target: str, net: nn.Module, data: DataSet, **settings: Any) -> Context:
+    """The context that the pipeline makes."""
+    from deploykit import pipeline
+    from deploykit.core.request import Settings
+    from deploykit.models import accept_module
+    from deploykit.pipeline.steps import step_context
+
+    prepared = pipeline.prepare(accept_module(net), {"calibration": data}, None)
+    return step_context(prepared, Settings(**settings), targets.load(target))
+
+
+@pytest.mark.parametrize("target", ["x86", "cortex-m7"])
+def test_a_draft_takes_the_bytes_of_the_file_that_an_export_writes(target: str, tmp_path: Path) -> None:
+    net, data = Named(plain()).eval(), images(40)
+    here = prepared_for(target, net, data)
+    assert here.file_bytes is not None
+    assert here.file_bytes(net) == pytest.approx(exported(net, target, data, tmp_path), rel=0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["x86", "cortex-m7"])
+def test_the_file_of_a_pruned_network_takes_at_most_the_bytes_that_were_asked_for(target: str, tmp_path: Path) -> None:
+    net, data = Named(plain(64)).eval(), images(40)
+    here = prepared_for(target, net, data)
+    assert here.file_bytes is not None
+    bound = 0.6 * here.file_bytes(net)
+    step = Prune(at_most=bound, of="artifact", criterion="l2", multiple=1, refit=False)
+    assert 0.9 * bound < exported(step(net, here), target, data, tmp_path) <= 1.01 * bound
+
+
+@pytest.mark.slow
+def test_a_network_that_is_too_large_for_a_board_is_pruned_until_it_fits() -> None:
+    net, data = Named(plain(64)).eval(), images(40)
+    here = prepared_for("cortex-m4", net, data)
+    tight = replace(here.target, options={**here.target.options, "flash_bytes": 60_000})
+    small = prepared_for("cortex-m4", net, data)
+    assert small.file_bytes is not None
+    assert small.file_bytes(net) > 60_000  # a draft is written all the same
+    step = Prune(at_most=60_000, of="artifact", criterion="l2", multiple=1, refit=False)
+    pruned = step(net, replace(here, target=tight))
+    assert small.file_bytes(pruned) <= 60_000
+
+
+def test_a_budget_of_milliseconds_is_met_with_few_and_noisy_measurements() -> None:
+    """A device whose time is 1 ms and what its MACs take, known to five percent."""
+    net, data = Named(plain(64)).eval(), images()
+    here = context(net, data)
+    random, looks = np.random.default_rng(0), []
+
+    def times(modules: Any) -> list[float]:
+        looks.append(len(modules))
+        return [(1.0 + cost(m, here.example).macs / 1e5) * random.uniform(0.975, 1.025) for m in modules]
+
+    whole = 1.0 + cost(net, here.example).macs / 1e5
+    step = Prune(0.4, of="ms", criterion="l2", multiple=1, refit=False)
+    left = 1.0 + cost(step(net, replace(here, times=times)), here.example).macs / 1e5
+    assert 1 - left / whole == pytest.approx(0.4, abs=0.06)
+    assert len(looks) <= 9 and set(looks) == {2}
+    looks.clear()
+    step = Prune(at_most=0.7 * whole, of="ms", criterion="l2", multiple=1, refit=False)
+    left = 1.0 + cost(step(net, replace(here, times=times)), here.example).macs / 1e5
+    assert left == pytest.approx(0.7 * whole, rel=0.1)
+
+
+def exported(model: nn.Module, target: str, data: DataSet, folder: Path) -> int:
+    """Bytes of the int8 file."""
+    x = next(data.batches(len(data))).inputs["x"]
+    made = dk.export(model, target, x, out=folder / "out", benchmark=False, gate=Gate(min_agreement=0.0))
+    return made.file("int8").size(made.folder)
+
+
+def test_files_of_networks_are_timed_in_turns_where_times_here_are_the_targets() -> None:
+    net, data = Named(plain(64)).eval(), images(40)
+    here = prepared_for("x86", net, data)
+    narrow = prune(0.7, criterion="l2", multiple=16)(net, here)
+    assert here.times is not None
+    before, after = here.times([net, narrow])
+    assert 0 < after < before
+
+
+def test_milliseconds_of_a_target_that_is_not_timed_here_are_refused_before_any_work() -> None:
+    net, data = Named(plain()).eval(), images()
+    with pytest.raises(DeploykitError, match=r"'jetson'.*not timed on this machine\. The nearest is of = 'macs'"):
+        Prune(0.3, of="ms")(net, prepared_for("jetson", net, images(64)))
+    with pytest.raises(DeploykitError, match="the context writes no files"):
+        prune(0.3, of="artifact", criterion="l2")(net, context(net, data))
+
+
+@pytest.mark.parametrize("of", ["macs", "params", "channels"])
+def test_a_budget_may_be_absolute(of: str) -> None:
+    net, data = Named(plain(64)).eval(), images()
+    here = context(net, data)
+
+    def size(model: nn.Module) -> float:
+        if of == "channels":
+            return sum(width(m, "out") for m in model.modules() if mixes(m))
+        return float(getattr(cost(model, here.example), of))
+
+    bound = 0.62 * size(net)
+    pruned = Prune(at_most=bound, of=of, criterion="l2", multiple=1, refit=False)(net, here)  # type: ignore[arg-type]
+    assert 0.97 * bound < size(pruned) <= bound
+    roomy = Prune(at_most=2 * size(net), of=of, criterion="l2", refit=False)(net, here)  # type: ignore[arg-type]
+    assert size(roomy) == size(net)
+
+
+def test_what_went_from_where_is_noted_for_the_report() -> None:
+    net, data = Named(plain(64)).eval(), images()
+    found: list[Finding] = []
+    pruned = prune(0.5, criterion="l2", multiple=1)(net, replace(context(net, data), note=found.append))
+    (finding,) = found
+    assert finding.columns == ("layer", "channels", "left")
+    for name, before, left in finding.rows:
+        assert before == width(net.get_submodule(str(name)), "out")
+        assert left == width(pruned.get_submodule(str(name)), "out")
+    assert "of the macs saved" in finding.title
+
+
 def test_the_least_important_channels_go() -> None:
     """Weights of channel c are c + 1 times as large, so that of 8 channels the first three go."""
     net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)).eval()
@@ -617,7 +736,8 @@ def test_sizes_that_the_factory_does_not_know_are_refused(tmp_path: Path, sizes:
 # ------------------------------------------------------------------ what is refused
 
 
-@pytest.mark.parametrize("options", [{"amount": 1.0}, {"amount": -0.1}, {"amount": float("nan")},
+@pytest.mark.parametrize("options", [{}, {"amount": 0.5, "at_most": 3.0}, {"at_most": 0.0}, {"amount": 1.0},
+                                     {"amount": -0.1}, {"amount": float("nan")},
                                      {"amount": 0.5, "most": 1.0}, {"amount": 0.5, "multiple": -1}])  # fmt: skip
 def test_options_out_of_range_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(DeploykitError, match="step 'prune'"):

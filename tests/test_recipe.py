@@ -21,7 +21,8 @@ settings = st.builds(
     TrainSettings, st.text(max_size=8), positive, positive, st.integers(1, 4096), st.floats(0, 1),
     st.lists(st.sampled_from(["flip", "crop"])).map(tuple),
 )  # fmt: skip
-steps = st.lists(st.builds(Step, names, st.dictionaries(names.filter(lambda n: n != "name"), values, max_size=3)))
+options = st.dictionaries(names.filter(lambda n: n != "name"), values, max_size=3)
+steps = st.lists(st.builds(Step, names, options, st.booleans()))
 
 
 @given(st.builds(Recipe, steps.map(tuple), settings))

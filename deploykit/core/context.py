@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
 from deploykit.core.data import DataSet
 from deploykit.core.errors import DeploykitError
 from deploykit.core.target import Target
+
+if TYPE_CHECKING:
+    from deploykit.core.manifest import Finding
 
 Role = Literal["train", "calibration", "holdout", "eval"]
 
@@ -36,6 +39,10 @@ class Trainer(Protocol):
         ...
 
 
+def _forget(_: Finding) -> None:
+    """Where nobody wants to know."""
+
+
 @dataclass(frozen=True)
 class Context:
     """Handed to every pass of a recipe."""
@@ -51,6 +58,13 @@ class Context:
     loss: Callable[[Any, Any], Any] | None = None
     """What the recipe's ``[train]`` table names; None: each step has its own."""
     cost: Callable[[Any], Cost] | None = None
+    file_bytes: Callable[[Any], int] | None = None
+    """What the target's most compressed file of a module takes."""
+    times: Callable[[Sequence[Any]], list[float]] | None = None
+    """Milliseconds that such files of some modules take for one sample, medians of calls that take turns; None: times
+    taken here are not those of the target."""
+    note: Callable[[Finding], None] = _forget
+    """Takes what a step in front of the hub found out, for the report; a hub has findings of its own."""
     seed: int = 0
 
     def need(self, role: Role, who: str) -> DataSet:

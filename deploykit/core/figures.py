@@ -31,3 +31,12 @@ def file_size(value: int | None) -> str:
 def quotient(value: float | None) -> str:
     """``0.27×``."""
     return MISSING if value is None else f"{value:.2f}×"
+
+
+def text(value: str | float | None) -> str:
+    """A cell of a table: words as they are, whole numbers whole, others in three digits."""
+    if value is None:
+        return MISSING
+    if isinstance(value, str):
+        return value
+    return f"{value:,.0f}" if float(value).is_integer() else f"{value:.3g}"

@@ -83,6 +83,10 @@ class Finding:
     """None: not measured."""
     curve: tuple[str, str] | None = None
     """The columns that are drawn, y over x."""
+    heat: tuple[str, str, str] | None = None
+    """The columns of a map of coloured cells: what its rows, its columns and its cells are."""
+    summary: str = ""
+    """What whoever started it should read at once; empty: nothing."""
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,8 @@ class Step:
 
     name: str
     options: Mapping[str, Any] = field(default_factory=dict)
+    optional: bool = False
+    """Whether it is left out where what it needs was not given, or where it cannot pay."""
 
     def __str__(self) -> str:
         """``sparsify(sparsity=0.5)``."""
@@ -100,10 +102,16 @@ def load_recipe(path: Path) -> Recipe:
     for number, entry in enumerate(steps, 1):
         if not isinstance(entry.get("name"), str):
             raise DeploykitError(f"{path}: step {number} has no name")
+        if not isinstance(entry.get("optional", False), bool):
+            raise DeploykitError(f"{path}: step {number}: optional is true or false")
     return Recipe(
-        steps=tuple(Step(e["name"], {k: v for k, v in e.items() if k != "name"}) for e in steps),
+        steps=tuple(_step(**entry) for entry in steps),
         train=from_table(TrainSettings, table.get("train", {}), f"{path} [train]"),
     )
+
+
+def _step(name: str, optional: bool = False, **options: Any) -> Step:
+    return Step(name, options, optional)
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -111,5 +119,7 @@ def dump_recipe(recipe: Recipe) -> str:
     table: dict[str, Any] = {"train": dataclasses.asdict(recipe.train)}
     table["train"]["augment"] = list(recipe.train.augment)
     if recipe.steps:
-        table["step"] = [{"name": s.name, **s.options} for s in recipe.steps]
+        table["step"] = [
+            {"name": s.name, **({"optional": True} if s.optional else {}), **s.options} for s in recipe.steps
+        ]
     return tomli_w.dumps(table)

@@ -133,6 +133,8 @@ class Target:
     convolutions, all integer; float: exact, in a float front, for runtimes whose kernels do not take pixels as such."""
     measured_here: str = ""
     """Why latencies taken on this machine stand for the device; empty when they do not."""
+    recipe: str = ""
+    """What the name ``default`` means here: a recipe that ships with the project, or a path; empty: there is none."""
     options: Mapping[str, Any] = field(default_factory=dict)
     facts: Mapping[str, Fact] = field(default_factory=dict)
 

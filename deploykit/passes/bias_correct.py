@@ -6,9 +6,9 @@ section 4.2, empirical form). Layers are corrected in order, each on the outputs
 
     b_c  +=  E[y_c]  -  E[ (W_q x_q + b)_c ]
 
-E[y_c] was measured on the float network (`Ranges.means`). A layer is linear, so E[W_q x_q + b] = W_q E[x_q] + b: the layer
-runs once, on the mean of its integer inputs. Those are needed sample by sample, and the network produces them once, in
-stretches from one layer to the next (`deploykit.hub.fitting.activations`).
+E[y_c] was measured on the float network (`Ranges.means`). A layer is linear, so E[W_q x_q + b] = W_q E[x_q] + b: the
+layer runs once, on the mean of its integer inputs. Those are needed sample by sample, and the network produces them
+once, in stretches from one layer to the next (`deploykit.hub.fitting.activations`).
 """
 
 from __future__ import annotations

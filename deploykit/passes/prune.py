@@ -13,14 +13,13 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from deploykit.core.context import Context
 from deploykit.core.errors import DeploykitError, some
+from deploykit.core.manifest import Finding
 from deploykit.core.patterns import matching
 from deploykit.core.progress import say
 from deploykit.core.recipe import Stage
 from deploykit.core.target import Need, Profit
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from torch import nn
 
     from deploykit.pruning.groups import Channel
@@ -34,10 +33,13 @@ LEAST_SAMPLES = 32
 class Prune:
     """Takes out the channels that matter least, until ``amount`` of the network is saved."""
 
-    amount: float
+    amount: float | None = None
     """Share to save, 0 <= amount < 1."""
-    of: Literal["macs", "params", "bytes", "channels"] = "macs"
-    """What is saved: multiply-accumulates, parameters, bytes of the weights, or channels."""
+    at_most: float | None = None
+    """Instead of a share: what may be left, in the unit of ``of``."""
+    of: Literal["macs", "params", "bytes", "channels", "artifact", "ms"] = "macs"
+    """What is saved: multiply-accumulates, parameters, bytes of the float weights, channels, bytes of the exported
+    file, or milliseconds that it takes here."""
     criterion: str = "fisher"
     """How channels are ranked; a name in `deploykit.pruning.criteria`."""
     scope: Literal["global", "layer"] = "global"
@@ -59,8 +61,12 @@ class Prune:
 
     def __post_init__(self) -> None:
         """Refuses options out of range and criteria that nobody knows."""
-        if not 0.0 <= self.amount < 1.0:
+        if (self.amount is None) == (self.at_most is None):
+            raise ValueError("give either amount, the share to save, or at_most, what may be left in the unit of of")
+        if self.amount is not None and not 0.0 <= self.amount < 1.0:
             raise ValueError(f"amount must be at least 0 and below 1, given {self.amount}")
+        if self.at_most is not None and not self.at_most > 0.0:
+            raise ValueError(f"at_most must be above 0, given {self.at_most}")
         if not 0.0 < self.most < 1.0:
             raise ValueError(f"most must lie between 0 and 1, given {self.most}")
         if self.multiple < 0:
@@ -87,6 +93,7 @@ class Prune:
         from deploykit.pruning.groups import find_groups, together
         from deploykit.pruning.layers import mixes, width
         from deploykit.pruning.surgery import assert_equal, without
+        from deploykit.pruning.units import COUNTED, LEVELS, WORDS, saving, size
 
         data = context.need("calibration", "prune") if "data" in self.needs else None
         if data is not None and data.labels is None and "labels" in self.needs:
@@ -100,42 +107,42 @@ class Prune:
             raise DeploykitError("prune: the context has no example to follow channels with")
         whole = copy.deepcopy(model).eval().requires_grad_(True)
         stay = matching("layer", self.skip, [name for name, layer in whole.named_modules() if mixes(layer)])
+        share = saving(self.of, whole, context)
+        alone = saving(COUNTED[self.of], whole, context) if self.of in COUNTED else share
+        amount, unit = self.amount, WORDS.get(self.of, self.of)
+        if amount is None:
+            assert self.at_most is not None
+            before = size(self.of, context)(whole)
+            amount = max(0.0, 1.0 - self.at_most / before)
+            say(f"prune: at most {self.at_most:g} {unit} of {before:.6g} may be left: {amount:.1%} have to be saved")
         inputs = as_tensors(context.example)
         sample = {name: tensor[:1] for name, tensor in inputs.items()}
         groups = [group for group in find_groups(whole, sample) if not stay & set(group.writers)]
         if not groups:
             raise DeploykitError("prune: there are no channels that can be taken out of this model")
         scores = importance(whole, groups, self.criterion, Evidence(sample, data, context.loss, context.seed))
-        size = self._size(context)
-        before = size(whole)
+        found: dict[int, float] = {}
 
         def saved(channels: list[Channel]) -> float:
-            return 1.0 - size(without(whole, together(channels))) / before
+            """Of choices in one order, which their numbers tell apart: none is measured twice."""
+            if len(channels) not in found:
+                found[len(channels)] = share(without(whole, together(channels)))
+            return found[len(channels)]
 
-        scores = comparable(scores, [saved([g.channels[0]]) for g in groups], criterion(self.criterion).in_cost)
+        savings = [alone(without(whole, together([g.channels[0]]))) for g in groups]
+        scores = comparable(scores, savings, criterion(self.criterion).in_cost)
         order = ranked(whole, groups, scores, self.multiple or context.target.channel_multiple, self.most)
-        chosen = fit(order, self.amount, self.scope, saved)
+        chosen = fit(order, amount, self.scope, saved, LEVELS if self.of in COUNTED else None)
         removed = together(chosen)
-        narrower = [
-            f"{p.layer} {width(whole.get_submodule(p.layer), 'out')} -> "
-            f"{width(whole.get_submodule(p.layer), 'out') - len(own)}"
-            for p, own in removed.items()
-            if p.side == "out"
-        ]
-        say(f"prune: {saved(chosen):.1%} of the {self.of} saved; {some(narrower, 8)}")
+        wide = {p.layer: width(whole.get_submodule(p.layer), "out") for p in removed if p.side == "out"}
+        widths = [(p.layer, wide[p.layer], wide[p.layer] - len(own)) for p, own in removed.items() if p.side == "out"]
+        reached = f"{saved(chosen) if chosen else 0.0:.1%} of the {unit} saved"
+        say(f"prune: {reached}; {some([f'{name} {had} -> {left}' for name, had, left in widths], 8)}")
+        context.note(
+            Finding(repr(self), f"Channels taken out: {reached}", ("layer", "channels", "left"), tuple(widths))
+        )
         if self.refit and data is not None and chosen:
             model = compensated(model, removed, data)
         pruned = without(model, removed)
         assert_equal(model, pruned, removed, inputs)
         return pruned
-
-    def _size(self, context: Context) -> Callable[[nn.Module], float]:
-        """What the budget counts."""
-        if self.of == "channels":
-            from deploykit.pruning.layers import mixes, width
-
-            return lambda module: sum(width(layer, "out") for layer in module.modules() if mixes(layer))
-        cost = context.cost
-        if cost is None:
-            raise DeploykitError(f"prune: the context has no cost to count {self.of} with; use of = 'channels'")
-        return lambda module: float(getattr(cost(module), self.of))

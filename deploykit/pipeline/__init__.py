@@ -64,6 +64,8 @@ def export(
         written, _ = precisions(target, settings.precisions, calibrated)
         exporters.refuse_uncarried(target, written, exporter.CARRIES, exporter.WHY_NOT)
         for planned in plan(settings.recipe, target, have, settings.correction, prepared.model.enters):
+            if planned.left_out:
+                continue
             if not planned.automatic:
                 insist(planned.step, planned.refusal, settings.force)
                 if planned.step.stage == "hub" and not any(map(is_corrected, written)):

@@ -17,7 +17,7 @@ from deploykit.core.artifact import Check
 from deploykit.core.context import Context
 from deploykit.core.errors import DeploykitError
 from deploykit.core.machine import this_machine
-from deploykit.core.manifest import Manifest, Source, stored_files, versions
+from deploykit.core.manifest import Finding, Manifest, Source, stored_files, versions
 from deploykit.core.precision import (
     FORMATS,
     Precision,
@@ -32,6 +32,7 @@ from deploykit.core.recipe import Pass, Stage, Step
 from deploykit.core.request import Gate, Request, Settings
 from deploykit.core.target import QuantSpec, Target
 from deploykit.pipeline import steps
+from deploykit.pipeline.draft import stand_in
 from deploykit.pipeline.judge import HUB_SAMPLES, NOT_EVALUATED, Judge
 from deploykit.pipeline.prepared import Prepared
 from deploykit.pipeline.steps import step_context
@@ -61,6 +62,8 @@ class Road:
         if prepared.model.compressed:
             self.notes.append(f"'original' is {prepared.model.origin} as compress wrote it; its loss comes on top")
         self.early_steps: list[str] = []
+        self.findings: list[Finding] = []
+        """Of these steps; hubs have their own."""
         self.graph: FloatGraph
         self.reference: FloatGraph
         self.ranges: Ranges | None = None
@@ -74,7 +77,7 @@ class Road:
         from deploykit.hub.running import is_large
 
         target = chosen[0]
-        context = step_context(self.prepared, self.settings, target)
+        context = step_context(self.prepared, self.settings, target, self.findings)
         model_steps = self._early(chosen, "model")
         graph_steps = self._early(chosen, "graph")
         model = self.prepared.model
@@ -139,10 +142,8 @@ class Road:
             ):
                 each = replace(target, quant=numbers)
                 automatic = settings.correction and calibrated and corrected
-                planned = plan(settings.recipe, each, self.prepared.have, automatic)
-                found |= {
-                    repr(p.step): p.step for p in planned if p.step.stage == stage and not (p.automatic and p.refusal)
-                }
+                planned = plan(settings.recipe, each, self.prepared.have, automatic, self.prepared.model.enters)
+                found |= {repr(p.step): p.step for p in planned if p.step.stage == stage and not p.left_out}
         return list(found.values())
 
     def _rehearse(self, chosen: Sequence[Target], final: bool) -> None:
@@ -169,19 +170,9 @@ class Road:
 
     def _stand_in(self, target: Target, precision: Precision) -> Hub:
         """The original model; in integers, by the ranges of two samples: what an exporter refuses hardly depends on
-        scales, and a real sample gives scales that fit each other."""
-        from deploykit.hub.graph import Hub
-        from deploykit.hub.quantize import quantize
-        from deploykit.hub.weight_only import quantize_weights
-
-        numbers = spec_of(target.quant, precision)
-        if not is_quantized(precision):
-            return Hub(self.reference, numbers)
-        if not needs_calibration(precision):
-            return quantize_weights(self.reference, numbers, self.settings.keep_float, search=False)
+        scales."""
         data = self.prepared.data.get("calibration") or self.prepared.judged
-        ranges = steps.calibrate(self.reference, data.spread(2))
-        return quantize(self.reference, ranges, numbers, keep_float=self.settings.keep_float)
+        return stand_in(self.reference, data, target, precision, self.settings.keep_float)
 
     def write(self, target: Target, folder: Path, request: Request) -> Manifest:
         """Everything for one target, into an empty folder."""
@@ -219,7 +210,7 @@ class Road:
             scores=tuple(scores),
             operators=tuple(operators),
             layers=tuple(dict.fromkeys(layer for hub in hubs.values() for layer in described(hub))),
-            findings=tuple(dict.fromkeys(found for hub in hubs.values() for found in hub.findings)),
+            findings=(*self.findings, *dict.fromkeys(found for hub in hubs.values() for found in hub.findings)),
             classes=next((d.classes for d in self.prepared.data.values() if d.classes), ()),
             notes=(
                 *self.notes,
@@ -227,7 +218,7 @@ class Road:
                 *notes,
                 *why,
                 *self.judge.held_out(),
-                *self._forced(target),
+                *self._unlike_asked(target),
                 *([] if scores else [NOT_EVALUATED]),
                 *shrink_notes(folder, files),
             ),
@@ -247,10 +238,14 @@ class Road:
         manifest.save(folder)
         return manifest
 
-    def _forced(self, target: Target) -> list[str]:
-        """The steps that ran although the target cannot profit from them."""
-        planned = plan(self.settings.recipe, target, self.prepared.have)
-        return [f"--force ran {p.step!r}: it {p.refusal}" for p in planned if p.refusal and not p.automatic]
+    def _unlike_asked(self, target: Target) -> list[str]:
+        """The steps that ran although the target cannot profit from them, and the optional ones that did not run."""
+        planned = plan(self.settings.recipe, target, self.prepared.have, False, self.prepared.model.enters)
+        return [
+            f"{p.step!r} was left out: it {p.refusal}" if p.optional else f"--force ran {p.step!r}: it {p.refusal}"
+            for p in planned
+            if p.refusal
+        ]
 
     def _fed_hubs(
         self, target: Target, chosen: Sequence[Precision]
@@ -316,7 +311,7 @@ class Road:
             planned = (Planned(step, refusal(step, target, self.prepared.have), automatic=True),)
         else:
             planned = ()
-        return [p for p in planned if p.step.stage == "hub" and not (p.automatic and p.refusal)]
+        return [p for p in planned if p.step.stage == "hub" and not p.left_out]
 
     def _take_pixels(self, hub: Hub, target: Target) -> tuple[Hub, tuple[str, ...]]:
         """The hub as the files are written from it, and what the user should know."""

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
-from deploykit import passes, targets
+import numpy as np
+
+from deploykit import targets
 from deploykit.core.context import Context
 from deploykit.core.data import DataSet
-from deploykit.core.errors import DeploykitError, unknown
+from deploykit.core.errors import DeploykitError, MissingExtra, unknown
 from deploykit.core.files import folder_in_place, refuse_existing
+from deploykit.core.manifest import Finding
 from deploykit.core.progress import say
 from deploykit.core.ranges import Ranges
 from deploykit.core.recipe import Pass
 from deploykit.core.request import Settings
-from deploykit.core.target import Target
+from deploykit.core.target import Profit, Target
 from deploykit.pipeline.prepared import Prepared
-from deploykit.planning import refusal
+from deploykit.planning import plan
+from deploykit.report.write import NAME as REPORT
+from deploykit.report.write import write_findings
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -33,6 +39,8 @@ WIDER = 3.0
 """Answers to real samples are so much clearer than those to made-up ones: MobileNetV1's scores reach 31 on photographs,
 19 on synthetic images and 10 on random ones. Scores that are cut off tie, and then the class is a matter of chance;
 1.6 bits less of the outputs are hardly seen beside the error of all layers before."""
+RUNS, SECONDS = 30, 1.0
+"""Rounds at least in which files are timed that a step compares, and how long they go on."""
 LOOKED_AT = 8
 """Samples that the first batch normalisation of a module is run on: their mean tells preparations apart."""
 
@@ -98,8 +106,18 @@ def _widened(ranges: Ranges, graph: FloatGraph) -> Ranges:
     return replace(ranges, tensors=tensors)
 
 
-def compress(prepared: Prepared, settings: Settings, target: Target | None, folder: Path) -> tuple[str, ...]:
+@dataclass(frozen=True)
+class Compressed:
+    """What `compress` did."""
+
+    steps: tuple[str, ...]
+    findings: tuple[Finding, ...]
+
+
+def compress(prepared: Prepared, settings: Settings, target: Target | None, folder: Path) -> Compressed:
     """Runs the model-stage steps of a recipe and writes a folder that `load_model` and ``export`` read.
+
+    What the steps found out is ``report.html`` in it, where there is the extra `report`.
 
     Args:
         target: what the steps have to pay on; None: they run in any case.
@@ -111,24 +129,37 @@ def compress(prepared: Prepared, settings: Settings, target: Target | None, fold
     from deploykit.models import save_compressed
 
     refuse_existing(folder, settings.overwrite)
-    steps = [passes.build(step) for step in settings.recipe.steps]
-    for step in steps:
-        if target is not None:
-            insist(step, refusal(step, target, prepared.have, prepared.model.enters), settings.force)
-        if step.stage != "model":
-            raise DeploykitError(
-                f"compress runs model-stage steps; {step!r} works on the {step.stage}. Use `deploykit export`."
-            )
     module = prepared.model.module
     if module is None:
         raise DeploykitError(f"{prepared.model.origin} holds no PyTorch module to compress")
-    context = step_context(prepared, settings, target or targets.load(ANY_TARGET))
+    device = target or targets.load(ANY_TARGET)
+    paying = device if target is not None else replace(device, profits=get_args(Profit))
+    planned = plan(settings.recipe, paying, prepared.have, automatic=False, enters=prepared.model.enters)
+    for p in planned:
+        if p.step.stage != "model":
+            raise DeploykitError(
+                f"compress runs model-stage steps; {p.step!r} works on the {p.step.stage}. Use `deploykit export`."
+            )
+        if not p.left_out:
+            insist(p.step, p.refusal, settings.force)
+    for p in planned:
+        if p.left_out:
+            say(f"{p.step!r} is left out: it {p.refusal}")
+    steps = [p.step for p in planned if not p.left_out]
+    findings: list[Finding] = []
+    context = step_context(prepared, settings, device, findings)
     for step in steps:
         say(f"running {step!r}")
         module = step(module, context)
     with folder_in_place(folder, settings.overwrite) as work:
         save_compressed(module, work, prepared.model.origin)
-    return tuple(repr(step) for step in steps)
+        done = Compressed(tuple(map(repr, steps)), tuple(findings))
+        if findings:
+            try:
+                write_findings(work / REPORT, prepared.model.origin, done.steps, findings)
+            except MissingExtra as error:
+                say(f"no {REPORT} was written: {error}")
+    return done
 
 
 def insist(step: Pass, why: str, force: bool) -> None:
@@ -138,21 +169,36 @@ def insist(step: Pass, why: str, force: bool) -> None:
         raise DeploykitError(f"step {step!r} {why}." + (" --force runs it all the same." if cannot_pay else ""))
 
 
-def step_context(prepared: Prepared, settings: Settings, target: Target) -> Context:
-    """All that a step may ask for."""
+def step_context(
+    prepared: Prepared, settings: Settings, target: Target, findings: list[Finding] | None = None
+) -> Context:
+    """All that a step may ask for; what it finds out is appended to ``findings``."""
+    from deploykit.bench.timing import in_turns
     from deploykit.cost import cost
     from deploykit.losses import load_loss
+    from deploykit.pipeline.draft import caller, file_bytes
     from deploykit.trainer import Trainer
 
-    loss = settings.recipe.train.loss
+    loss, example = settings.recipe.train.loss, prepared.example
+
+    @lru_cache(maxsize=2)  # the network that others are compared with is written once
+    def call(module: nn.Module) -> Callable[[], object]:
+        return caller(module, example, settings, target)
+
+    def times(modules: Sequence[nn.Module]) -> list[float]:
+        return [float(np.median(each)) for each in in_turns([call(m) for m in modules], RUNS, SECONDS)]
+
     return Context(
         target=target,
         data=prepared.data,
-        example=prepared.example,
+        example=example,
         original=_teacher(prepared.model),
         trainer=Trainer(settings.recipe.train, settings.seed),
         loss=load_loss(loss) if loss else None,
-        cost=lambda module: cost(module, prepared.example),
+        cost=lambda module: cost(module, example),
+        file_bytes=lambda module: file_bytes(module, example, settings, target),
+        times=times if target.measured_here else None,
+        note=(findings if findings is not None else []).append,
         seed=settings.seed,
     )
 

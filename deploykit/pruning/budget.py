@@ -70,7 +70,11 @@ def chosen(groups: Sequence[Ranked], level: float, scope: Scope) -> list[Channel
 
 
 def fit(
-    groups: Sequence[Ranked], amount: float, scope: Scope, removed: Callable[[list[Channel]], float]
+    groups: Sequence[Ranked],
+    amount: float,
+    scope: Scope,
+    removed: Callable[[list[Channel]], float],
+    levels: int | None = None,
 ) -> list[Channel]:
     """The fewest channels by which at least ``amount`` is saved.
 
@@ -78,14 +82,17 @@ def fit(
         groups: from `ranked`.
         amount: share to save, 0 <= amount < 1.
         scope: see `chosen`.
-        removed: the share that is saved without these channels; it never falls when more of them go.
+        removed: the share that is saved without these channels; it never falls when more of them go. Where it is
+            measured and does, what comes back was measured to save enough all the same.
+        levels: how finely the number of channels is sought, where every look takes long; None: channel by channel.
 
     Raises:
         DeploykitError: all that may go is not enough; says what is possible.
     """
     if amount == 0.0:
         return []
-    steps = max(1, sum(group.allowed[-1] for group in groups))
+    count = max(1, sum(group.allowed[-1] for group in groups))
+    steps = count if levels is None else min(levels, count)
     possible = removed(chosen(groups, 1.0, scope))
     if possible < amount:
         raise DeploykitError(

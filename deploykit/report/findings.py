@@ -1,13 +1,14 @@
-"""What steps found out: their tables, and a curve where they have one."""
+"""What steps found out: their tables, and a curve or a map where they have one."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from deploykit.core.figures import MISSING
+from deploykit.core.figures import text
 from deploykit.core.manifest import Finding
 from deploykit.report.axes import Axis, from_zero
+from deploykit.report.heat import Heat, heat
 
 WIDTH, HEIGHT = 440.0, 260.0
 LEFT, TOP, RIGHT, BOTTOM = 60.0, 28.0, 24.0, 42.0
@@ -36,6 +37,8 @@ class Shown:
     """Whether a column holds numbers."""
     rows: tuple[tuple[str, ...], ...]
     curve: Curve | None
+    heat: Heat | None
+    summary: str
 
 
 def shown(findings: Sequence[Finding]) -> tuple[Shown, ...]:
@@ -45,19 +48,13 @@ def shown(findings: Sequence[Finding]) -> tuple[Shown, ...]:
             found.title,
             found.columns,
             tuple(any(isinstance(row[i], (int, float)) for row in found.rows) for i in range(len(found.columns))),
-            tuple(tuple(_text(value) for value in row) for row in found.rows),
+            tuple(tuple(text(value) for value in row) for row in found.rows),
             _curve(found),
+            heat(found),
+            found.summary,
         )
         for found in findings
     )
-
-
-def _text(value: str | float | None) -> str:
-    if value is None:
-        return MISSING
-    if isinstance(value, str):
-        return value
-    return f"{value:,.0f}" if float(value).is_integer() else f"{value:.3g}"
 
 
 def _curve(found: Finding) -> Curve | None:
@@ -69,7 +66,7 @@ def _curve(found: Finding) -> Curve | None:
     for row in found.rows:
         at, over = row[x], row[y]
         if isinstance(at, (int, float)) and isinstance(over, (int, float)):
-            said = " ".join(f"{c} {_text(v)}" for c, v in zip(found.columns, row, strict=True) if v)
+            said = " ".join(f"{c} {text(v)}" for c, v in zip(found.columns, row, strict=True) if v)
             pairs.append((float(at), float(over), said))
     pairs.sort()
     if len(pairs) < 2:

@@ -10,9 +10,10 @@ import msgspec
 
 from deploykit.core.errors import DeploykitError
 from deploykit.core.files import write_in_place
-from deploykit.report import comparison, page, scatter, spans
+from deploykit.core.manifest import Finding
+from deploykit.report import comparison, findings, page, scatter, spans
 from deploykit.report.advice import advice
-from deploykit.report.html import GENERATOR
+from deploykit.report.html import GENERATOR, fill
 from deploykit.report.layers import maps
 from deploykit.report.made import Made, find
 from deploykit.report.table import summary_json
@@ -44,6 +45,15 @@ def write_report(*folders: Path, out: Path | None = None) -> Path:
         raise DeploykitError(f"{path} exists and is not a report that deploykit wrote; give another -o")
     write_in_place(path, page.render(found[0]) if len(found) == 1 else comparison.render(found))
     return path
+
+
+def write_findings(path: Path, model: str, steps: Sequence[str], found: Sequence[Finding]) -> None:
+    """Writes a page of what model-stage steps found out, for a model that was compressed and not exported.
+
+    Raises:
+        MissingExtra: jinja2 is not installed.
+    """
+    write_in_place(path, fill("findings.html.j2", model=model, steps=steps, findings=findings.shown(found)))
 
 
 def report_json(*folders: Path) -> dict[str, Any]:
