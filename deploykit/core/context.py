@@ -10,6 +10,7 @@ import numpy as np
 
 from deploykit.core.data import DataSet
 from deploykit.core.errors import DeploykitError
+from deploykit.core.journal import NOTHING_KEPT, Journal
 from deploykit.core.target import Target
 
 if TYPE_CHECKING:
@@ -65,6 +66,8 @@ class Context:
     taken here are not those of the target."""
     note: Callable[[Finding], None] = _forget
     """Takes what a step in front of the hub found out, for the report; a hub has findings of its own."""
+    journal: Journal = NOTHING_KEPT
+    """What this step found before a run like this one was cut."""
     seed: int = 0
 
     def need(self, role: Role, who: str) -> DataSet:

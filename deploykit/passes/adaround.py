@@ -58,4 +58,6 @@ class Adaround:
                 f"there are {len(data)}. The step weight_correct works with fewer."
             )
         rounding = partial(adaround, steps=self.steps)
-        return refit(hub, data, "adaround", rounding, positions=self.positions, seed=context.seed)
+        return refit(
+            hub, data, "adaround", rounding, positions=self.positions, seed=context.seed, journal=context.journal
+        )

@@ -39,4 +39,4 @@ class FitRanges:
         from deploykit.hub.fitting.range_search import search_ranges
 
         data = context.need("calibration", "fit_ranges").spread(self.samples)
-        return search_ranges(hub, data, "fit_ranges")
+        return search_ranges(hub, data, "fit_ranges", context.journal)

@@ -58,4 +58,4 @@ class Gptq:
                 f"gptq chooses integers by what they do to the data and needs at least {LEAST_SAMPLES} calibration "
                 f"samples; there are {len(data)}. The step weight_correct works with fewer."
             )
-        return refit(hub, data, "gptq", gptq, positions=self.positions, seed=context.seed)
+        return refit(hub, data, "gptq", gptq, positions=self.positions, seed=context.seed, journal=context.journal)

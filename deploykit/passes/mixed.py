@@ -21,12 +21,15 @@ import numpy as np
 from deploykit.core.context import Context
 from deploykit.core.data import DataSet
 from deploykit.core.errors import DeploykitError
+from deploykit.core.journal import NOTHING_KEPT
 from deploykit.core.manifest import Finding
 from deploykit.core.patterns import matching
 from deploykit.core.recipe import Stage
 from deploykit.core.target import Need, Profit
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from deploykit.hub.bits import Held
     from deploykit.hub.graph import Hub
     from deploykit.hub.mixed.assignment import Table
@@ -112,8 +115,13 @@ class Mixed:
         costs = self._costs(hub, held, allowed)
         fitted, judged = apart(context)
         bits = sorted({b for choices in allowed.values() for b in choices})
-        found = sensitivities(hub, fitted, judged.spread(self.samples), bits, self.measure, seed=context.seed)
-        losses = {name: {b: found[name][b] for b in choices} for name, choices in allowed.items()}
+
+        def measured() -> dict[str, NDArray[np.float64]]:
+            found = sensitivities(hub, fitted, judged.spread(self.samples), bits, self.measure, seed=context.seed)
+            return {name: np.asarray([row[b] for b in bits], np.float64) for name, row in found.items()}
+
+        found = context.journal.once("sensitivities", measured)
+        losses = {name: {b: float(found[name][bits.index(b)]) for b in own} for name, own in allowed.items()}
         chosen, shown = self._chosen(hub, replace(context, data={"calibration": fitted}), judged, losses, costs)
         findings = *hub.findings, self._frontier(chosen, shown), self._layers(chosen, held, losses)
         return replace(with_bits(hub, chosen.bits), findings=findings)
@@ -169,10 +177,16 @@ class Mixed:
                 ) from None
         if judged.synthetic:
             raise DeploykitError("mixed: max_drop counts answers to real samples, and these are made up; give a budget")
-        exam = Exam(hub, judged)
-        best, tried = cheapest_within(
-            losses, costs, self.max_drop, lambda bits: exam.lost(Gptq()(with_bits(hub, bits), context))
-        )
+        exam, plain = Exam(hub, judged), replace(context, journal=NOTHING_KEPT)
+
+        def lost(bits: Mapping[str, int]) -> float:
+            found = context.journal.once(
+                f"lost with {sorted(bits.items())}",
+                lambda: {"points": np.asarray(exam.lost(Gptq()(with_bits(hub, bits), plain)))},
+            )
+            return float(found["points"])
+
+        best, tried = cheapest_within(losses, costs, self.max_drop, lost)
         points = f"{self.max_drop:g} points of {exam.what} on {len(judged)} samples"
         listed = "; ".join(f"{t.cost:.3g} loses {t.lost:.2f}" for t in tried if t.lost is not None)
         if best is None:

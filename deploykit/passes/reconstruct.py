@@ -60,5 +60,5 @@ class Reconstruct:
             )
         return reconstruct(
             hub, data, size=self.layers, steps=self.steps, batch=self.batch, positions=self.positions,
-            seed=context.seed,
+            seed=context.seed, journal=context.journal,
         )  # fmt: skip

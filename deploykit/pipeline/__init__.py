@@ -11,6 +11,7 @@ from deploykit import exporters, trial
 from deploykit.core.artifact import Artifact
 from deploykit.core.errors import DeploykitError, GateFailed
 from deploykit.core.files import folder_in_place, refuse_existing
+from deploykit.core.journal import beside
 from deploykit.core.precision import integers, is_corrected
 from deploykit.core.ranges import Ranges
 from deploykit.core.request import Gate, Request, Settings
@@ -82,9 +83,10 @@ def export(
     if not requests:
         objects = ("the model and its data, prepared in Python",)
         requests = [Request(prepared.model.origin, t.name, objects=objects) for t in chosen]
-    road = Road(prepared, settings, gate, metric)
-    road.lower(chosen, ranges)
     with ExitStack() as together:  # all the folders appear, or none
+        journal = together.enter_context(beside(folders[0]))
+        road = Road(prepared, settings, gate, metric, journal)
+        road.lower(chosen, ranges)
         works = [together.enter_context(folder_in_place(folder, settings.overwrite)) for folder in folders]
         manifests = [road.write(t, work, asked) for t, work, asked in zip(chosen, works, requests, strict=True)]
     if device is not None:

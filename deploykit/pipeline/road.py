@@ -16,6 +16,7 @@ from deploykit import exporters, passes
 from deploykit.core.artifact import Check
 from deploykit.core.context import Context
 from deploykit.core.errors import DeploykitError
+from deploykit.core.journal import NOTHING_KEPT, Journal
 from deploykit.core.machine import this_machine
 from deploykit.core.manifest import Finding, Manifest, Source, stored_files, versions
 from deploykit.core.precision import (
@@ -49,9 +50,17 @@ GOLDEN = 8
 class Road:
     """One run: what has been computed so far, so that targets share it."""
 
-    def __init__(self, prepared: Prepared, settings: Settings, gate: Gate, metric: Metric | None) -> None:
+    def __init__(
+        self,
+        prepared: Prepared,
+        settings: Settings,
+        gate: Gate,
+        metric: Metric | None,
+        journal: Journal = NOTHING_KEPT,
+    ) -> None:
         """Nothing is computed yet."""
         self.prepared, self.settings, self.gate, self.metric = prepared, settings, gate, metric
+        self.journal = journal
         self.fed = prepared.as_pixels() if settings.uint8_input else prepared
         """What the files are fed with; the original model takes what is in ``prepared``."""
         self.seconds: dict[str, float] = {}
@@ -297,8 +306,12 @@ class Road:
         for p in chosen:
             if not p.automatic:
                 say(f"running {p.step!r} for {target.name} {precision}")
+            read = [(role, d.origin, len(d)) for role, d in self.prepared.data.items()]
+            journal = self.journal.of(
+                hub.bytes, self.graph.hash, self.ranges.data, repr(read), repr(p.step), context.seed
+            )
             with self._phase(f"{type(p.step).__name__} {target.name}"):
-                hub = p.step(hub, context)
+                hub = p.step(hub, replace(context, journal=journal))
         self.hubs[key] = hub
         return hub, done
 

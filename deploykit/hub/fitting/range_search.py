@@ -18,6 +18,7 @@ import onnx
 import onnx_ir as ir
 
 from deploykit.core.data import DataSet
+from deploykit.core.journal import NOTHING_KEPT, Journal
 from deploykit.core.progress import track
 from deploykit.core.target import QuantSpec
 from deploykit.hub.fitting.activations import Activations
@@ -48,7 +49,7 @@ class _Root:
     zero: str
 
 
-def search_ranges(hub: Hub, data: DataSet, who: str) -> Hub:
+def search_ranges(hub: Hub, data: DataSet, who: str, journal: Journal = NOTHING_KEPT) -> Hub:
     """The hub with activation ranges as wide as serves its outputs best, and biases in the new steps.
 
     Graph outputs, operators with an output range of their own (softmax, sigmoid) and tensors that share a scale with
@@ -58,6 +59,7 @@ def search_ranges(hub: Hub, data: DataSet, who: str) -> Hub:
         hub: quantized; not changed.
         data: the samples that candidates are judged by.
         who: the step's name, for the progress bar.
+        journal: what was found for tensors, of a run that was cut.
     """
     quantized, floats = (Slicer(onnx.load_model_from_string(b)) for b in (hub.bytes, hub.graph.bytes))
     roots = _roots(quantized, floats)
@@ -67,12 +69,17 @@ def search_ranges(hub: Hub, data: DataSet, who: str) -> Hub:
     with contextlib.closing(Activations(floats, [*inner, *outputs], data, batch)) as values:
         expected = _expected(floats, outputs, data, batch)
         for i, root in enumerate(track(roots, f"{who}: tensors")):
-            known = [r.name for r in roots[: i + 1] if r.name not in floats.inputs]
-            judge = _Judge(floats, root.name, known, outputs, expected, values)
-            spec = hub.spec.ports if root.name in floats.inputs else hub.spec
-            best = _narrowed(_range(quantized, root, spec), judge, spec)
-            quantized.set_array(root.scale, best.scale)
-            quantized.set_array(root.zero, best.zero_point)
+
+            def best(i: int = i, root: _Root = root) -> dict[str, NDArray[Any]]:
+                known = [r.name for r in roots[: i + 1] if r.name not in floats.inputs]
+                judge = _Judge(floats, root.name, known, outputs, expected, values)
+                spec = hub.spec.ports if root.name in floats.inputs else hub.spec
+                found = _narrowed(_range(quantized, root, spec), judge, spec)
+                return {"scale": np.asarray(found.scale), "zero": found.zero_point.astype(np.int64)}
+
+            found = journal.once(root.name, best)
+            quantized.set_array(root.scale, found["scale"])
+            quantized.set_array(root.zero, found["zero"].astype(quantized.array(root.zero).dtype))
     _rescale_biases(quantized)
     return replace(hub, quantized=ir.from_proto(quantized.model))
 

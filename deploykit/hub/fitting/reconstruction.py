@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from deploykit.core.data import DataSet
+from deploykit.core.journal import NOTHING_KEPT, Journal
 from deploykit.core.progress import track
 from deploykit.hub.fitting.activations import Activations
 from deploykit.hub.fitting.blocks import Block, blocks
@@ -103,7 +104,17 @@ class SoftBlock(HubModule):
         return sum((u.sum() for u in every), torch.zeros(())) / max(sum(u.numel() for u in every), 1)
 
 
-def reconstruct(hub: Hub, data: DataSet, *, size: int, steps: int, batch: int, positions: int, seed: int) -> Hub:
+def reconstruct(
+    hub: Hub,
+    data: DataSet,
+    *,
+    size: int,
+    steps: int,
+    batch: int,
+    positions: int,
+    seed: int,
+    journal: Journal = NOTHING_KEPT,
+) -> Hub:
     """The hub with weights, their scales and biases chosen block after block.
 
     Weights and biases that several layers share are not learned.
@@ -116,6 +127,7 @@ def reconstruct(hub: Hub, data: DataSet, *, size: int, steps: int, batch: int, p
         batch: samples per step.
         positions: as `refit` takes them.
         seed: which positions, and which samples a step sees.
+        journal: what was chosen for blocks, of a run that was cut.
 
     Raises:
         DeploykitError: operators without a meaning in torch.
@@ -133,26 +145,35 @@ def reconstruct(hub: Hub, data: DataSet, *, size: int, steps: int, batch: int, p
         stack.callback(targets.close)
         for i, block in enumerate(found):
             who = f"reconstruct: block {i + 1} of {len(found)}"
-            now = replace(hub, quantized=ir.from_proto(slicer.model))
-            only = {layer.name for layer in block.layers}
-            _take(slicer, block, refit(now, data, who, gptq, positions=positions, only=only, seed=seed))
-            x = _inputs(block, inputs, data, slicer)
-            z = {name: stacked(targets.batches(behind), len(data)) for name, behind in block.outputs.items()}
-            piece = slicer.cut(list(block.outputs), [block.input] if block.input else [])
-            module = SoftBlock(hub, piece, learned)
-            random = np.random.default_rng([seed, i])
-            if fit(module, x, z, steps, batch, random, who):
-                for name, array in module.trained().items():
-                    slicer.set_array(name, np.array(array, order="C"))
+
+            def learn(i: int = i, block: Block = block, who: str = who) -> Arrays:
+                now = replace(hub, quantized=ir.from_proto(slicer.model))
+                only = {layer.name for layer in block.layers}
+                _take(slicer, block, refit(now, data, who, gptq, positions=positions, only=only, seed=seed))
+                x = _inputs(block, inputs, data, slicer)
+                z = {name: stacked(targets.batches(behind), len(data)) for name, behind in block.outputs.items()}
+                piece = slicer.cut(list(block.outputs), [block.input] if block.input else [])
+                module = SoftBlock(hub, piece, learned)
+                random = np.random.default_rng([seed, i])
+                chosen = {name: slicer.array(name) for name in _held(block)}
+                return chosen | (module.trained() if fit(module, x, z, steps, batch, random, who) else {})
+
+            for name, array in journal.once(f"block {i}", learn).items():
+                slicer.set_array(name, np.array(array, order="C"))
     return replace(hub, quantized=ir.from_proto(slicer.model))
 
 
 def _take(slicer: Slicer, block: Block, other: Hub) -> None:
     """Takes over what another hub holds of a block's layers."""
     held = {t.name: t for t in onnx.load_model_from_string(other.bytes).graph.initializer}
-    for layer in block.layers:
-        for name in filter(None, (layer.weight, layer.weight_scale, layer.bias, layer.bias_scale)):
-            slicer.set_array(name, onnx.numpy_helper.to_array(held[name]))
+    for name in _held(block):
+        slicer.set_array(name, onnx.numpy_helper.to_array(held[name]))
+
+
+def _held(block: Block) -> list[str]:
+    """The initializers that are a block's own: integers, scales, biases."""
+    every = (n for la in block.layers for n in (la.weight, la.weight_scale, la.bias, la.bias_scale))
+    return [name for name in every if name]
 
 
 def fit(

@@ -31,6 +31,7 @@ import onnx_ir as ir
 from threadpoolctl import threadpool_limits
 
 from deploykit.core.data import DataSet
+from deploykit.core.journal import NOTHING_KEPT, Journal
 from deploykit.core.progress import track
 from deploykit.core.target import QuantSpec
 from deploykit.hub.fitting.activations import Activations
@@ -74,6 +75,7 @@ def refit(
     widest: int | None = None,
     only: Collection[str] | None = None,
     seed: int = 0,
+    journal: Journal = NOTHING_KEPT,
 ) -> Hub:
     """The hub with weights, scales and biases chosen by the data.
 
@@ -88,6 +90,7 @@ def refit(
             of the layers is left (`FEW`), they keep theirs too. Biases are corrected in any case.
         only: names of the layers that may change, biases included; None: all.
         seed: which positions.
+        journal: integers and scales by layer, of a run that was cut.
     """
     slicer = Slicer(onnx.load_model_from_string(hub.bytes))
     everyone = layers(slicer)
@@ -111,14 +114,19 @@ def refit(
         stack.callback(inputs.close)
         for layer in track(found, f"{who}: layers"):
             if layer.y in forms:
-                form = forms[layer.y]
-                whole, halves = moments(layer, form, inputs, outputs)
-                w = form.matrix(weights[layer.y]).astype(np.float64)
-                ridge = best_ridge(halves, w)
-                least = _least_scale(slicer, layer, hub.spec, inputs).reshape(w.shape[:2])
-                h = damped(whole, min(ridge, DAMPING))[0]
-                q, s = rounding(regressed(whole, w, ridge), h, least, hub.spec_of(layer.weight))
-                _store(slicer, layer, form.weight(q), s.reshape(-1), inputs)
+
+                def chosen(layer: Layer = layer, form: MatrixForm = forms[layer.y]) -> dict[str, Matrices]:
+                    whole, halves = moments(layer, form, inputs, outputs)
+                    w = form.matrix(weights[layer.y]).astype(np.float64)
+                    ridge = best_ridge(halves, w)
+                    least = _least_scale(slicer, layer, hub.spec, inputs).reshape(w.shape[:2])
+                    h = damped(whole, min(ridge, DAMPING))[0]
+                    q, s = rounding(regressed(whole, w, ridge), h, least, hub.spec_of(layer.weight))
+                    return {"q": q, "s": s}
+
+                found_now = journal.once(layer.name, chosen)
+                weight, scale = forms[layer.y].weight(found_now["q"]), found_now["s"].reshape(-1)
+                _store(slicer, layer, weight, scale, inputs)
             if layer.bias:
                 shift_bias(slicer, layer, outputs.mean(layer.y) - mean_output(slicer, layer, inputs.mean(layer.x)))
     return replace(hub, quantized=ir.from_proto(slicer.model))
