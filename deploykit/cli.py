@@ -107,7 +107,9 @@ def export(
             "--precision", help=f"Write only this (may be repeated): {', '.join(PRECISIONS)}. See docs/precisions.md"
         ),
     ] = None,
-    correction: Annotated[bool, typer.Option(help="Make good what rounding costs (weight_correct or gptq)")] = True,
+    correction: Annotated[
+        bool, typer.Option(help="Make good what rounding costs (weight_correct or gptq; bias_correct in fp8)")
+    ] = True,
     keep_float: Annotated[
         list[str] | None, typer.Option(help="Layers that stay in float: a name, or a pattern such as head.*")
     ] = None,
