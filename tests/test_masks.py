@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
+from deploykit.hub.structure import attach_mask, bake
 from deploykit.pruning.masks import everything, fits, layer_by_layer, n_of_m, network_wide
 
 
@@ -56,3 +58,17 @@ def test_two_of_four_neighbours_along_the_inputs_live_the_larger_two() -> None:
 def test_layers_whose_inputs_do_not_come_in_fours_keep_their_weights() -> None:
     found = scores(3)
     assert bool(n_of_m(found, everything(found), 2, 4)["b"].all()) and not fits(found["b"], 4)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_state_dict_without_masks_is_refused_and_one_with_them_is_taken(strict: bool) -> None:
+    dense, pruned, again = (nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)) for _ in range(3))
+    for net in (pruned, again):
+        attach_mask(net[0], "weight", torch.arange(12).reshape(3, 4) % 2 == 0)
+    with pytest.raises(RuntimeError, match=r"the zeros of 0\.weight are held by a mask, and the state dict has none"):
+        pruned.load_state_dict(dense.state_dict(), strict=strict)
+    again.load_state_dict(pruned.state_dict(), strict=strict)
+    assert torch.equal(again[0].weight, pruned[0].weight)
+    plain, _ = bake(again)
+    plain.load_state_dict(dense.state_dict(), strict=strict)
+    assert torch.equal(plain[0].weight, dense[0].weight)

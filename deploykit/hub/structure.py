@@ -40,6 +40,18 @@ class Mask(nn.Module):
         """What is trained after ``layer.weight = w``."""
         return w
 
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing: Any, unexpected: Any, errors: Any
+    ) -> None:
+        """A state dict without masks is refused, also where ``strict`` is not asked for: the zeros would be lost."""
+        if f"{prefix}mask" not in state_dict:
+            where = prefix.replace("parametrizations.", "").rsplit(".", 2)[0]
+            errors.append(
+                f"the zeros of {where} are held by a mask, and the state dict has none. Load weights before pruning, "
+                "or a state dict of the pruned model."
+            )
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+
 
 def attach_mask(layer: nn.Module, name: str, mask: Tensor) -> None:
     """Makes the zeros of a parameter permanent. A second mask is added to the first: no zero comes back to life.

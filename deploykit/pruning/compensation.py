@@ -35,7 +35,7 @@ def compensated(model: nn.Module, removed: Removed, data: DataSet) -> nn.Module:
             attach_mask(layer, "weight", lives)
     fitted = bake(refit(masked, model, data))[0].state_dict()
     whole = copy.deepcopy(model)
-    whole.load_state_dict(fitted, strict=False)
+    whole.load_state_dict({name: fitted.get(name, own) for name, own in whole.state_dict().items()})
     for name, layer in whole.named_modules():
         for leaf in list(layer.parametrizations) if parametrize.is_parametrized(layer) else []:
             setattr(layer, leaf, fitted[f"{name}.{leaf}" if name else leaf])
