@@ -1,4 +1,4 @@
-"""Criteria of pruning: how well they rank channels, what ranking costs, and accuracy over the budget by each of them.
+"""Criteria of pruning: how well they rank channels, and what ranking costs.
 
 python -m benchmarks.prune_criteria
 """
@@ -21,10 +21,8 @@ from torch import nn
 
 from benchmarks import data
 from benchmarks.choices import in_memory
-from benchmarks.prune import ABOUT, CRITERIA, accuracy, context, run
 from benchmarks.rows import Row, record
 from deploykit.core.data import DataSet
-from deploykit.core.recipe import Step
 from deploykit.pruning.criteria import CRITERIA as FUNCTIONS
 from deploykit.pruning.criteria import importance
 from deploykit.pruning.criteria.evidence import Evidence
@@ -33,7 +31,6 @@ from deploykit.pruning.groups import find_groups
 COMMAND = "python -m benchmarks.prune_criteria"
 JUDGED = 256
 """Images that the oracle sees for every channel."""
-AMOUNTS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
 FEW, MANY = 32, 256
 
 
@@ -58,23 +55,6 @@ def ranks() -> list[Row]:
     return [
         Row("ResNet-20: rank correlation with the oracle, the default criterion (fisher) above the best other one",
             values["fisher: all layers"] - best, 0.0, "higher", about, f"{COMMAND} ranks", [0], values)
-    ]  # fmt: skip
-
-
-def budgets() -> list[Row]:
-    """Accuracy over the multiply-accumulates that are gone, refitted and not, without training."""
-    net, evaluation = data.resnet20(), in_memory(data.cifar("test", 2000))
-    here, values = context(net), {}
-    for amount in AMOUNTS:
-        for criterion in CRITERIA:
-            narrow = run(net, here, Step("prune", {"amount": amount, "criterion": criterion}))
-            values[f"{criterion}: {amount:.0%}"] = accuracy(narrow, evaluation)
-            print(amount, criterion, values[f"{criterion}: {amount:.0%}"], flush=True)
-    middle = {c: float(np.mean([values[f"{c}: {a:.0%}"] for a in AMOUNTS])) for c in CRITERIA}
-    best = max(v for c, v in middle.items() if c != "fisher")
-    return [
-        Row("ResNet-20, accuracy over the MACs removed, refitted: mean of the default criterion above the next best "
-            "(points)", middle["fisher"] - best, 0.0, "higher", ABOUT, f"{COMMAND} budgets", [0], values)
     ]  # fmt: skip
 
 
@@ -132,7 +112,7 @@ def ranking() -> list[Row]:
     ]  # fmt: skip
 
 
-PARTS = {f.__name__: f for f in (ranks, ranking, budgets)}
+PARTS = {f.__name__: f for f in (ranks, ranking)}
 
 
 def main() -> None:
