@@ -39,6 +39,31 @@ def test_a_channel_is_as_empty_as_the_emptier_of_what_writes_and_what_reads_it()
     assert found == {0: 1.0, 1: 1.0, 2: 0.5, 3: 0.0}
 
 
+class _TwoReaders(nn.Module):
+    """A feature map that a layer reads and that is detected on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.map, self.following, self.scores = nn.Linear(4, 3), nn.Linear(3, 2), nn.Linear(3, 2)
+        self.last = nn.Linear(2, 2)
+        with torch.no_grad():
+            for p in self.parameters():
+                p.fill_(1.0)
+            self.following.weight[:, :2] = 0.001
+            self.scores.weight[:, 1:] = 0.001
+
+    def forward(self, x: Any) -> Any:
+        features = torch.relu(self.map(x))
+        return self.scores(features), self.last(torch.relu(self.following(features)))
+
+
+def test_a_channel_that_one_of_several_layers_needs_is_not_empty() -> None:
+    """Of three channels the next layer reads the last, what detects the first, and nobody the second."""
+    model = _TwoReaders()
+    group = next(g for g in find_groups(model, {"x": torch.rand(1, 4)}) if g.writers == ("map",))
+    assert [emptiness(model, channel, 0.01) for channel in group.channels] == [0.0, 1.0, 0.0]
+
+
 def test_the_largest_threshold_is_the_one_before_the_loss_rises() -> None:
     """Of all magnitudes, tried one by one."""
     model = trained()

@@ -5,7 +5,7 @@ after another:
 
     train with  L + λ Σ|w|  over the set
     t = the largest threshold, one for the set, below which weights can be zero without the loss on held-out data rising
-    take out every channel that is empty in the layer that writes it *or* in the slices of the layers that read it
+    take out every channel that is empty in the layers that write it *or* in the slices of all layers that read it
     train with L alone
 
 Channels are taken out of the network as the first step leaves it, without the threshold: it only tells which.
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from deploykit.core.data import DataSet
     from deploykit.pruning.groups import Channel, Group
+    from deploykit.pruning.layers import Side
 
 HALVINGS = 10
 """Of the share of weights below the threshold."""
@@ -116,17 +117,21 @@ class MultiLayer:
 
 
 def emptiness(model: nn.Module, channel: Channel, threshold: float) -> float:
-    """The largest share of weights below a threshold, of what writes a channel and of what reads it, layer by layer."""
+    """The share of weights below a threshold, of what writes a channel or of what reads it, whichever is larger.
+
+    Where several layers read it (a detector's feature map: the next layer and what detects there), the fullest counts:
+    a channel that one of them needs is not empty. So it is where several layers write it.
+    """
     from deploykit.pruning.layers import mixes, weight_axis
 
-    shares = [0.0]
+    shares: dict[Side, list[float]] = {"out": [], "in": []}
     for (name, side), numbers in channel.items():
         layer: Any = model.get_submodule(name)
         if mixes(layer):
             axis = weight_axis(layer, side)
             own = layer.weight.detach().movedim(axis, 0)
-            shares.append(float((own[[c % len(own) for c in numbers]].abs() < threshold).float().mean()))
-    return max(shares)
+            shares[side].append(float((own[[c % len(own) for c in numbers]].abs() < threshold).float().mean()))
+    return max(min(own, default=0.0) for own in shares.values())
 
 
 def largest_threshold(model: nn.Module, layers: Mapping[str, Any], context: Context, tolerance: float) -> float:
