@@ -16,6 +16,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from deploykit import exporters, targets
+from deploykit.check import check_operators
+from deploykit.core.errors import MissingExtra
+from deploykit.core.request import Gate
 from deploykit.core.target import QuantSpec
 from deploykit.hub.graph import FloatGraph, Hub
 from deploykit.hub.lower import from_proto
@@ -205,6 +209,25 @@ def test_every_operator_computes_the_same_integers_in_torch_and_in_onnx_runtime(
     for optimize in (False, True):
         for found in compared(hub, next(data.batches(32)).inputs, optimize):
             assert found.agrees, (optimize, found)
+
+
+@pytest.mark.parametrize("name", ["mobile-arm", "x86", "x86-openvino", "cortex-m7"])
+@settings(max_examples=5, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(made=networks())
+def test_every_operator_of_a_file_computes_the_integers_of_the_hub(name: str, made: FloatGraph) -> None:
+    """Within a step, and as many products off by one as the runtime's kernels round otherwise: 10 % in LiteRT."""
+    target = targets.load(name)
+    exporter = exporters.load(target.exporter)
+    try:
+        exporter.runtime()
+    except MissingExtra as missing:
+        pytest.skip(str(missing))
+    data = images(32, shape=(3, 9, 9))
+    hub = quantize(made, measured(made, data), target.quant)
+    checks, _ = check_operators(hub, exporter, target, data, Gate())
+    assert all(check.passed for check in checks), checks
+    limits = [check.bound for check in checks if "differing" in check.name]
+    assert max(limits) <= 10
 
 
 # ------------------------------------------------------------------ gradients
