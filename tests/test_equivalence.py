@@ -227,7 +227,7 @@ def test_every_operator_of_a_file_computes_the_integers_of_the_hub(name: str, ma
     checks, _ = check_operators(hub, exporter, target, data, Gate())
     assert all(check.passed for check in checks), checks
     limits = [check.bound for check in checks if "differing" in check.name]
-    assert max(limits) <= 10
+    assert max(limits, default=0) <= 10
 
 
 # ------------------------------------------------------------------ gradients
