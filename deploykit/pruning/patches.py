@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+TOLERANCE = 1e-3
+"""Of the largest output, by which two ways of multiplying may differ."""
+
 
 def is_product(module: nn.Module) -> bool:
     """Whether a module is a convolution or a linear layer. Transposed convolutions are not among them."""
@@ -67,6 +70,18 @@ def outputs(layer: Any, y: Tensor) -> Tensor:
         return y.reshape(1, -1, y.shape[-1])
     grouped = y.reshape(y.shape[0], layer.groups, y.shape[1] // layer.groups, -1)
     return grouped.permute(1, 0, 3, 2).reshape(layer.groups, -1, y.shape[1] // layer.groups)
+
+
+def multiplies(layer: Any, x: Tensor, y: Tensor) -> bool:
+    """Whether a layer did nothing but multiply x with its weight to get y: a class may pad, or scale weights."""
+    given, expected = inputs(layer, x), outputs(layer, y)
+    if given.shape[1] != expected.shape[1]:
+        return False
+    w = matrix(layer, layer.weight)
+    found = given @ w.transpose(1, 2)
+    if layer.bias is not None:
+        found = found + layer.bias.reshape(len(w), 1, -1)
+    return bool((found - expected).abs().max() <= TOLERANCE * expected.abs().max())
 
 
 class Stop(Exception):

@@ -8,14 +8,15 @@ layer gives in the original network, y. Under the mask S of a row, with Σ covar
 (the reconstruction of He et al. 2017, "Channel Pruning for Accelerating Very Deep Neural Networks", section 3.1, for
 any mask, and on inputs as they have become). What is fitted varies less than what it is fitted to: only the explained
 part is there, and layer upon layer the signal would fade. So every output gets the variance back that it had,
-w ← w sd(y) / sd(w x).
+w ← w sd(y) / sd(w x). Whoever shapes weights in another way brings a solution of its own.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,20 +27,64 @@ from deploykit.core.progress import track
 from deploykit.hub.structure import mask_of
 from deploykit.losses import as_tensors, tensors
 from deploykit.pruning.obs import DAMPING
-from deploykit.pruning.patches import Stop, inputs, matrix, outputs, products, watch
+from deploykit.pruning.patches import Stop, inputs, matrix, multiplies, outputs, products, watch
 from deploykit.pruning.statistics import BATCH, Covariance, evaluating
 
 MOST = 4.0
 """By how much variances are stretched at most."""
 
 
-def refit(pruned: nn.Module, original: nn.Module, data: DataSet) -> nn.Module:
+@dataclass(frozen=True)
+class LeastSquares:
+    """What a layer's weights ``[g, o, k]`` are fitted to."""
+
+    xx: Tensor
+    """Second moments of what it multiplies, ``[g, k, k]``; around the mean where something takes the mean."""
+    yx: Tensor
+    """With what it shall give, ``[g, o, k]``."""
+    variance: Tensor
+    """Of what it shall give, ``[g, o]``."""
+
+
+Solve = Callable[[str, nn.Module, LeastSquares], Tensor | None]
+"""The weights ``[g, o, k]`` of a layer, by its name; None: it stays as it is."""
+
+
+def regressed(layer: Any, given: LeastSquares) -> Tensor:
+    """The weights that answer best, ``[g, o, k]``; zeros of a mask stay."""
+    held = mask_of(layer, "weight")
+    w = matrix(layer, layer.weight).double()
+    lives = matrix(layer, held.mask) if held is not None else torch.ones_like(w, dtype=torch.bool)
+    lam = DAMPING * given.xx.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
+    found = torch.zeros_like(w)
+    for g in range(len(w)):
+        masks, which = torch.unique(lives[g], dim=0, return_inverse=True)
+        for k, s in enumerate(masks):  # rows with the same mask (all, where channels went) are solved together
+            rows = (which == k).nonzero()
+            places = s.nonzero()[:, 0]
+            system = given.xx[g][places][:, places] + lam[g] * torch.eye(len(places), dtype=w.dtype)
+            right = given.yx[g][rows, places] + lam[g] * w[g][rows, places]
+            found[g][rows, places] = torch.linalg.solve(system, right.T).T
+    return found
+
+
+def stretched(name: str, layer: nn.Module, given: LeastSquares) -> Tensor:
+    """The same, with the variance that every output had."""
+    found = regressed(layer, given)
+    explained = ((found @ given.xx) * found).sum(2)
+    return found * (given.variance / explained.clamp_min(1e-12)).clamp(0, MOST).sqrt()[:, :, None]
+
+
+def refit(pruned: nn.Module, original: nn.Module, data: DataSet, solve: Solve = stretched) -> nn.Module:
     """A copy of the pruned network whose layers do what is left to them as well as they can.
+
+    Layers whose classes do more than multiply (pad in forward, scale weights) stay as they are.
 
     Args:
         pruned: with the layers of the original, some weights masked; not changed.
         original: what it was made of; not changed.
         data: unlabelled samples.
+        solve: what becomes of a layer's weights.
     """
     model = copy.deepcopy(pruned)
     theirs = products(original)
@@ -50,7 +95,7 @@ def refit(pruned: nn.Module, original: nn.Module, data: DataSet) -> nn.Module:
                 moments = Moments()
                 for (x, _), (_, y) in _both(model, layer, original, theirs[name], data, calls[name]):
                     moments.add(inputs(layer, x), outputs(layer, y))
-                _solve(layer, shifts.get(name), moments)
+                _settle(name, layer, shifts.get(name), moments, solve)
     return model
 
 
@@ -72,7 +117,7 @@ class Moments:
         self.yx = self.yx + (y.transpose(1, 2) @ x).double()
 
 
-def _solve(layer: Any, norm: Any, moments: Moments) -> None:
+def _settle(name: str, layer: Any, norm: Any, moments: Moments, solve: Solve) -> None:
     """Writes the weights, and the shift of the mean where it can be: in the layer's bias, or in what normalises it."""
     n, mean = moments.x.count, moments.x.mean
     y_mean = moments.y_sum / n
@@ -82,23 +127,11 @@ def _solve(layer: Any, norm: Any, moments: Moments) -> None:
         variance = moments.y_squares / n - y_mean.square()
     else:  # a product alone: nothing takes a mean
         xx, yx, variance = moments.x.products / n, moments.yx / n, moments.y_squares / n
-    held = mask_of(layer, "weight")
-    w = matrix(layer, layer.weight).double()
-    lives = matrix(layer, held.mask) if held is not None else torch.ones_like(w, dtype=torch.bool)
-    lam = DAMPING * xx.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
-    found = torch.zeros_like(w)
-    for g in range(len(w)):
-        masks, which = torch.unique(lives[g], dim=0, return_inverse=True)
-        for k, s in enumerate(masks):  # rows with the same mask (all, where channels went) are solved together
-            rows = (which == k).nonzero()
-            places = s.nonzero()[:, 0]
-            system = xx[g][places][:, places] + lam[g] * torch.eye(len(places), dtype=xx.dtype)
-            right = yx[g][rows, places] + lam[g] * w[g][rows, places]
-            found[g][rows, places] = torch.linalg.solve(system, right.T).T
-    explained = ((found @ xx) * found).sum(2)
-    found = found * (variance / explained.clamp_min(1e-12)).clamp(0, MOST).sqrt()[:, :, None]
+    found = solve(name, layer, LeastSquares(xx, yx, variance))
+    if found is None:
+        return
     fitted = found.reshape(layer.weight.shape).to(layer.weight)
-    layer.weight = nn.Parameter(fitted) if held is None else fitted
+    layer.weight = nn.Parameter(fitted) if mask_of(layer, "weight") is None else fitted
     if not shifted:
         return
     b = (y_mean - (found @ mean[:, :, None])[:, :, 0]).flatten()
@@ -109,20 +142,24 @@ def _solve(layer: Any, norm: Any, moments: Moments) -> None:
 
 
 def _look(model: nn.Module, data: DataSet) -> tuple[dict[str, int], dict[str, nn.Module]]:
-    """How often each product is called for a batch, and which normalisation reads nothing but what it gives."""
+    """How often each product is called for a batch, 0 where its class does more than multiply; and which normalisation
+    reads nothing but what it gives."""
     calls = dict.fromkeys(products(model), 0)
+    others: set[str] = set()
     given: dict[int, tuple[str, Tensor]] = {}
     norms: dict[str, list[nn.Module]] = {}
 
-    def called(name: str, y: Tensor) -> None:
+    def called(name: str, layer: nn.Module, x: Tensor, y: Tensor) -> None:
         calls[name] += 1
         given[id(y)] = (name, y)
+        if not multiplies(layer, x, y):
+            others.add(name)
 
     def read(norm: nn.Module, x: Tensor) -> None:
         if id(x) in given:
             norms.setdefault(given[id(x)][0], []).append(norm)
 
-    hooks = [m.register_forward_hook(lambda _, __, y, n=n: called(n, y)) for n, m in products(model).items()]
+    hooks = [m.register_forward_hook(lambda m, x, y, n=n: called(n, m, x[0], y)) for n, m in products(model).items()]
     hooks += [
         m.register_forward_pre_hook(lambda m, x: read(m, x[0]))
         for m in model.modules()
@@ -131,6 +168,7 @@ def _look(model: nn.Module, data: DataSet) -> tuple[dict[str, int], dict[str, nn
     model(**as_tensors(next(data.batches(1)).inputs))
     for hook in hooks:
         hook.remove()
+    calls |= dict.fromkeys(others, 0)
     return calls, {name: found[0] for name, found in norms.items() if len(found) == calls[name] == 1}
 
 

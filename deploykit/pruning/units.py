@@ -20,7 +20,7 @@ LEVELS = 128
 """Of a budget that is sought by measuring: 8 measurements."""
 
 
-def size(unit: Unit, context: Context) -> Callable[[nn.Module], float]:
+def size(unit: Unit, context: Context, who: str = "prune") -> Callable[[nn.Module], float]:
     """What a network has of a unit.
 
     Raises:
@@ -34,26 +34,26 @@ def size(unit: Unit, context: Context) -> Callable[[nn.Module], float]:
             target = context.target
             why = "the context times no files" if target.measured_here else "its files are not timed on this machine"
             raise DeploykitError(
-                f"prune: milliseconds on target '{target.name}' cannot be counted: {why}. The nearest is of = 'macs'"
+                f"{who}: milliseconds on target '{target.name}' cannot be counted: {why}. The nearest is of = 'macs'"
             )
         return lambda module: times([module])[0]
     if unit == "artifact":
         if context.file_bytes is None:
-            raise DeploykitError("prune: the context writes no files to count the bytes of; use of = 'params'")
+            raise DeploykitError(f"{who}: the context writes no files to count the bytes of; use of = 'params'")
         return context.file_bytes
     cost = context.cost
     if cost is None:
-        raise DeploykitError(f"prune: the context has no cost to count {unit} with; use of = 'channels'")
+        raise DeploykitError(f"{who}: the context has no cost to count {unit} with; use of = 'channels'")
     return lambda module: float(getattr(cost(module), unit))
 
 
-def saving(unit: Unit, whole: nn.Module, context: Context) -> Callable[[nn.Module], float]:
+def saving(unit: Unit, whole: nn.Module, context: Context, who: str = "prune") -> Callable[[nn.Module], float]:
     """The share of a unit that a smaller network saves of the whole one; times are taken in turns with the whole's.
 
     Raises:
         DeploykitError: as `size`.
     """
-    measure = size(unit, context)
+    measure = size(unit, context, who)
     if unit == "ms":
         assert context.times is not None
         times = context.times
