@@ -144,7 +144,7 @@ def test_moments_are_the_covariances_of_what_is_fed_and_what_should_come_out() -
     layer = next(found for found in layers(slicer) if found.y == "b")
     form = MatrixForm.of(layer, slicer.array(layer.weight).shape)
     outputs = FloatOutputs(made, [layer], {layer.y: form}, data, 4, 99, 0)  # all positions
-    inputs = Activations(slicer, [layer.x], data, 4)
+    inputs = Activations(slicer, [layer.x], data, 4, [layer.x])
     with contextlib.closing(outputs), contextlib.closing(inputs):
         whole, halves = moments(layer, form, inputs, outputs)
     real = slicer.cut([layer.node.input[0]], [])

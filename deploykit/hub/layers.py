@@ -91,11 +91,19 @@ def _bias(node: onnx.NodeProto, slicer: Slicer) -> tuple[onnx.NodeProto | None, 
 
 
 def mean_output(slicer: Slicer, layer: Layer, mean_x: NDArray[np.float32]) -> NDArray[np.float64]:
-    """E[W_q x_q + b] per channel ``[c]``, from the mean input ``[1, ...]``: a layer is linear."""
+    """E[W_q x_q + b] per channel ``[c]``, from the mean input, ``[1, ...]`` or ``[features]``: a layer is linear."""
     output = (layer.holder or layer.node).output[0]
     model = slicer.cut([output], [layer.node.input[0]])
-    (y,) = session(model, optimize=False).run(None, {layer.node.input[0]: mean_x})
+    (y,) = session(model, optimize=False).run(None, {layer.node.input[0]: as_entered(mean_x, model)})
     return channel_mean(y, channel_axis(layer.node.op_type)).astype(np.float64)
+
+
+def as_entered(mean_x: NDArray[np.float32], model: onnx.ModelProto) -> NDArray[np.float32]:
+    """A mean as a piece of a graph takes it: features are the same at every position of a shape that may be fixed."""
+    if mean_x.ndim > 1:
+        return mean_x
+    sizes = model.graph.input[0].type.tensor_type.shape.dim
+    return np.broadcast_to(mean_x, [*(d.dim_value or 1 for d in sizes[:-1]), len(mean_x)])
 
 
 def shift_bias(slicer: Slicer, layer: Layer, delta: NDArray[np.float64]) -> None:

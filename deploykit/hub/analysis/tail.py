@@ -16,6 +16,7 @@ from deploykit.calibration.observe import channel_mean
 from deploykit.core.data import DataSet
 from deploykit.hub.fitting.activations import Spool
 from deploykit.hub.graph import FloatGraph
+from deploykit.hub.layers import as_entered
 from deploykit.hub.operators import channel_axis
 from deploykit.hub.running import session
 from deploykit.hub.slices import Slicer
@@ -72,7 +73,8 @@ class Tail:
         known = [y, *self._front]
         behind = [name for name in self._outputs if self._written[name] >= position and name != y]
         exact = self._slicer.array(weight)
-        product = session(self._slicer.cut([y], [x]))
+        piece = self._slicer.cut([y], [x])
+        product = session(piece)
         self._slicer.set_array(weight, exact + error)  # all that read it from here on see it
         changed = session(self._slicer.cut([y], [x]))
         tail = session(self._slicer.cut(behind, known)) if behind else None
@@ -80,7 +82,8 @@ class Tail:
         self._slicer.set_array(weight, exact)
 
         axis = channel_axis(self._nodes[position].op_type)
-        before, after = (channel_mean(p.run([y], {x: self._mean(x)})[0], axis) for p in (product, changed))
+        mean = as_entered(self._mean(x, images=axis != -1), piece)
+        before, after = (channel_mean(p.run([y], {x: mean})[0], axis) for p in (product, changed))
         for values, z in zip(self._values({x, *read} - {y}), _together(self._answers), strict=True):
             (raw,) = changed.run([y], {x: values[x]})
             values[y] = raw + (before - after).reshape([-1 if i == axis % raw.ndim else 1 for i in range(raw.ndim)])
@@ -134,10 +137,13 @@ class Tail:
     def _values(self, names: Sequence[str] | set[str]) -> Iterator[Arrays]:
         return _together({name: self._front[name] for name in sorted(names)})
 
-    def _mean(self, x: str) -> NDArray[np.float32]:
-        """Of a value in front, over the samples ``[1, ...]``."""
-        sums = [(batch.sum(axis=0, dtype=np.float64), len(batch)) for batch in self._front[x].batches()]
-        return np.asarray(sum(s for s, _ in sums) / sum(n for _, n in sums), np.float32)[None]
+    def _mean(self, x: str, images: bool) -> NDArray[np.float32]:
+        """Of a value in front, over the samples: of images ``[1, ...]``, of others ``[features]``."""
+        batches = self._front[x].batches()
+        each = batches if images else (batch.reshape(-1, batch.shape[-1]) for batch in batches)
+        sums = [(batch.sum(axis=0, dtype=np.float64), len(batch)) for batch in each]
+        mean = np.asarray(sum(s for s, _ in sums) / sum(n for _, n in sums), np.float32)
+        return mean[None] if images else mean
 
 
 def _together(spools: Mapping[str, Spool]) -> Iterator[Arrays]:

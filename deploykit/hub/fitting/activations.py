@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,11 +33,15 @@ class Activations:
         wanted: inner tensors in the order in which they will be asked for; repeated ones are kept.
         data: the samples.
         batch: how many run at once.
+        images: those whose first axis counts samples, and whose mean is wanted position by position, as convolutions
+            read it. Of others the last axis counts features; samples may be on any.
     """
 
-    def __init__(self, slicer: Slicer, wanted: Sequence[str], data: DataSet, batch: int = 1) -> None:
+    def __init__(
+        self, slicer: Slicer, wanted: Sequence[str], data: DataSet, batch: int = 1, images: Collection[str] = ()
+    ) -> None:
         """Nothing is computed yet."""
-        self.slicer, self.data, self.batch = slicer, data, batch
+        self.slicer, self.data, self.batch, self._images = slicer, data, batch, frozenset(images)
         self._stored: dict[str, Spool] = {}
         self._means: dict[str, NDArray[np.float64]] = {}
         self._uses: Counter[str] = Counter()
@@ -47,12 +51,14 @@ class Activations:
             known.append(name)
 
     def mean(self, name: str) -> NDArray[np.float32]:
-        """Mean over all samples of the real values of a tensor, or of those behind an integer one, ``[1, ...]``."""
+        """Mean over all samples of the real values of a tensor, or of those behind an integer one.
+
+        Of images ``[1, ...]``, of others ``[features]``.
+        """
         self._spool(name)
-        if self._is_real(name):
-            return self._means[name].astype(np.float32)[None]
-        scale, zero = self.parameters(name)
-        return ((self._means[name] - zero) * scale).astype(np.float32)[None]
+        scale, zero = (1.0, 0.0) if self._is_real(name) else self.parameters(name)
+        mean = ((self._means[name] - zero) * scale).astype(np.float32)
+        return mean[None] if name in self._images else mean
 
     def batches(self, name: str) -> Iterator[NDArray[Any]]:
         """A tensor, ``[batch, ...]``, in the order of the data."""
@@ -92,8 +98,9 @@ class Activations:
         for arrays in self._inputs(sources):
             (array,) = run.run(None, arrays)
             spool.add(array)
-            total = total + array.sum(axis=0, dtype=np.int32 if array.dtype.kind in "iu" else np.float64)
-            rows += len(array)
+            each = array if name in self._images else array.reshape(-1, array.shape[-1])
+            total = total + each.sum(axis=0, dtype=np.int32 if array.dtype.kind in "iu" else np.float64)
+            rows += len(each)
         self._means[name] = total / rows
         for source in sources:
             self._uses[source] -= 1

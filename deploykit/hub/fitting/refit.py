@@ -110,7 +110,9 @@ def refit(
     with threadpool_limits(1, user_api="blas"), contextlib.ExitStack() as stack:
         outputs = FloatOutputs(hub.graph, measured, forms, data, batch, positions, seed, means)
         stack.callback(outputs.close)
-        inputs = Activations(slicer, [layer.x for layer in found if layer.y in forms or layer.bias], data, batch)
+        read = [layer for layer in found if layer.y in forms or layer.bias]
+        images = {layer.x for layer in read if layer.node.op_type in ("Conv", "ConvTranspose")}
+        inputs = Activations(slicer, [layer.x for layer in read], data, batch, images)
         stack.callback(inputs.close)
         for layer in track(found, f"{who}: layers"):
             if layer.y in forms:
