@@ -401,6 +401,7 @@ def test_what_cannot_be_explained_says_why(here: Path) -> None:
     refused("explain nowhere", "no folder nowhere")
     refused(f"explain {folder} --precision int9", "no integer file of precision 'int9'. Did you mean 'int8'")
     refused(f"explain {folder} --eval explained.py:test", "give --calib")
+    refused(f"explain {folder} --calib explained.py:one_spike", "calibrated on .* other samples .* those of the export")
     exported(here, "floats", "build --target x86 --input x=1x3x8x8")
     refused("explain floats", "no file holds any.*--calib")
     exported(here, "eights", "build --target gpu-h100 --precision fp8 --calib explained.py:calib")

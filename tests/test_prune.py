@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -26,9 +27,10 @@ from deploykit.core.request import Gate
 from deploykit.cost import cost
 from deploykit.hub.structure import attach_mask
 from deploykit.passes.prune import Prune
+from deploykit.pruning.budget import Ranked, fit
 from deploykit.pruning.compensation import compensated
-from deploykit.pruning.groups import find_groups, together
-from deploykit.pruning.layers import mixes, width
+from deploykit.pruning.groups import Channel, find_groups, together
+from deploykit.pruning.layers import Port, mixes, width
 from deploykit.pruning.surgery import without
 
 Inputs = Mapping[str, Tensor]
@@ -209,6 +211,30 @@ def test_what_is_left_of_a_layer_is_a_multiple_of_what_the_target_wants() -> Non
         pruned = prune(0.3, criterion="l1", multiple=multiple)(net, here)
         assert {m.out_channels % wanted for m in pruned.modules() if isinstance(m, nn.Conv2d)} == {0}
     assert X86.channel_multiple == 16
+
+
+def test_what_a_budget_does_not_need_is_put_back() -> None:
+    """Three groups that lose channels by the dozen; a channel of the first saves 1 %, of the others 2 % and 3 %."""
+    groups = [Ranked(tuple({Port(f"{g}", "out"): (i,)} for i in range(36)), tuple(float(3 * i + g) for i in range(36)),
+                     (0, 12, 24)) for g in range(3)]  # fmt: skip
+
+    def removed(channels: list[Channel]) -> float:
+        return sum((1 + int(port.layer)) / 100 for channel in channels for port in channel)
+
+    for amount in (0.1, 0.3, 0.5, 0.7):
+        gone = together(fit(groups, amount, "global", removed))
+        saved = {port.layer: len(own) for port, own in gone.items()}
+        total = sum((1 + int(g)) * n / 100 for g, n in saved.items())
+        assert total >= amount
+        assert all(total - 12 * (1 + int(g)) / 100 < amount for g in saved), "no dozen too many"
+
+
+def test_what_is_left_of_the_budget_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    net, data = Named(plain()).eval(), images()
+    Prune(0.1, criterion="l2", multiple=16, refit=False)(net, context(net, data))
+    assert re.search(r"where 10\.0% was asked for, since layers keep multiples of 16", capsys.readouterr().err)
+    with pytest.raises(DeploykitError, match=r"the least possible is [\d,.e+]+ params\. Layers keep a multiple of 16"):
+        Prune(at_most=10, of="params", criterion="l2", multiple=16, refit=False)(net, context(net, data))
 
 
 def test_scope_layer_takes_the_same_share_of_every_layer() -> None:

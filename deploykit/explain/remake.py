@@ -105,6 +105,7 @@ def remake(manifest: Manifest, precision: Precision, folder: Path, ranges: Range
             f"{folder} cannot be measured here: {error}\n"
             "Paths are meant from the folder that the export was started in: run `deploykit explain` there."
         ) from None
+    _refuse_other_samples(manifest, prepared, folder)
     own = spec_of(targets.load(request.target).quant, precision)
     target = replace(targets.load(request.target), quant=own)
     early, steps = _steps(manifest, precision)
@@ -122,6 +123,16 @@ def remake(manifest: Manifest, precision: Precision, folder: Path, ranges: Range
             f"{graph.hash}): its code or weights were changed since, or the export's data decides what its steps do"
         )
     return Remade(prepared, target, graph, ranges, settings.thresholds, settings.keep_float, steps, context)
+
+
+def _refuse_other_samples(manifest: Manifest, prepared: Prepared, folder: Path) -> None:
+    """What other samples would give is not what lies in the artifact."""
+    was, now = manifest.data.get("calibration"), prepared.data.get("calibration")
+    if was is not None and now is not None and now.hash != was.hash:
+        raise DeploykitError(
+            f"{folder} was calibrated on {was.samples} other samples ({was.origin}, hash {was.hash}) than the "
+            f"{len(now)} of {now.origin} ({now.hash}). --calib wants those of the export."
+        )
 
 
 def _steps(manifest: Manifest, precision: Precision) -> tuple[tuple[Pass, ...], tuple[Pass, ...]]:

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 LEAST_SAMPLES = 32
 """That weights are fitted to."""
+FAR = 0.05
+"""More than this share above what was asked for is worth a word."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class Prune:
     def __post_init__(self) -> None:
         """Refuses options out of range and criteria that nobody knows."""
         if (self.amount is None) == (self.at_most is None):
-            raise ValueError("give either amount, the share to save, or at_most, what may be left in the unit of of")
+            raise ValueError("give either amount, the share to save, or at_most, what may be left (in the unit `of`)")
         if self.amount is not None and not 0.0 <= self.amount < 1.0:
             raise ValueError(f"amount must be at least 0 and below 1, given {self.amount}")
         if self.at_most is not None and not self.at_most > 0.0:
@@ -86,7 +88,7 @@ class Prune:
         import copy
 
         from deploykit.losses import as_tensors
-        from deploykit.pruning.budget import fit, ranked
+        from deploykit.pruning.budget import NotEnough, fit, ranked
         from deploykit.pruning.compensation import compensated
         from deploykit.pruning.criteria import comparable, criterion, importance
         from deploykit.pruning.criteria.evidence import Evidence
@@ -114,7 +116,9 @@ class Prune:
             assert self.at_most is not None
             before = size(self.of, context)(whole)
             amount = max(0.0, 1.0 - self.at_most / before)
-            say(f"prune: at most {self.at_most:g} {unit} of {before:.6g} may be left: {amount:.1%} have to be saved")
+            say(f"prune: at most {self.at_most:,g} {unit} of {before:,.6g} may be left: {amount:.1%} have to be saved")
+            if amount == 0.0:
+                return copy.deepcopy(model)
         inputs = as_tensors(context.example)
         sample = {name: tensor[:1] for name, tensor in inputs.items()}
         groups = [group for group in find_groups(whole, sample) if not stay & set(group.writers)]
@@ -124,19 +128,37 @@ class Prune:
         found: dict[int, float] = {}
 
         def saved(channels: list[Channel]) -> float:
-            """Of choices in one order, which their numbers tell apart: none is measured twice."""
+            """What is measured, is measured once: those choices are of one order, and their numbers tell them apart."""
+            if self.of not in COUNTED:
+                return share(without(whole, together(channels)))
             if len(channels) not in found:
                 found[len(channels)] = share(without(whole, together(channels)))
             return found[len(channels)]
 
         savings = [alone(without(whole, together([g.channels[0]]))) for g in groups]
         scores = comparable(scores, savings, criterion(self.criterion).in_cost)
-        order = ranked(whole, groups, scores, self.multiple or context.target.channel_multiple, self.most)
-        chosen = fit(order, amount, self.scope, saved, LEVELS if self.of in COUNTED else None)
+        multiple = self.multiple or context.target.channel_multiple
+        order = ranked(whole, groups, scores, multiple, self.most)
+        try:
+            chosen = fit(order, amount, self.scope, saved, LEVELS if self.of in COUNTED else None)
+        except NotEnough as error:
+            least = (
+                ""
+                if self.amount is not None
+                else f"; the least possible is {before * (1 - error.possible):,.6g} {unit}"
+            )
+            raise DeploykitError(
+                f"prune: {error} of the {unit}{least}. Layers keep a multiple of {multiple} channels, and at most "
+                f"{self.most:.0%} of one goes: a smaller `multiple` or a larger `most` allows more"
+                f"{' (measured, on a machine that may be busy)' if self.of == 'ms' else ''}."
+            ) from None
         removed = together(chosen)
         wide = {p.layer: width(whole.get_submodule(p.layer), "out") for p in removed if p.side == "out"}
         widths = [(p.layer, wide[p.layer], wide[p.layer] - len(own)) for p, own in removed.items() if p.side == "out"]
-        reached = f"{saved(chosen) if chosen else 0.0:.1%} of the {unit} saved"
+        share_saved = saved(chosen) if chosen else 0.0
+        reached = f"{share_saved:.1%} of the {unit} saved"
+        if share_saved - amount > FAR:
+            reached += f" where {amount:.1%} was asked for, since layers keep multiples of {multiple}"
         say(f"prune: {reached}; {some([f'{name} {had} -> {left}' for name, had, left in widths], 8)}")
         context.note(
             Finding(repr(self), f"Channels taken out: {reached}", ("layer", "channels", "left"), tuple(widths))

@@ -15,6 +15,20 @@ from deploykit.pruning.layers import width
 Scope = Literal["global", "layer"]
 
 
+class NotEnough(DeploykitError):
+    """All that may go saves less than was asked for.
+
+    Args:
+        amount: the share that was asked for.
+        possible: the share that can be saved.
+    """
+
+    def __init__(self, amount: float, possible: float) -> None:
+        """Says both."""
+        super().__init__(f"{amount:.1%} cannot be saved; at most {possible:.1%} can")
+        self.possible = possible
+
+
 @dataclass(frozen=True)
 class Ranked:
     """A group whose channels are in order, least important first, and how many of them may go."""
@@ -59,14 +73,24 @@ def chosen(groups: Sequence[Ranked], level: float, scope: Scope) -> list[Channel
             may go, least important of the whole network first.
         scope: whether channels of different groups are compared.
     """
+    return taken(groups, counts(groups, level, scope))
+
+
+def counts(groups: Sequence[Ranked], level: float, scope: Scope) -> list[int]:
+    """How many channels of every group go at a level (see `chosen`)."""
     if scope == "layer":
-        counts = [round(level * group.allowed[-1]) for group in groups]
+        found = [round(level * group.allowed[-1]) for group in groups]
     else:
         every = sorted((s, g) for g, group in enumerate(groups) for s in group.scores[: group.allowed[-1]])
-        counts = [0] * len(groups)
+        found = [0] * len(groups)
         for _, g in every[: round(level * len(every))]:
-            counts[g] += 1
-    return [c for group, n in zip(groups, counts, strict=True) for c in group.channels[: group.at_most(n)]]
+            found[g] += 1
+    return [group.at_most(n) for group, n in zip(groups, found, strict=True)]
+
+
+def taken(groups: Sequence[Ranked], counts: Sequence[int]) -> list[Channel]:
+    """The first channels of every group, so many of each."""
+    return [c for group, n in zip(groups, counts, strict=True) for c in group.channels[:n]]
 
 
 def fit(
@@ -87,7 +111,7 @@ def fit(
         levels: how finely the number of channels is sought, where every look takes long; None: channel by channel.
 
     Raises:
-        DeploykitError: all that may go is not enough; says what is possible.
+        NotEnough: all that may go is not enough.
     """
     if amount == 0.0:
         return []
@@ -95,10 +119,7 @@ def fit(
     steps = count if levels is None else min(levels, count)
     possible = removed(chosen(groups, 1.0, scope))
     if possible < amount:
-        raise DeploykitError(
-            f"prune: {amount:.1%} cannot be saved; at most {possible:.1%} can, "
-            "by what layers, skip, multiple and most allow"
-        )
+        raise NotEnough(amount, possible)
     low, high = 0, steps  # saved(low) < amount <= saved(high)
     while high - low > 1:
         middle = (low + high) // 2
@@ -106,4 +127,23 @@ def fit(
             low = middle
         else:
             high = middle
-    return chosen(groups, high / steps, scope)
+    gone = counts(groups, high / steps, scope)
+    return taken(groups, gone if levels is not None else put_back(groups, gone, amount, removed))
+
+
+def put_back(
+    groups: Sequence[Ranked], gone: Sequence[int], amount: float, removed: Callable[[list[Channel]], float]
+) -> list[int]:
+    """The counts without what is not needed: where channels go by the dozen, the last dozen may save far too much.
+
+    Groups are asked in the order of what is most important among that which went.
+    """
+    left = list(gone)
+    order = sorted((g for g, n in enumerate(left) if n), key=lambda g: -groups[g].scores[left[g] - 1])
+    for g in order:
+        for fewer in reversed([n for n in groups[g].allowed if n < left[g]]):
+            tried = [*left[:g], fewer, *left[g + 1 :]]
+            if removed(taken(groups, tried)) < amount:
+                break
+            left = tried
+    return left
