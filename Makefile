@@ -46,6 +46,7 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.data_free
 	$(BIN)/python -m benchmarks.fp8
 	$(BIN)/python -m benchmarks.prune
+	$(BIN)/python -m benchmarks.low_rank
 	$(BIN)/python -m benchmarks.detector
 	$(BIN)/python -m benchmarks.robust kill bytes
 	$(BIN)/python -m benchmarks.install base help fresh

@@ -240,7 +240,7 @@ def compress(
     shapes = tuple(input_shape or ())
     prepared = asked.prepare(Request(model, target or "", typed(weights), data, look, shapes, settings=settings))
     done = pipeline.compress(prepared, settings, device, out)
-    show_compressed(out, done.steps, done.findings, as_json)
+    show_compressed(out, done, as_json)
 
 
 @app.command()

@@ -50,6 +50,15 @@ class Model:
 
 
 @dataclass(frozen=True)
+class Factors:
+    """What a layer was decomposed into."""
+
+    form: str
+    """A name in `deploykit.low_rank.forms`."""
+    ranks: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Structure:
     """``structure.json`` in a folder that `save_compressed` wrote."""
 
@@ -60,6 +69,8 @@ class Structure:
     """Parameters with structure, and of which kind. mask: zeros of the stored weight stay zero."""
     sizes: dict[str, dict[str, int]] = field(default_factory=dict)
     """By layer, how many channels it has where that is not what the factory makes."""
+    factors: dict[str, Factors] = field(default_factory=dict)
+    """Layers that were decomposed; their parts have sizes of their own where they were pruned afterwards."""
 
 
 def load_model(spec: str, weights: Path | None = None) -> Model:
@@ -177,7 +188,7 @@ def save_compressed(module: nn.Module, folder: Path, origin_spec: str) -> None:
     the zeros themselves.
 
     Args:
-        module: what ``origin_spec`` made, with masks on some weights, some of its layers narrower.
+        module: what ``origin_spec`` made, with masks on some weights, some of its layers narrower, some decomposed.
         folder: an existing, empty folder.
         origin_spec: the MODEL argument the module came from. A file is noted relative to the folder, so that both
             can be moved together, unless they share no folder but the root.
@@ -187,12 +198,19 @@ def save_compressed(module: nn.Module, folder: Path, origin_spec: str) -> None:
     """
     from safetensors.torch import save
 
-    from deploykit.pruning.sizes import changed_sizes
+    from deploykit.low_rank.surgery import factors_of, give_factors
+    from deploykit.pruning.sizes import changed_sizes, resize
 
     state, masked = _plain_state(module)
     spec = _portable(origin_spec, folder.resolve())
-    sizes = changed_sizes(module, _build(_absolute(spec, folder)))
-    structure = Structure(FORMAT, spec, dict.fromkeys(masked, "mask"), sizes)
+    made = _build(_absolute(spec, folder))
+    sizes, factors = changed_sizes(module, made), factors_of(module)
+    if factors:  # their parts may have been narrowed in turn
+        resize(made, sizes, state)
+        give_factors(made, factors)
+        sizes |= changed_sizes(module, made)
+    noted = {name: Factors(form, ranks) for name, (form, ranks) in factors.items()}
+    structure = Structure(FORMAT, spec, dict.fromkeys(masked, "mask"), sizes, noted)
     # bytes, not save_file: a full disk is then an OSError like any other
     (folder / "model.safetensors").write_bytes(save({k: v.cpu().contiguous().clone() for k, v in state.items()}))
     (folder / "structure.json").write_bytes(msgspec.json.format(msgspec.json.encode(structure), indent=1) + b"\n")
@@ -200,6 +218,7 @@ def save_compressed(module: nn.Module, folder: Path, origin_spec: str) -> None:
 
 def _load_compressed(folder: Path) -> nn.Module:
     from deploykit.hub.structure import attach_mask
+    from deploykit.low_rank.surgery import give_factors
     from deploykit.pruning.sizes import resize
 
     structure = _read_structure(folder)
@@ -216,8 +235,11 @@ def _load_compressed(folder: Path) -> nn.Module:
     module = _build(spec)
     file = folder / "model.safetensors"
     weights = _read_weights(file)
+    own = {name: sizes for name, sizes in structure.sizes.items() if name.rpartition(".")[0] not in structure.factors}
     try:
-        resize(module, structure.sizes, weights)
+        resize(module, own, weights)
+        give_factors(module, {name: (made.form, made.ranks) for name, made in structure.factors.items()})
+        resize(module, {name: sizes for name, sizes in structure.sizes.items() if name not in own}, weights)
     except DeploykitError as error:
         raise DeploykitError(f"{folder / 'structure.json'} does not fit {spec}: {error}") from None
     _fit_weights(module, weights, str(file), spec)

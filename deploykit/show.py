@@ -9,16 +9,15 @@ from typing import TYPE_CHECKING, Any
 from deploykit.core.precision import is_integer
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
     from pathlib import Path
 
     from rich.table import Table
 
     from deploykit.calibration.growth import Convergence
-    from deploykit.core.manifest import Finding
     from deploykit.core.ranges import Ranges
     from deploykit.core.target import Target
     from deploykit.explain.explanation import Explanation
+    from deploykit.pipeline.steps import Compressed
     from deploykit.report.findings import Shown
 
 ROWS = 12
@@ -80,16 +79,18 @@ def show_exported(finished: list[tuple[Path, Any]], as_json: bool) -> None:
             print(f"{folder.name}: {island.operator} {island.layer} stays in float: {island.why}")
 
 
-def show_compressed(out: Path, steps: Sequence[str], findings: Sequence[Finding], as_json: bool) -> None:
-    """Print which steps a compression went through, and what they found out that matters at once."""
+def show_compressed(out: Path, done: Compressed, as_json: bool) -> None:
+    """Print which steps a compression went through, what they made smaller, and what matters at once of their
+    findings."""
     if as_json:
         import msgspec
 
-        values = {"out": str(out), "steps": list(steps), "findings": msgspec.to_builtins(tuple(findings))}
-        print(json.dumps(values, indent=1))
+        print(json.dumps({"out": str(out), **msgspec.to_builtins(done)}, indent=1))
         return
-    print(f"{out}: {', '.join(steps)}")
-    for found in findings:
+    print(f"{out}: {', '.join(done.steps)}")
+    was, now = done.before, done.after
+    print(f"{out}: {was.params:,} -> {now.params:,} parameters, {was.macs:,} -> {now.macs:,} multiply-accumulates")
+    for found in done.findings:
         if found.summary:
             print(f"{out}: {found.summary}")
 

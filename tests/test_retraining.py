@@ -84,7 +84,6 @@ def test_amounts_grow_as_the_schedule_says(schedule: Any, by_hand: list[float]) 
 
 def test_the_same_share_of_what_is_left_goes_in_every_round() -> None:
     assert Iterate(1 - 0.8**4, rounds=4, schedule="geometric").amounts() == pytest.approx([0.2, 0.36, 0.488, 0.5904])
-    assert Iterate(1 - 0.8**4, "prune", rounds=4, schedule="geometric").amounts() == pytest.approx([0.2] * 4)
 
 
 @pytest.mark.parametrize("what", ["nothing", "learning_rate", "weights", "random"])

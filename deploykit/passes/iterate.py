@@ -13,7 +13,6 @@ in front this is the lottery ticket protocol (Frankle & Carbin 2019), and ``rand
 from __future__ import annotations
 
 import copy
-import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -70,12 +69,8 @@ class Iterate:
         from deploykit import passes
         from deploykit.retraining import train
 
-        key = "sparsity" if self.step == "sparsify" else "amount"
-        if key in self.options:
-            raise DeploykitError(f"iterate: {key} of {self.step} is set round by round; give amount")
-        amounts = self.amounts()
-        steps = [passes.build(Step(self.step, {**self.options, key: a})) for a in amounts]  # refused before any work
         pruned = copy.deepcopy(model)
+        steps = [passes.build(step) for step in self.sparse_steps(pruned, context)]  # refused before any work
         if self.dense:
             train(pruned, context, "iterate", self.dense, self.learning_rate)
         for number, step in enumerate(steps):
@@ -85,11 +80,26 @@ class Iterate:
             train(pruned, context, "iterate", self.steps, rate)
         return pruned
 
+    def sparse_steps(self, model: nn.Module, context: Context) -> list[Step]:
+        """The step of every round.
+
+        Zeros are counted of the whole. Layers become narrower from round to round, so there it is what may be left.
+        """
+        key = "sparsity" if self.step == "sparsify" else "amount"
+        for taken in (key, "at_most"):
+            if taken in self.options:
+                raise DeploykitError(f"iterate: {taken} of {self.step} is set round by round; give amount")
+        if self.step == "sparsify":
+            return [Step("sparsify", {**self.options, "sparsity": amount}) for amount in self.amounts()]
+        from deploykit.pruning.units import size
+
+        whole = size(self.options.get("of", "macs"), context)(model)
+        return [Step("prune", {**self.options, "at_most": whole * (1 - amount)}) for amount in self.amounts()]
+
     def amounts(self) -> list[float]:
-        """What each round's step is asked for: of the whole where zeros are counted, of what is left where layers have
-        become narrower."""
-        done = [t / self.rounds for t in range(self.rounds + 1)]
-        whole = [
+        """What is gone after each round."""
+        done = [t / self.rounds for t in range(1, self.rounds + 1)]
+        return [
             {
                 "cubic": self.amount * (1 - (1 - x) ** 3),
                 "linear": self.amount * x,
@@ -97,9 +107,6 @@ class Iterate:
             }[self.schedule]
             for x in done
         ]
-        if self.step == "sparsify":
-            return whole[1:]
-        return [1 - (1 - b) / (1 - a) for a, b in itertools.pairwise(whole)]
 
 
 def rewind(pruned: nn.Module, model: nn.Module, what: str, seed: int) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import numpy as np
 
 from deploykit import targets
-from deploykit.core.context import Context
+from deploykit.core.context import Context, Cost
 from deploykit.core.data import DataSet
 from deploykit.core.errors import DeploykitError, MissingExtra, unknown
 from deploykit.core.files import folder_in_place, refuse_existing
@@ -112,6 +112,8 @@ class Compressed:
 
     steps: tuple[str, ...]
     findings: tuple[Finding, ...]
+    before: Cost
+    after: Cost
 
 
 def compress(prepared: Prepared, settings: Settings, target: Target | None, folder: Path) -> Compressed:
@@ -126,6 +128,7 @@ def compress(prepared: Prepared, settings: Settings, target: Target | None, fold
         DeploykitError: the recipe has other stages' steps or one that the target has no profit from, or the model is
             no PyTorch module.
     """
+    from deploykit.cost import cost
     from deploykit.models import save_compressed
 
     refuse_existing(folder, settings.overwrite)
@@ -148,12 +151,14 @@ def compress(prepared: Prepared, settings: Settings, target: Target | None, fold
     steps = [p.step for p in planned if not p.left_out]
     findings: list[Finding] = []
     context = step_context(prepared, settings, device, findings)
+    before = cost(module, prepared.example)
     for step in steps:
         say(f"running {step!r}")
         module = step(module, context)
     with folder_in_place(folder, settings.overwrite) as work:
         save_compressed(module, work, prepared.model.origin)
-        done = Compressed(tuple(map(repr, steps)), tuple(findings))
+        after = cost(module, prepared.example)
+        done = Compressed(tuple(map(repr, steps)), tuple(findings), before, after)
         if findings:
             try:
                 write_findings(work / REPORT, prepared.model.origin, done.steps, findings)

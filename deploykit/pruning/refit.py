@@ -55,7 +55,7 @@ def regressed(layer: Any, given: LeastSquares) -> Tensor:
     held = mask_of(layer, "weight")
     w = matrix(layer, layer.weight).double()
     lives = matrix(layer, held.mask) if held is not None else torch.ones_like(w, dtype=torch.bool)
-    lam = DAMPING * given.xx.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
+    lam = DAMPING * given.xx.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-12)[:, None, None]  # inputs may be dead
     found = torch.zeros_like(w)
     for g in range(len(w)):
         masks, which = torch.unique(lives[g], dim=0, return_inverse=True)

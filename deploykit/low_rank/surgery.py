@@ -1,0 +1,61 @@
+"""Networks with some layers decomposed, and what is needed to make them so again."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from deploykit.core.errors import DeploykitError
+from deploykit.losses import tensors
+from deploykit.low_rank.factored import Factored, Ranks
+from deploykit.low_rank.forms import decomposed, empty
+
+
+def replaced(model: nn.Module, form: str, ranks: Mapping[str, Ranks]) -> nn.Module:
+    """A copy of the network with factors in the place of some layers."""
+    made = copy.deepcopy(model)
+    for name, own in ranks.items():
+        made.set_submodule(name, decomposed(made.get_submodule(name), form, own))
+    return made
+
+
+def factors_of(model: nn.Module) -> dict[str, tuple[str, Ranks]]:
+    """Form and ranks of the decomposed layers of a network, by name."""
+    return {name: (m.form, m.ranks) for name, m in model.named_modules() if isinstance(m, Factored)}
+
+
+def give_factors(model: nn.Module, factors: Mapping[str, tuple[str, Ranks]]) -> None:
+    """Puts empty factors in the place of layers, in place; what they hold is to be loaded afterwards.
+
+    Raises:
+        DeploykitError: a layer that the model does not have, or that cannot be decomposed so.
+    """
+    for name, (form, ranks) in factors.items():
+        try:
+            model.set_submodule(name, empty(model.get_submodule(name), form, ranks))
+        except AttributeError:
+            raise DeploykitError(f"the model has no convolution or linear layer '{name}'") from None
+        except DeploykitError as error:
+            raise DeploykitError(f"layer '{name}': {error}") from None
+
+
+def assert_runs(model: nn.Module, inputs: Mapping[str, Tensor]) -> None:
+    """Raises if a network with factors does not run, or its answers are not finite.
+
+    Raises:
+        DeploykitError: says what to do.
+    """
+    try:
+        with torch.no_grad():
+            answers = tensors(copy.deepcopy(model).eval()(**inputs))
+    except Exception as error:  # the user's code and torch raise whatever they like
+        raise DeploykitError(
+            f"low_rank: the model does not run with factors in it ({error}); leave layers out with skip"
+        ) from None
+    if not all(bool(torch.isfinite(y).all()) for y in answers):
+        raise DeploykitError(
+            "low_rank: the decomposed model gives numbers that are not finite; leave layers out with skip"
+        )
