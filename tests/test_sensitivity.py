@@ -156,7 +156,7 @@ def test_compress_prints_the_layers_that_lose_most_and_writes_a_page_with_the_ma
     pytest.importorskip("jinja2")
     said = enter("compress scanned_net.py:build --recipe scan.toml --calib calib.npz -o scanned")
     assert said.code == 0, said.err
-    line = said.out.splitlines()[1]
+    line = said.out.splitlines()[2]
     assert line.startswith("scanned: most sensitive with 50% of the channels gone: ")
     assert {"first", "second"} <= set(re.findall(r"\w+", line))
     (picture,) = pictures(workplace / "scanned" / "report.html")
