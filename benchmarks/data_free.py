@@ -8,13 +8,12 @@ Every figure is that of an artifact, run in ONNX Runtime on real evaluation data
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Sequence
 
 from benchmarks import data
 from benchmarks.quantize import MOBILENET, RESNET, exported, score
-from benchmarks.rows import Row, record
+from benchmarks.rows import Row, main
 from deploykit.core.artifact import TensorSpec
 from deploykit.core.data import DataSet, Preprocess
 from deploykit.core.manifest import Score
@@ -74,16 +73,5 @@ def resnet20() -> Sequence[Row]:
                 look)  # fmt: skip
 
 
-PARTS = {f.__name__: f for f in (mobilenetv1, resnet20)}
-
-
-def main() -> None:
-    """Measures and records."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="default: all")
-    for name in parser.parse_args().parts or PARTS:
-        record("data_free", PARTS[name]())
-
-
 if __name__ == "__main__":
-    main()
+    main(__doc__, "data_free", [mobilenetv1, resnet20])

@@ -7,7 +7,6 @@ Times are medians of one thread, all files of a network in turns.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import functools
 import tempfile
@@ -19,7 +18,7 @@ import numpy as np
 
 from benchmarks import data
 from benchmarks.quantize import RUNTIMES, score, size
-from benchmarks.rows import Row, record
+from benchmarks.rows import Row, main
 from benchmarks.weight_only import LENGTH, WIDTH, encoder
 from deploykit import exporters, pipeline, targets
 from deploykit.bench.timing import in_turns
@@ -110,15 +109,5 @@ def networks() -> list[Row]:
     return rows
 
 
-PARTS = {f.__name__: f for f in (weights, networks)}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="default: all")
-    for name in parser.parse_args().parts or PARTS:
-        record("quantize", PARTS[name]())
-
-
 if __name__ == "__main__":
-    main()
+    main(__doc__, "quantize", [weights, networks])

@@ -8,7 +8,6 @@ that is removed, CR-F that of the multiply-accumulates. Bars are what a prototyp
 
 from __future__ import annotations
 
-import argparse
 import resource
 import statistics
 import time
@@ -25,7 +24,7 @@ from benchmarks import data
 from benchmarks.choices import in_memory
 from benchmarks.nets import resnet18
 from benchmarks.prune import accuracy, context, run
-from benchmarks.rows import Row, record
+from benchmarks.rows import Row, main
 from deploykit import targets
 from deploykit.core.context import Context
 from deploykit.core.data import DataSet
@@ -194,15 +193,5 @@ def large() -> list[Row]:
     ]  # fmt: skip
 
 
-PARTS = {f.__name__: f for f in (large, weights, on_data, ablations, trained, mobilenet)}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="default: all")
-    for name in parser.parse_args().parts or PARTS:
-        record("low_rank", PARTS[name]())
-
-
 if __name__ == "__main__":
-    main()
+    main(__doc__, "low_rank", [large, weights, on_data, ablations, trained, mobilenet])

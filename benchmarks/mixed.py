@@ -8,7 +8,6 @@ Runtime on evaluation data; bits are chosen on calibration data alone.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,7 +18,7 @@ from scipy.stats import spearmanr
 
 from benchmarks import choices, data
 from benchmarks.choices import Case, in_memory
-from benchmarks.rows import Row, record
+from benchmarks.rows import Row, main
 from deploykit import passes
 from deploykit.check import answer
 from deploykit.core.recipe import Step
@@ -217,15 +216,5 @@ def prediction() -> list[Row]:
     ]  # fmt: skip
 
 
-PARTS = {f.__name__: f for f in (mobilenetv1, resnet20, lower, widths, headroom, prediction)}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="default: all")
-    for name in parser.parse_args().parts or PARTS:
-        record("mixed", PARTS[name]())
-
-
 if __name__ == "__main__":
-    main()
+    main(__doc__, "mixed", [mobilenetv1, resnet20, lower, widths, headroom, prediction])

@@ -8,7 +8,6 @@ as they did for the figures of torch-pruning 1.6.1 that stand beside (`neighbour
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import functools
 import statistics
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 
 from benchmarks import data
 from benchmarks.choices import in_memory
-from benchmarks.rows import Row, record
+from benchmarks.rows import Row, main
 from deploykit import exporters, passes, pipeline, targets
 from deploykit.bench.timing import in_turns
 from deploykit.core.context import Context
@@ -315,15 +314,5 @@ def flow(name: str, build: Callable[[], nn.Module], seeds: Sequence[int] = (0, 1
     )  # fmt: skip
 
 
-PARTS = {f.__name__: f for f in (channels, trained, latency, weights, synflow, lottery, dsd)}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="default: all")
-    for name in parser.parse_args().parts or PARTS:
-        record("prune", PARTS[name]())
-
-
 if __name__ == "__main__":
-    main()
+    main(__doc__, "prune", [channels, trained, latency, weights, synflow, lottery, dsd])

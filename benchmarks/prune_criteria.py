@@ -5,7 +5,6 @@ python -m benchmarks.prune_criteria
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import subprocess
@@ -21,7 +20,7 @@ from torch import nn
 
 from benchmarks import data
 from benchmarks.choices import in_memory
-from benchmarks.rows import Row, record
+from benchmarks.rows import Row, main
 from deploykit.core.data import DataSet
 from deploykit.pruning.criteria import CRITERIA as FUNCTIONS
 from deploykit.pruning.criteria import importance
@@ -114,15 +113,5 @@ def ranking() -> list[Row]:
     ]  # fmt: skip
 
 
-PARTS = {f.__name__: f for f in (ranks, ranking)}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="default: all")
-    for name in parser.parse_args().parts or PARTS:
-        record("prune", PARTS[name]())
-
-
 if __name__ == "__main__":
-    main()
+    main(__doc__, "prune", [ranks, ranking])

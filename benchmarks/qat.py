@@ -8,12 +8,10 @@ images once, without their labels.
 
 from __future__ import annotations
 
-import argparse
-
 from benchmarks import data
 from benchmarks.choices import in_memory
 from benchmarks.quantize import exported, score, size
-from benchmarks.rows import Row, record
+from benchmarks.rows import Row, main
 from deploykit.core.data import DataSet
 from deploykit.core.precision import Precision
 from deploykit.core.recipe import Recipe, Step, TrainSettings
@@ -62,15 +60,5 @@ def ternary() -> list[Row]:
     ]  # fmt: skip
 
 
-PARTS = {f.__name__: f for f in (w4a4, ternary)}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="default: all")
-    for name in parser.parse_args().parts or PARTS:
-        record("qat", PARTS[name]())
-
-
 if __name__ == "__main__":
-    main()
+    main(__doc__, "qat", [w4a4, ternary])

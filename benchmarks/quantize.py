@@ -7,14 +7,13 @@ Every figure is that of an artifact, run in ONNX Runtime and LiteRT on evaluatio
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import data
-from benchmarks.rows import Row, record
+from benchmarks.rows import Row, main
 from deploykit import pipeline, targets
 from deploykit.core.data import DataSet
 from deploykit.core.errors import GateFailed
@@ -240,17 +239,5 @@ def reconstruction() -> list[Row]:
     ]  # fmt: skip
 
 
-PARTS = {
-    f.__name__: f for f in (int8, tensor, w4a8, power_of_two, resnet20, sums_in_float, mobilenetv2, reconstruction)
-}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="default: all")
-    for name in parser.parse_args().parts or PARTS:
-        record("quantize", PARTS[name]())
-
-
 if __name__ == "__main__":
-    main()
+    main(__doc__, "quantize", [int8, tensor, w4a8, power_of_two, resnet20, sums_in_float, mobilenetv2, reconstruction])

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import json
 import platform
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -50,6 +51,21 @@ def record(name: str, rows: Sequence[Row]) -> None:
     for row in rows:
         state = "met" if row.met else "NOT MET"
         print(f"{state:8} {row.claim}: {row.value} (bar {row.bar}, {row.better} is better)", flush=True)
+
+
+def main(about: str, name: str, parts: Sequence[Callable[[], Sequence[Row]]]) -> None:
+    """The command line of a script: measures its parts, or those that are named, and records each in ``NAME.json``.
+
+    Args:
+        about: the script's docstring.
+        name: of the file in ``results/``.
+        parts: functions; their names are what is typed.
+    """
+    by_name = {part.__name__: part for part in parts}
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", choices=[*by_name, []], help="default: all")
+    for part in parser.parse_args().parts or by_name:
+        record(name, by_name[part]())
 
 
 def stamp() -> dict[str, str]:
