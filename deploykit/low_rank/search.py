@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Callable, Mapping
 
-from deploykit.core.errors import DeploykitError
 from deploykit.low_rank.factored import Ranks
 from deploykit.low_rank.select import Choice, Number, Tables, least
 from deploykit.low_rank.tables import Table
-from deploykit.pruning.units import LEVELS
+from deploykit.pruning.units import LEVELS, NotEnough
 
 Choose = Callable[[Tables, float], Choice]
 """Ranks for at most a cost."""
@@ -27,12 +27,12 @@ def counted(choose: Choose, tables: Tables, cost: Number, amount: float, before:
         before: what the whole network costs, whatever is in the tables.
 
     Raises:
-        DeploykitError: the cheapest choices save less.
+        NotEnough: the cheapest choices save less.
     """
     whole = _whole(tables, cost)
     possible = (whole - least(tables, cost)) / before
     if amount > possible + 1e-9:
-        raise _too_much(amount, possible)
+        raise NotEnough(amount, possible)
     return choose(tables, whole - amount * before)
 
 
@@ -47,7 +47,7 @@ def measured(choose: Choose, tables: Tables, cost: Number, amount: float, share:
         share: what ranks save.
 
     Raises:
-        DeploykitError: the cheapest choices save less.
+        NotEnough: the cheapest choices save less.
     """
     whole, cheapest = _whole(tables, cost), least(tables, cost)
 
@@ -61,12 +61,9 @@ def measured(choose: Choose, tables: Tables, cost: Number, amount: float, share:
         return at(0)
     possible = saved(LEVELS)
     if possible < amount:
-        raise _too_much(amount, possible)
-    low, high = 0, LEVELS  # saved(low) < amount <= saved(high)
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if saved(middle) < amount else (low, middle)
-    return at(high)
+        raise NotEnough(amount, possible)
+    # the last level is enough
+    return at(bisect.bisect_left(range(LEVELS), True, lo=1, key=lambda level: saved(level) >= amount))
 
 
 def quicker(choose: Choose, tables: Tables, cost: Number, share: Share) -> dict[str, Table]:
@@ -90,10 +87,3 @@ def ranks_of(choice: Choice) -> dict[str, Ranks]:
 
 def _whole(tables: Tables, cost: Number) -> float:
     return sum(cost(table.whole) for table in tables.values())
-
-
-def _too_much(amount: float, possible: float) -> DeploykitError:
-    return DeploykitError(
-        f"low_rank: {amount:.1%} cannot be saved; at most {possible:.1%} can, "
-        "by what form, slices, layers, skip and multiple allow"
-    )

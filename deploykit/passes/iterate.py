@@ -93,7 +93,7 @@ class Iterate:
             return [Step("sparsify", {**self.options, "sparsity": amount}) for amount in self.amounts()]
         from deploykit.pruning.units import size
 
-        whole = size(self.options.get("of", "macs"), context)(model)
+        whole = size(self.options.get("of", "macs"), context, "iterate")(model)
         return [Step("prune", {**self.options, "at_most": whole * (1 - amount)}) for amount in self.amounts()]
 
     def amounts(self) -> list[float]:

@@ -66,12 +66,9 @@ class LowRank:
 
     def __post_init__(self) -> None:
         """Refuses options out of range."""
-        if (self.amount is None) == (self.at_most is None):
-            raise ValueError("give either amount, the share to save, or at_most, what may be left in the unit of of")
-        if self.amount is not None and not 0.0 <= self.amount < 1.0:
-            raise ValueError(f"amount must be at least 0 and below 1, given {self.amount}")
-        if self.at_most is not None and not self.at_most > 0.0:
-            raise ValueError(f"at_most must be above 0, given {self.at_most}")
+        from deploykit.pruning.units import refuse_budget
+
+        refuse_budget(self.amount, self.at_most)
         if self.slices < 0 or self.multiple < 0:
             raise ValueError(f"slices and multiple must be at least 0, given {self.slices} and {self.multiple}")
         if self.seeds < 1:
@@ -96,11 +93,12 @@ class LowRank:
         from deploykit.low_rank.search import counted, measured, quicker, ranks_of
         from deploykit.low_rank.surgery import assert_runs, replaced
         from deploykit.low_rank.tables import table
-        from deploykit.pruning.units import COUNTED, saving, size
+        from deploykit.pruning.units import COUNTED, NotEnough, saving, share_to_save, size
 
         if not context.example:
             raise DeploykitError("low_rank: the context has no example to run the model with")
-        method, amount, unit = self._method(context), self._amount(model, context), COUNTED.get(self.of, self.of)
+        method, unit = self._method(context), COUNTED.get(self.of, self.of)
+        amount = share_to_save(self.amount, self.at_most, self.of, model, context, "low_rank")
         inputs = as_tensors(context.example)
         seen = look(model, inputs)
         whys = obstacles(model, seen, self.form)
@@ -116,16 +114,19 @@ class LowRank:
         cost = attrgetter(unit)
         tables = select.saving(every, cost)
         choose = partial(methods.choose, method, cost, self.seeds, context.seed)
-        if unit == self.of:
-            choice = counted(choose, tables, cost, amount, size(unit, context, "low_rank")(model))
-        else:
-            share = saving(self.of, model, context, "low_rank")
+        share = saving(self.of, model, context, "low_rank")
 
-            def saved(ranks: Mapping[str, Ranks]) -> float:
-                return share(replaced(model, self.form, ranks))
+        def saved(ranks: Mapping[str, Ranks]) -> float:
+            return share(replaced(model, self.form, ranks))
 
-            tables = quicker(choose, tables, cost, saved) if self.of == "ms" else tables
-            choice = measured(choose, tables, cost, amount, saved)
+        try:
+            if unit == self.of:
+                choice = counted(choose, tables, cost, amount, size(unit, context, "low_rank")(model))
+            else:
+                tables = quicker(choose, tables, cost, saved) if self.of == "ms" else tables
+                choice = measured(choose, tables, cost, amount, saved)
+        except NotEnough as error:
+            raise DeploykitError(f"low_rank: {error}, by what form, slices, layers, skip and multiple allow") from None
         ranks = ranks_of(choice)
         fit = model
         if method == "data" and ranks:
@@ -138,18 +139,6 @@ class LowRank:
         if self.form == "channel":
             context.note(_decay(repr(self), tables))
         return made
-
-    def _amount(self, model: nn.Module, context: Context) -> float:
-        """The share to save."""
-        from deploykit.pruning.units import WORDS, size
-
-        if self.amount is not None:
-            return self.amount
-        assert self.at_most is not None
-        before, what = size(self.of, context, "low_rank")(model), WORDS.get(self.of, self.of)
-        amount = max(0.0, 1.0 - self.at_most / before)
-        say(f"low_rank: at most {self.at_most:g} {what} of {before:.6g} may be left: {amount:.1%} have to be saved")
-        return amount
 
     def _decomposable(self, whys: Mapping[str, str]) -> list[str]:
         """The layers that may be decomposed and can be.

@@ -63,12 +63,9 @@ class Prune:
 
     def __post_init__(self) -> None:
         """Refuses options out of range and criteria that nobody knows."""
-        if (self.amount is None) == (self.at_most is None):
-            raise ValueError("give either amount, the share to save, or at_most, what may be left (in the unit `of`)")
-        if self.amount is not None and not 0.0 <= self.amount < 1.0:
-            raise ValueError(f"amount must be at least 0 and below 1, given {self.amount}")
-        if self.at_most is not None and not self.at_most > 0.0:
-            raise ValueError(f"at_most must be above 0, given {self.at_most}")
+        from deploykit.pruning.units import refuse_budget
+
+        refuse_budget(self.amount, self.at_most)
         if not 0.0 < self.most < 1.0:
             raise ValueError(f"most must lie between 0 and 1, given {self.most}")
         if self.multiple < 0:
@@ -88,14 +85,14 @@ class Prune:
         import copy
 
         from deploykit.losses import as_tensors
-        from deploykit.pruning.budget import NotEnough, fit, ranked
+        from deploykit.pruning.budget import fit, ranked
         from deploykit.pruning.compensation import compensated
         from deploykit.pruning.criteria import comparable, criterion, importance
         from deploykit.pruning.criteria.evidence import Evidence
         from deploykit.pruning.groups import find_groups, together
         from deploykit.pruning.layers import mixes, width
         from deploykit.pruning.surgery import assert_equal, without
-        from deploykit.pruning.units import COUNTED, LEVELS, WORDS, saving, size
+        from deploykit.pruning.units import COUNTED, LEVELS, WORDS, NotEnough, saving, share_to_save
 
         data = context.need("calibration", "prune") if "data" in self.needs else None
         if data is not None and data.labels is None and "labels" in self.needs:
@@ -109,16 +106,12 @@ class Prune:
             raise DeploykitError("prune: the context has no example to follow channels with")
         whole = copy.deepcopy(model).eval().requires_grad_(True)
         stay = matching("layer", self.skip, [name for name, layer in whole.named_modules() if mixes(layer)])
-        share = saving(self.of, whole, context)
-        alone = saving(COUNTED[self.of], whole, context) if self.of in COUNTED else share
-        amount, unit = self.amount, WORDS.get(self.of, self.of)
-        if amount is None:
-            assert self.at_most is not None
-            before = size(self.of, context)(whole)
-            amount = max(0.0, 1.0 - self.at_most / before)
-            say(f"prune: at most {self.at_most:,g} {unit} of {before:,.6g} may be left: {amount:.1%} have to be saved")
-            if amount == 0.0:
-                return copy.deepcopy(model)
+        share = saving(self.of, whole, context, "prune")
+        alone = saving(COUNTED[self.of], whole, context, "prune") if self.of in COUNTED else share
+        unit = WORDS.get(self.of, self.of)
+        amount = share_to_save(self.amount, self.at_most, self.of, whole, context, "prune")
+        if self.at_most is not None and amount == 0.0:
+            return copy.deepcopy(model)
         inputs = as_tensors(context.example)
         sample = {name: tensor[:1] for name, tensor in inputs.items()}
         groups = [group for group in find_groups(whole, sample) if not stay & set(group.writers)]
@@ -142,11 +135,9 @@ class Prune:
         try:
             chosen = fit(order, amount, self.scope, saved, LEVELS if self.of in COUNTED else None)
         except NotEnough as error:
-            least = (
-                ""
-                if self.amount is not None
-                else f"; the least possible is {before * (1 - error.possible):,.6g} {unit}"
-            )
+            least = ""
+            if self.at_most is not None:
+                least = f"; the least possible is {self.at_most * (1 - error.possible) / (1 - amount):,.6g} {unit}"
             raise DeploykitError(
                 f"prune: {error} of the {unit}{least}. Layers keep a multiple of {multiple} channels, and at most "
                 f"{self.most:.0%} of one goes: a smaller `multiple` or a larger `most` allows more"

@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor, nn
 
-from deploykit.core.errors import DeploykitError
 from deploykit.pruning.groups import Channel, Group
 from deploykit.pruning.layers import width
+from deploykit.pruning.units import NotEnough
 
 Scope = Literal["global", "layer"]
-
-
-class NotEnough(DeploykitError):
-    """All that may go saves less than was asked for.
-
-    Args:
-        amount: the share that was asked for.
-        possible: the share that can be saved.
-    """
-
-    def __init__(self, amount: float, possible: float) -> None:
-        """Says both."""
-        super().__init__(f"{amount:.1%} cannot be saved; at most {possible:.1%} can")
-        self.possible = possible
 
 
 @dataclass(frozen=True)
@@ -120,14 +107,12 @@ def fit(
     possible = removed(chosen(groups, 1.0, scope))
     if possible < amount:
         raise NotEnough(amount, possible)
-    low, high = 0, steps  # saved(low) < amount <= saved(high)
-    while high - low > 1:
-        middle = (low + high) // 2
-        if removed(chosen(groups, middle / steps, scope)) < amount:
-            low = middle
-        else:
-            high = middle
-    gone = counts(groups, high / steps, scope)
+
+    def enough(level: int) -> bool:
+        return removed(chosen(groups, level / steps, scope)) >= amount
+
+    level = bisect.bisect_left(range(steps), True, lo=1, key=enough)  # all steps are enough
+    gone = counts(groups, level / steps, scope)
     return taken(groups, gone if levels is not None else put_back(groups, gone, amount, removed))
 
 
