@@ -27,8 +27,6 @@ class Lost:
     """What the answers lose without some channels of one group."""
 
     group: Group
-    removed: int
-    """Channels."""
     share: float
     """Of the group's channels, as asked for."""
     error: float
@@ -55,7 +53,7 @@ def scan(
     for group, order, share in track(tries, "sensitivity"):
         count = min(max(1, round(share * len(order))), len(order) - 1)
         pruned = without(model, together(group.channels[c] for c in order[:count]))
-        yield Lost(group, count, share, *_difference(whole, list(_answers(pruned, data))))
+        yield Lost(group, share, *_difference(whole, list(_answers(pruned, data))))
 
 
 def _answers(model: nn.Module, data: DataSet) -> Iterator[list[Tensor]]:

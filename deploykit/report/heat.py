@@ -31,7 +31,6 @@ class Heat:
     """The map, in pixels."""
 
     title: str
-    column_name: str
     rows: tuple[tuple[float, str, str], ...]
     """Baseline, the name as far as there is room, the whole name."""
     columns: tuple[tuple[float, str], ...]
@@ -62,7 +61,6 @@ def heat(found: Finding) -> Heat | None:
     )
     return Heat(
         f"{found.heat[2]} by {found.heat[0]} and {found.heat[1]}",
-        found.heat[1],
         tuple((TOP + LINE * (i + 0.7), _short(name), name) for i, name in enumerate(rows)),
         tuple((LEFT + CELL * (i + 0.5), name) for i, name in enumerate(columns)),
         cells,

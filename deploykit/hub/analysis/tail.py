@@ -82,7 +82,7 @@ class Tail:
         self._slicer.set_array(weight, exact)
 
         axis = channel_axis(self._nodes[position].op_type)
-        mean = as_entered(self._mean(x, images=axis != -1), piece)
+        mean = as_entered(self._mean(x, images=axis == 1), piece)
         before, after = (channel_mean(p.run([y], {x: mean})[0], axis) for p in (product, changed))
         for values, z in zip(self._values({x, *read} - {y}), _together(self._answers), strict=True):
             (raw,) = changed.run([y], {x: values[x]})

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -68,16 +69,16 @@ def search_ranges(hub: Hub, data: DataSet, who: str, journal: Journal = NOTHING_
     outputs = list(dict.fromkeys(o.name for o in floats.model.graph.output))
     with contextlib.closing(Activations(floats, [*inner, *outputs], data, batch)) as values:
         expected = _expected(floats, outputs, data, batch)
+
+        def best(i: int, root: _Root) -> dict[str, NDArray[Any]]:
+            known = [r.name for r in roots[: i + 1] if r.name not in floats.inputs]
+            judge = _Judge(floats, root.name, known, outputs, expected, values)
+            spec = hub.spec.ports if root.name in floats.inputs else hub.spec
+            found = _narrowed(_range(quantized, root, spec), judge, spec)
+            return {"scale": np.asarray(found.scale), "zero": found.zero_point.astype(np.int64)}
+
         for i, root in enumerate(track(roots, f"{who}: tensors")):
-
-            def best(i: int = i, root: _Root = root) -> dict[str, NDArray[Any]]:
-                known = [r.name for r in roots[: i + 1] if r.name not in floats.inputs]
-                judge = _Judge(floats, root.name, known, outputs, expected, values)
-                spec = hub.spec.ports if root.name in floats.inputs else hub.spec
-                found = _narrowed(_range(quantized, root, spec), judge, spec)
-                return {"scale": np.asarray(found.scale), "zero": found.zero_point.astype(np.int64)}
-
-            found = journal.once(root.name, best)
+            found = journal.once(root.name, partial(best, i, root))
             quantized.set_array(root.scale, found["scale"])
             quantized.set_array(root.zero, found["zero"].astype(quantized.array(root.zero).dtype))
     _rescale_biases(quantized)

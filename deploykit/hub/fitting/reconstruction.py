@@ -21,6 +21,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -143,22 +144,22 @@ def reconstruct(
         stack.callback(inputs.close)
         targets = Activations(floats, [name for block in found for name in block.outputs.values()], data, spooled)
         stack.callback(targets.close)
-        for i, block in enumerate(found):
+
+        def learn(i: int, block: Block) -> Arrays:
             who = f"reconstruct: block {i + 1} of {len(found)}"
+            now = replace(hub, quantized=ir.from_proto(slicer.model))
+            only = {layer.name for layer in block.layers}
+            _take(slicer, block, refit(now, data, who, gptq, positions=positions, only=only, seed=seed))
+            x = _inputs(block, inputs, data, slicer)
+            z = {name: stacked(targets.batches(behind), len(data)) for name, behind in block.outputs.items()}
+            piece = slicer.cut(list(block.outputs), [block.input] if block.input else [])
+            module = SoftBlock(hub, piece, learned)
+            random = np.random.default_rng([seed, i])
+            chosen = {name: slicer.array(name) for name in _held(block)}
+            return chosen | (module.trained() if fit(module, x, z, steps, batch, random, who) else {})
 
-            def learn(i: int = i, block: Block = block, who: str = who) -> Arrays:
-                now = replace(hub, quantized=ir.from_proto(slicer.model))
-                only = {layer.name for layer in block.layers}
-                _take(slicer, block, refit(now, data, who, gptq, positions=positions, only=only, seed=seed))
-                x = _inputs(block, inputs, data, slicer)
-                z = {name: stacked(targets.batches(behind), len(data)) for name, behind in block.outputs.items()}
-                piece = slicer.cut(list(block.outputs), [block.input] if block.input else [])
-                module = SoftBlock(hub, piece, learned)
-                random = np.random.default_rng([seed, i])
-                chosen = {name: slicer.array(name) for name in _held(block)}
-                return chosen | (module.trained() if fit(module, x, z, steps, batch, random, who) else {})
-
-            for name, array in journal.once(f"block {i}", learn).items():
+        for i, block in enumerate(found):
+            for name, array in journal.once(f"block {i}", partial(learn, i, block)).items():
                 slicer.set_array(name, np.array(array, order="C"))
     return replace(hub, quantized=ir.from_proto(slicer.model))
 

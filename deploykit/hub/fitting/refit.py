@@ -23,6 +23,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -39,6 +40,7 @@ from deploykit.hub.fitting.float_outputs import FloatOutputs
 from deploykit.hub.fitting.moments import Moments, moments
 from deploykit.hub.graph import Hub, constant
 from deploykit.hub.layers import Layer, MatrixForm, layers, mean_output, shift_bias
+from deploykit.hub.operators import channel_axis
 from deploykit.hub.quantize import BIAS_LIMIT, round_bias
 from deploykit.hub.slices import Slicer
 
@@ -111,24 +113,24 @@ def refit(
         outputs = FloatOutputs(hub.graph, measured, forms, data, batch, positions, seed, means)
         stack.callback(outputs.close)
         read = [layer for layer in found if layer.y in forms or layer.bias]
-        images = {layer.x for layer in read if layer.node.op_type in ("Conv", "ConvTranspose")}
+        images = {layer.x for layer in read if channel_axis(layer.node.op_type) == 1}
         inputs = Activations(slicer, [layer.x for layer in read], data, batch, images)
         stack.callback(inputs.close)
+
+        def choose(layer: Layer) -> dict[str, Matrices]:
+            form = forms[layer.y]
+            whole, halves = moments(layer, form, inputs, outputs)
+            w = form.matrix(weights[layer.y]).astype(np.float64)
+            ridge = best_ridge(halves, w)
+            least = _least_scale(slicer, layer, hub.spec, inputs).reshape(w.shape[:2])
+            h = damped(whole, min(ridge, DAMPING))[0]
+            q, s = rounding(regressed(whole, w, ridge), h, least, hub.spec_of(layer.weight))
+            return {"q": q, "s": s}
+
         for layer in track(found, f"{who}: layers"):
             if layer.y in forms:
-
-                def chosen(layer: Layer = layer, form: MatrixForm = forms[layer.y]) -> dict[str, Matrices]:
-                    whole, halves = moments(layer, form, inputs, outputs)
-                    w = form.matrix(weights[layer.y]).astype(np.float64)
-                    ridge = best_ridge(halves, w)
-                    least = _least_scale(slicer, layer, hub.spec, inputs).reshape(w.shape[:2])
-                    h = damped(whole, min(ridge, DAMPING))[0]
-                    q, s = rounding(regressed(whole, w, ridge), h, least, hub.spec_of(layer.weight))
-                    return {"q": q, "s": s}
-
-                found_now = journal.once(layer.name, chosen)
-                weight, scale = forms[layer.y].weight(found_now["q"]), found_now["s"].reshape(-1)
-                _store(slicer, layer, weight, scale, inputs)
+                chosen = journal.once(layer.name, partial(choose, layer))
+                _store(slicer, layer, forms[layer.y].weight(chosen["q"]), chosen["s"].reshape(-1), inputs)
             if layer.bias:
                 shift_bias(slicer, layer, outputs.mean(layer.y) - mean_output(slicer, layer, inputs.mean(layer.x)))
     return replace(hub, quantized=ir.from_proto(slicer.model))
