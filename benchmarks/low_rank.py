@@ -30,9 +30,9 @@ from deploykit.core.context import Context
 from deploykit.core.data import DataSet
 from deploykit.core.recipe import Step
 from deploykit.cost import cost
+from deploykit.layerwise.products import products
 from deploykit.low_rank import methods, select
 from deploykit.low_rank.tables import table
-from deploykit.pruning.patches import products
 
 COMMAND = "python -m benchmarks.low_rank"
 ALL = "ResNet-20, no data chooses, all 10,000 JPEG test images evaluate"

@@ -8,15 +8,18 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from deploykit import targets
 from deploykit.core.context import Context
 from deploykit.core.data import DataSet
 from deploykit.cost import cost
-from deploykit.losses import tensors
+from deploykit.layerwise.channels import axis, mixes
+from deploykit.layerwise.watching import BATCH, evaluating
+from deploykit.losses import as_tensors, tensors
+from deploykit.pruning.crop import Port
 from deploykit.pruning.groups import Group, find_groups, together
-from deploykit.pruning.layers import Port, axis, mixes
 from deploykit.pruning.surgery import without, zeroed
 
 Inputs = Mapping[str, Tensor]
@@ -32,6 +35,13 @@ def images(n: int = 32, channels: int = 3, side: int = 4, labels: bool = True) -
     random = np.random.default_rng(0)
     x = random.normal(size=(n, channels, side, side)).astype(np.float32)
     return DataSet.of({"x": x}, random.integers(0, 5, n) if labels else None)
+
+
+def rows(count: int, width: int, seed: int = 0) -> NDArray[np.float32]:
+    """Numbers that go together, about a mean."""
+    random = np.random.default_rng(seed)
+    mix = random.standard_normal((width, width))
+    return (random.standard_normal((count, width)) @ mix + random.standard_normal(width)).astype(np.float32)
 
 
 def settled(net: nn.Module, seed: int = 0) -> nn.Module:
@@ -95,3 +105,15 @@ def some_of(seed: int) -> Callable[[Group], list[int]]:
 def writers(model: nn.Module, inputs: Inputs) -> list[tuple[int, tuple[str, ...]]]:
     """(channels, layers that write them) of every group."""
     return [(len(g.channels), g.writers) for g in find_groups(model, inputs)]
+
+
+def relative_error(model: nn.Module, original: nn.Module, data: DataSet) -> float:
+    """E |z' - z|² / E |z|², summed over the outputs."""
+    noise, power = 0.0, 0.0
+    with evaluating(model), evaluating(original), torch.no_grad():
+        for batch in data.batches(BATCH):
+            given = as_tensors(batch.inputs)
+            for ours, z in zip(tensors(model(**given)), tensors(original(**given)), strict=True):
+                noise += float((ours - z).double().square().sum())
+                power += float(z.double().square().sum())
+    return noise / max(power, 1e-300)

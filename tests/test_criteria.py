@@ -29,8 +29,8 @@ from deploykit.pruning.criteria.oracle import oracle
 from deploykit.pruning.criteria.snip import snip
 from deploykit.pruning.criteria.synflow import synflow
 from deploykit.pruning.criteria.taylor import taylor
+from deploykit.pruning.crop import Port
 from deploykit.pruning.groups import Group, find_groups
-from deploykit.pruning.layers import Port
 
 
 def linear(weight: Sequence[Sequence[float]]) -> nn.Linear:

@@ -16,8 +16,8 @@ from pruned import assert_pruned_is_zeroed, settled, some_of, writers
 from torch import Tensor, nn
 
 from deploykit import targets
+from deploykit.pruning.crop import Port
 from deploykit.pruning.groups import find_groups, together
-from deploykit.pruning.layers import Port
 from deploykit.pruning.surgery import without
 
 Inputs = Mapping[str, Tensor]

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from deploykit.core.errors import DeploykitError
+from deploykit.layerwise.products import products
 from deploykit.passes.multi_layer import MultiLayer, emptiness, held_out_loss, largest_threshold
 from deploykit.pruning.groups import find_groups
-from deploykit.pruning.patches import products
 from tests.test_pruning_in_training import context
 from tests.test_retraining import accuracy, trained
 

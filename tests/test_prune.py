@@ -26,11 +26,12 @@ from deploykit.core.recipe import Step
 from deploykit.core.request import Gate
 from deploykit.cost import cost
 from deploykit.hub.structure import attach_mask
+from deploykit.layerwise.channels import mixes, width
 from deploykit.passes.prune import Prune
 from deploykit.pruning.budget import Ranked, fit
 from deploykit.pruning.compensation import compensated
+from deploykit.pruning.crop import Port
 from deploykit.pruning.groups import Channel, find_groups, together
-from deploykit.pruning.layers import Port, mixes, width
 from deploykit.pruning.surgery import without
 
 Inputs = Mapping[str, Tensor]

@@ -15,12 +15,12 @@ from deploykit.core.context import Context
 from deploykit.core.data import DataSet
 from deploykit.core.errors import DeploykitError
 from deploykit.core.recipe import TrainSettings
+from deploykit.layerwise.products import products
 from deploykit.losses import cross_entropy
 from deploykit.passes.dsd import Dsd, smallest
 from deploykit.passes.finetune import Finetune
 from deploykit.passes.iterate import Iterate, rewind
 from deploykit.passes.sparsify import Sparsify
-from deploykit.pruning.patches import products
 from deploykit.trainer import Trainer
 
 pytest.importorskip("accelerate")

@@ -15,9 +15,9 @@ from deploykit.core.context import Context
 from deploykit.core.data import DataSet
 from deploykit.core.errors import DeploykitError
 from deploykit.hub.structure import mask_of
+from deploykit.layerwise.products import products
 from deploykit.passes.semi_structured import SemiStructured
 from deploykit.passes.sparsify import Sparsify
-from deploykit.pruning.patches import products
 
 
 def net() -> nn.Module:

@@ -13,10 +13,10 @@ from torch.nn.utils import parametrize
 
 from deploykit.core.errors import DeploykitError
 from deploykit.hub.structure import mask_of
+from deploykit.layerwise.products import products
+from deploykit.layerwise.watching import evaluating, hooked
 from deploykit.low_rank.factored import Factored, Place, shape_of
 from deploykit.low_rank.forms import decomposed, form_of, refusal
-from deploykit.pruning.patches import products
-from deploykit.pruning.statistics import evaluating
 
 TOLERANCE = 1e-5
 """Of the largest output, by which a layer and its factors of full rank may differ."""
@@ -47,16 +47,12 @@ def look(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Seen]:
             runs = {place: n + first.runs[place] for place, n in runs.items()}
         found[name] = Seen(x.detach() if first is None else first.x, runs)
 
-    hooks = [
+    hooks = (
         layer.register_forward_hook(lambda m, x, y, name=name: note(name, m, x[0], y))
         for name, layer in products(model).items()
-    ]
-    try:
-        with evaluating(model), torch.no_grad():
-            model(**inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    )
+    with evaluating(model), torch.no_grad(), hooked(hooks):
+        model(**inputs)
     return found
 
 

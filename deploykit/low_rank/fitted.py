@@ -1,7 +1,7 @@
 """Layers of chosen ranks, fitted to data one after the other: each makes good what those in front of it lost.
 
 Every layer reads what the compressed layers in front feed it and shall give what it gives in the whole network. That is
-what its regressed weight T does best (`deploykit.pruning.refit`). In k slices of rank j, with H the covariance of the
+what its regressed weight T does best (`deploykit.layerwise.refit`). In k slices of rank j, with H the covariance of the
 inputs and d² how much an error of an output costs, W minimises
 
     Σ_o d_o² (W - T)_o H (W - T)_oᵀ
@@ -22,11 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from deploykit.core.data import DataSet
+from deploykit.layerwise.covariance import damped
+from deploykit.layerwise.products import matrix
+from deploykit.layerwise.refit import LeastSquares, refit, regressed
 from deploykit.low_rank.factored import Ranks, shape_of
 from deploykit.low_rank.forms import form_of
-from deploykit.pruning.obs import damped
-from deploykit.pruning.patches import matrix
-from deploykit.pruning.refit import LeastSquares, refit, regressed
 
 SWEEPS = 6
 

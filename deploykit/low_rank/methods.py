@@ -23,11 +23,11 @@ import torch
 from torch import Tensor, nn
 
 from deploykit.core.data import DataSet
+from deploykit.layerwise.covariance import covariances, damped
+from deploykit.layerwise.fisher import fisher
+from deploykit.layerwise.products import matrix
 from deploykit.low_rank.select import Choice, Number, Tables, alternate, equal_error, equal_ratio, least_sum, spent
 from deploykit.low_rank.tables import Candidate, Norm
-from deploykit.pruning.obs import damped
-from deploykit.pruning.patches import matrix
-from deploykit.pruning.statistics import covariances, fisher
 
 Method = Literal["data", "alds", "equal_error", "constant", "energy", "pca", "l_rank"]
 SEES_DATA = ("data", "pca")

@@ -5,10 +5,10 @@ from __future__ import annotations
 import bisect
 from collections.abc import Callable, Mapping
 
+from deploykit.layerwise.budgets import LEVELS, NotEnough
 from deploykit.low_rank.factored import Ranks
 from deploykit.low_rank.select import Choice, Number, Tables, least
 from deploykit.low_rank.tables import Table
-from deploykit.pruning.units import LEVELS, NotEnough
 
 Choose = Callable[[Tables, float], Choice]
 """Ranks for at most a cost."""

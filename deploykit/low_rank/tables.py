@@ -24,10 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deploykit.layerwise.products import matrix
 from deploykit.low_rank import channel
 from deploykit.low_rank.factored import Place, Ranks, shape_of
 from deploykit.low_rank.forms import form_of
-from deploykit.pruning.patches import matrix
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,7 @@ class Iterate:
                 raise DeploykitError(f"iterate: {taken} of {self.step} is set round by round; give amount")
         if self.step == "sparsify":
             return [Step("sparsify", {**self.options, "sparsity": amount}) for amount in self.amounts()]
-        from deploykit.pruning.units import size
+        from deploykit.layerwise.budgets import size
 
         whole = size(self.options.get("of", "macs"), context, "iterate")(model)
         return [Step("prune", {**self.options, "at_most": whole * (1 - amount)}) for amount in self.amounts()]

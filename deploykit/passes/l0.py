@@ -124,7 +124,7 @@ def _readers(model: nn.Module, groups: Sequence[Group]) -> dict[str, list[tuple[
     """By layer that reads gated channels: group, which numbers it reads, and by which gate of the group."""
     import torch
 
-    from deploykit.pruning.layers import mixes
+    from deploykit.layerwise.channels import mixes
 
     found: dict[str, list[tuple[int, Tensor, Tensor]]] = {}
     for g, group in enumerate(groups):
@@ -147,7 +147,7 @@ def _scale(width: int, parts: Sequence[tuple[int, Tensor, Tensor]], z: Sequence[
 
 
 def _attach(model: nn.Module, groups: Sequence[Group], gates: Any) -> list[Any]:
-    from deploykit.pruning.layers import axis, width
+    from deploykit.layerwise.channels import axis, width
 
     hooks = [model.register_forward_pre_hook(lambda module, _: gates.train(module.training).draw())]
 
@@ -178,7 +178,7 @@ def _absorb(model: nn.Module, groups: Sequence[Group], gates: Any) -> None:
     """Multiplies the weights that read gated channels by their gates."""
     import torch
 
-    from deploykit.pruning.layers import weight_axis, width
+    from deploykit.layerwise.channels import weight_axis, width
 
     with torch.no_grad():
         for name, parts in _readers(model, groups).items():

@@ -66,7 +66,7 @@ class LowRank:
 
     def __post_init__(self) -> None:
         """Refuses options out of range."""
-        from deploykit.pruning.units import refuse_budget
+        from deploykit.layerwise.budgets import refuse_budget
 
         refuse_budget(self.amount, self.at_most)
         if self.slices < 0 or self.multiple < 0:
@@ -86,6 +86,7 @@ class LowRank:
         """
         from functools import partial
 
+        from deploykit.layerwise.budgets import COUNTED, NotEnough, saving, share_to_save, size
         from deploykit.losses import as_tensors
         from deploykit.low_rank import methods, select
         from deploykit.low_rank.eligible import look, obstacles, untouchable
@@ -93,7 +94,6 @@ class LowRank:
         from deploykit.low_rank.search import counted, measured, quicker, ranks_of
         from deploykit.low_rank.surgery import assert_runs, replaced
         from deploykit.low_rank.tables import table
-        from deploykit.pruning.units import COUNTED, NotEnough, saving, share_to_save, size
 
         if not context.example:
             raise DeploykitError("low_rank: the context has no example to run the model with")
@@ -201,7 +201,7 @@ class LowRank:
 
 def _removed(model: nn.Module, made: nn.Module, context: Context) -> str:
     """CR-P and CR-F, in words."""
-    from deploykit.pruning.units import size
+    from deploykit.layerwise.budgets import size
 
     params, macs = size("params", context, "low_rank"), size("macs", context, "low_rank")
     return (

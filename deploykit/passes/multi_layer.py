@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from deploykit.core.data import DataSet
+    from deploykit.layerwise.channels import Side
     from deploykit.pruning.groups import Channel, Group
-    from deploykit.pruning.layers import Side
 
 HALVINGS = 10
 """Of the share of weights below the threshold."""
@@ -72,9 +72,9 @@ class MultiLayer:
             DeploykitError: a pattern matches nothing; there are no channels that can be taken out.
         """
 
+        from deploykit.layerwise.products import products
         from deploykit.losses import as_tensors
         from deploykit.pruning.groups import find_groups, together
-        from deploykit.pruning.patches import products
         from deploykit.pruning.surgery import assert_equal, without
         from deploykit.retraining import train
 
@@ -122,7 +122,7 @@ def emptiness(model: nn.Module, channel: Channel, threshold: float) -> float:
     Where several layers read it (a detector's feature map: the next layer and what detects there), the fullest counts:
     a channel that one of them needs is not empty. So it is where several layers write it.
     """
-    from deploykit.pruning.layers import mixes, weight_axis
+    from deploykit.layerwise.channels import mixes, weight_axis
 
     shares: dict[Side, list[float]] = {"out": [], "in": []}
     for (name, side), numbers in channel.items():
@@ -166,8 +166,8 @@ def held_out_loss(model: nn.Module, context: Context, data: DataSet) -> float:
     """The mean loss that the step trains with."""
     import torch
 
+    from deploykit.layerwise.watching import BATCH, evaluating
     from deploykit.losses import TrainBatch, as_tensors, distill_kl
-    from deploykit.pruning.statistics import BATCH, evaluating
 
     loss = context.loss or distill_kl()
     if context.loss is None and context.original is None:

@@ -63,7 +63,7 @@ class Prune:
 
     def __post_init__(self) -> None:
         """Refuses options out of range and criteria that nobody knows."""
-        from deploykit.pruning.units import refuse_budget
+        from deploykit.layerwise.budgets import refuse_budget
 
         refuse_budget(self.amount, self.at_most)
         if not 0.0 < self.most < 1.0:
@@ -84,15 +84,15 @@ class Prune:
         """
         import copy
 
+        from deploykit.layerwise.budgets import COUNTED, LEVELS, WORDS, NotEnough, saving, share_to_save
+        from deploykit.layerwise.channels import mixes, width
         from deploykit.losses import as_tensors
         from deploykit.pruning.budget import fit, ranked
         from deploykit.pruning.compensation import compensated
         from deploykit.pruning.criteria import comparable, criterion, importance
         from deploykit.pruning.criteria.evidence import Evidence
         from deploykit.pruning.groups import find_groups, together
-        from deploykit.pruning.layers import mixes, width
         from deploykit.pruning.surgery import assert_equal, without
-        from deploykit.pruning.units import COUNTED, LEVELS, WORDS, NotEnough, saving, share_to_save
 
         data = context.need("calibration", "prune") if "data" in self.needs else None
         if data is not None and data.labels is None and "labels" in self.needs:

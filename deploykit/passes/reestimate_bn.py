@@ -45,8 +45,8 @@ class ReestimateBn:
         import torch
         from torch.nn.modules.batchnorm import _BatchNorm
 
+        from deploykit.layerwise.watching import evaluating
         from deploykit.losses import as_tensors
-        from deploykit.pruning.statistics import evaluating
 
         data = context.need("calibration", "reestimate_bn")
         if len(data) < 2:

@@ -1,7 +1,7 @@
 """Refit: the weights that pruning left take over what the others did, layer by layer, without labels or training.
 
 He et al. 2017, "Channel Pruning for Accelerating Very Deep Neural Networks", section 3.1, for any mask and on inputs as
-the pruned layers in front have made them (`deploykit.pruning.refit`).
+the pruned layers in front have made them (`deploykit.layerwise.refit`).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Refit:
         Raises:
             DeploykitError: too few calibration samples; layers that the original does not have.
         """
-        from deploykit.pruning.refit import refit
+        from deploykit.layerwise.refit import refit
 
         data = context.need("calibration", "refit")
         if len(data) < LEAST_SAMPLES:

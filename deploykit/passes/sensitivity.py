@@ -62,11 +62,11 @@ class Sensitivity:
             DeploykitError: no data, or no labels where the criterion needs some; a layer that does not exist; a model
                 whose channels cannot be followed, or that has none to take out.
         """
+        from deploykit.layerwise.channels import mixes
         from deploykit.losses import as_tensors
         from deploykit.pruning.criteria import importance
         from deploykit.pruning.criteria.evidence import Evidence
         from deploykit.pruning.groups import find_groups
-        from deploykit.pruning.layers import mixes
         from deploykit.pruning.sensitivity import scan
 
         data = context.need("calibration", "sensitivity")

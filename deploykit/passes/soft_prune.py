@@ -93,8 +93,8 @@ def silence(model: nn.Module, channels: Sequence[Channel]) -> None:
     """Sets the weights and biases that write these channels to zero, in place."""
     import torch
 
+    from deploykit.layerwise.channels import weight_axis
     from deploykit.pruning.groups import together
-    from deploykit.pruning.layers import weight_axis
 
     with torch.no_grad():
         for (name, side), numbers in together(channels).items():

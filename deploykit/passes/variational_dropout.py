@@ -65,7 +65,7 @@ class VariationalDropout:
         from torch import nn
 
         from deploykit.hub.structure import attach_mask
-        from deploykit.pruning.patches import products
+        from deploykit.layerwise.products import products
         from deploykit.retraining import train
 
         trained = copy.deepcopy(model)

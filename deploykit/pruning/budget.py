@@ -9,9 +9,9 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from deploykit.layerwise.budgets import NotEnough
+from deploykit.layerwise.channels import width
 from deploykit.pruning.groups import Channel, Group
-from deploykit.pruning.layers import width
-from deploykit.pruning.units import NotEnough
 
 Scope = Literal["global", "layer"]
 

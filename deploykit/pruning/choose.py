@@ -14,13 +14,14 @@ from deploykit.core.errors import DeploykitError, unknown
 from deploykit.core.patterns import matching
 from deploykit.core.progress import track
 from deploykit.hub.structure import attach_mask, mask_of
+from deploykit.layerwise.covariance import covariances, damped
+from deploykit.layerwise.fisher import fisher
+from deploykit.layerwise.products import matrix, products
 from deploykit.losses import as_tensors
 from deploykit.pruning.criteria import CRITERIA
 from deploykit.pruning.criteria.evidence import Evidence
 from deploykit.pruning.masks import Masks, Scores
-from deploykit.pruning.obs import Matrix, costs, damped
-from deploykit.pruning.patches import matrix, products
-from deploykit.pruning.statistics import covariances, fisher
+from deploykit.pruning.obs import Matrix, costs
 
 OBS = "obs"
 LEAST_SAMPLES = 32

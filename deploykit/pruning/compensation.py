@@ -1,6 +1,6 @@
 """What is lost with channels, the layers that read them make good with those they still read, before the channels go.
 
-He et al. 2017, "Channel Pruning for Accelerating Very Deep Neural Networks", section 3.1 (`deploykit.pruning.refit`).
+He et al. 2017, "Channel Pruning for Accelerating Very Deep Neural Networks", section 3.1 (`deploykit.layerwise.refit`).
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from torch.nn.utils import parametrize
 
 from deploykit.core.data import DataSet
 from deploykit.hub.structure import attach_mask, bake
-from deploykit.pruning.layers import mixes, weight_of
-from deploykit.pruning.refit import refit
+from deploykit.layerwise.channels import mixes, weight_of
+from deploykit.layerwise.refit import refit
 from deploykit.pruning.surgery import Removed, read_by
 
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from deploykit.core.errors import DeploykitError
+from deploykit.layerwise.channels import is_channelwise, mixes
 from deploykit.losses import tensors
-from deploykit.pruning.layers import is_channelwise, mixes
 
 Inputs = Mapping[str, Tensor]
 

@@ -26,19 +26,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from deploykit.core.errors import DeploykitError
+from deploykit.layerwise.channels import Side, axis, groups_of, is_channelwise, mixes, sides, width
+from deploykit.pruning.crop import Port, can_be_cropped, crop
 from deploykit.pruning.flow import Flow, Inputs, follow, written
-from deploykit.pruning.layers import (
-    Port,
-    Side,
-    axis,
-    can_be_cropped,
-    crop,
-    groups_of,
-    is_channelwise,
-    mixes,
-    sides,
-    width,
-)
 
 Channel = Mapping[Port, tuple[int, ...]]
 """What goes if one channel goes: numbers by port."""

@@ -22,8 +22,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-DAMPING = 1e-2
-"""Of the mean variance, added to all: inputs that hardly vary, and covariances of few samples."""
 ROWS = 16
 """That are worked on at a time: each has an inverse of its own."""
 AT_ONCE = 64
@@ -40,12 +38,6 @@ class Matrix:
     """Covariance of the inputs ``[g, k, k]``, damped."""
     fisher: Tensor
     """E[Σ_p (∂L/∂y_p)²] ``[g, o]``."""
-
-
-def damped(h: Tensor) -> Tensor:
-    """H with a share of its mean variance added, ``[g, k, k]``."""
-    mean = h.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-12)
-    return h + DAMPING * mean[:, None, None] * torch.eye(h.shape[1], dtype=h.dtype)
 
 
 def costs(matrix: Matrix, lives: Tensor, room: Tensor | None = None, most: int = 0) -> Tensor:

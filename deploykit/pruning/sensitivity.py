@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from deploykit.core.data import DataSet
 from deploykit.core.progress import track
+from deploykit.layerwise.watching import evaluating
 from deploykit.losses import as_tensors, tensors
 from deploykit.pruning.groups import Group, together
-from deploykit.pruning.statistics import evaluating
 from deploykit.pruning.surgery import without
 
 BATCH = 64

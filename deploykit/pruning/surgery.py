@@ -10,9 +10,10 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from deploykit.core.errors import DeploykitError
+from deploykit.layerwise.channels import groups_of, mixes, weight_axis, weight_of
 from deploykit.losses import tensors
+from deploykit.pruning.crop import Port, crop
 from deploykit.pruning.flow import Inputs
-from deploykit.pruning.layers import Port, crop, groups_of, mixes, weight_axis, weight_of
 
 Removed = Mapping[Port, Sequence[int]]
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from deploykit.core.errors import DeploykitError, unknown
 from deploykit.core.target import Need
+from deploykit.layerwise.channels import groups_of, mixes, weight_axis
 from deploykit.pruning.criteria.activation import activation
 from deploykit.pruning.criteria.bn_scale import bn_scale
 from deploykit.pruning.criteria.chance import chance
@@ -30,8 +31,8 @@ from deploykit.pruning.criteria.oracle import oracle
 from deploykit.pruning.criteria.snip import snip
 from deploykit.pruning.criteria.synflow import ROUNDS, synflow
 from deploykit.pruning.criteria.taylor import taylor
+from deploykit.pruning.crop import Port
 from deploykit.pruning.groups import Channel, Group
-from deploykit.pruning.layers import Port, groups_of, mixes, weight_axis
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from deploykit.layerwise.channels import axis, weight_axis, weight_of, width
 from deploykit.pruning.criteria.evidence import Evidence
 from deploykit.pruning.criteria.reads import reads
-from deploykit.pruning.layers import axis, weight_axis, weight_of, width
 
 
 def activation(model: nn.Module, layers: Sequence[str], evidence: Evidence) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from deploykit.pruning.criteria.evidence import Evidence
-from deploykit.pruning.layers import Port
+from deploykit.pruning.crop import Port
 
 
 def bn_scale(model: nn.Module, layers: Sequence[str], evidence: Evidence) -> dict[Port, Tensor]:

@@ -16,10 +16,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from deploykit.layerwise.channels import axis, mixes
 from deploykit.pruning.criteria.evidence import Evidence
 from deploykit.pruning.criteria.reads import by_example, reads
 from deploykit.pruning.groups import Group
-from deploykit.pruning.layers import axis, mixes
 
 
 def fisher(model: nn.Module, groups: Sequence[Group], evidence: Evidence) -> list[Tensor]:

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from deploykit.layerwise.channels import groups_of, mixes, weight_axis, weight_of
 from deploykit.pruning.criteria.evidence import Evidence
-from deploykit.pruning.layers import Port, groups_of, mixes, weight_axis, weight_of
+from deploykit.pruning.crop import Port
 
 
 def fpgm(model: nn.Module, layers: Sequence[str], evidence: Evidence) -> dict[Port, Tensor]:

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from deploykit.layerwise.channels import weight_of
 from deploykit.pruning.criteria.evidence import Evidence
-from deploykit.pruning.layers import weight_of
 
 
 def hessian(model: nn.Module, layers: Sequence[str], evidence: Evidence) -> dict[str, Tensor]:

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from deploykit.hub.structure import bake
+from deploykit.layerwise.channels import weight_of
 from deploykit.losses import tensors
 from deploykit.pruning.criteria.evidence import Evidence
-from deploykit.pruning.layers import weight_of
 
 ROUNDS = 100
 

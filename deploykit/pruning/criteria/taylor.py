@@ -15,9 +15,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from deploykit.layerwise.channels import axis, mixes
 from deploykit.pruning.criteria.evidence import Evidence
 from deploykit.pruning.criteria.reads import by_example, reads
-from deploykit.pruning.layers import Port, axis, mixes
+from deploykit.pruning.crop import Port
 
 
 def taylor(model: nn.Module, layers: Sequence[str], evidence: Evidence) -> dict[Port, Tensor]:

@@ -82,24 +82,3 @@ def multiplies(layer: Any, x: Tensor, y: Tensor) -> bool:
     if layer.bias is not None:
         found = found + layer.bias.reshape(len(w), 1, -1)
     return bool((found - expected).abs().max() <= TOLERANCE * expected.abs().max())
-
-
-class Stop(Exception):
-    """What was wanted has been computed."""
-
-
-def watch(layer: nn.Module, found: list[tuple[Tensor, Tensor]], calls: int) -> Any:
-    """Notes input and output of every call of a layer; returns the hook's handle.
-
-    Args:
-        layer: the layer.
-        found: filled.
-        calls: after so many the model need not go on: it raises `Stop`.
-    """
-
-    def note(_: nn.Module, given: tuple[Tensor, ...], y: Tensor) -> None:
-        found.append((given[0].detach(), y.detach()))
-        if len(found) == calls:
-            raise Stop
-
-    return layer.register_forward_hook(note)

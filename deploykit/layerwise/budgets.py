@@ -10,7 +10,7 @@ from torch import nn
 from deploykit.core.context import Context
 from deploykit.core.errors import DeploykitError
 from deploykit.core.progress import say
-from deploykit.pruning.layers import mixes, width
+from deploykit.layerwise.channels import mixes, width
 
 Unit = Literal["macs", "params", "bytes", "channels", "artifact", "ms"]
 WORDS: Mapping[Unit, str] = {"artifact": "bytes of the artifact", "ms": "milliseconds"}

@@ -25,10 +25,10 @@ from torch import Tensor, nn
 from deploykit.core.data import DataSet
 from deploykit.core.progress import track
 from deploykit.hub.structure import mask_of
-from deploykit.losses import as_tensors, tensors
-from deploykit.pruning.obs import DAMPING
-from deploykit.pruning.patches import Stop, inputs, matrix, multiplies, outputs, products, watch
-from deploykit.pruning.statistics import BATCH, Covariance, evaluating
+from deploykit.layerwise.covariance import DAMPING, Covariance
+from deploykit.layerwise.products import inputs, matrix, multiplies, outputs, products
+from deploykit.layerwise.watching import BATCH, Stop, evaluating, hooked, watch
+from deploykit.losses import as_tensors
 
 MOST = 4.0
 """By how much variances are stretched at most."""
@@ -165,9 +165,8 @@ def _look(model: nn.Module, data: DataSet) -> tuple[dict[str, int], dict[str, nn
         for m in model.modules()
         if getattr(m, "running_mean", None) is not None
     ]
-    model(**as_tensors(next(data.batches(1)).inputs))
-    for hook in hooks:
-        hook.remove()
+    with hooked(hooks):
+        model(**as_tensors(next(data.batches(1)).inputs))
     calls |= dict.fromkeys(others, 0)
     return calls, {name: found[0] for name, found in norms.items() if len(found) == calls[name] == 1}
 
@@ -187,15 +186,3 @@ def _both(
             hook.remove()
             pairs.append(seen)
         yield from zip(*pairs, strict=True)
-
-
-def error(model: nn.Module, original: nn.Module, data: DataSet) -> float:
-    """E |z' - z|² / E |z|², summed over the outputs."""
-    noise, power = 0.0, 0.0
-    with evaluating(model), evaluating(original), torch.no_grad():
-        for batch in data.batches(BATCH):
-            given = as_tensors(batch.inputs)
-            for ours, z in zip(tensors(model(**given)), tensors(original(**given)), strict=True):
-                noise += float((ours - z).double().square().sum())
-                power += float(z.double().square().sum())
-    return noise / max(power, 1e-300)

@@ -1,19 +1,18 @@
-"""The layers whose channels can be taken out: what they read, what they write, and what becomes of their tensors."""
+"""Channels taken out of layers, and what becomes of the layers' tensors."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
 from deploykit.hub.structure import mask_of
-
-Side = Literal["in", "out"]
+from deploykit.layerwise.channels import Side, is_depthwise, sides, weight_axis, width
 
 
 class Port(NamedTuple):
@@ -21,66 +20,6 @@ class Port(NamedTuple):
 
     layer: str
     side: Side
-
-
-def mixes(layer: nn.Module) -> bool:
-    """Whether the layer makes its output channels from all (or a group) of its input channels."""
-    return isinstance(layer, (nn.Linear, nn.Embedding)) or (isinstance(layer, _ConvNd) and not _depthwise(layer))
-
-
-def is_channelwise(layer: nn.Module) -> bool:
-    """Whether the layer has parameters or statistics per channel and keeps channels apart."""
-    if isinstance(layer, nn.PReLU):
-        return layer.num_parameters > 1
-    if isinstance(layer, _NormBase):
-        return layer.affine or layer.track_running_stats
-    return isinstance(layer, _ConvNd) and _depthwise(layer)
-
-
-def sides(layer: nn.Module) -> tuple[Side, ...]:
-    """The ports that a layer has."""
-    return ("in", "out") if mixes(layer) else ("in",)
-
-
-def weight_of(layer: nn.Module) -> Tensor:
-    """The weight of a layer, as it computes with it."""
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    return weight
-
-
-def _depthwise(layer: _ConvNd) -> bool:
-    return layer.groups == layer.in_channels > 1
-
-
-def axis(layer: nn.Module, tensor: Tensor) -> int:
-    """The dimension of what a layer reads or writes that counts its channels."""
-    return tensor.ndim - 1 if isinstance(layer, (nn.Linear, nn.Embedding)) else min(1, tensor.ndim - 1)
-
-
-def width(layer: nn.Module, side: Side) -> int:
-    """How many channels a layer takes or gives there; an embedding takes none."""
-    if isinstance(layer, nn.Linear):
-        return layer.in_features if side == "in" else layer.out_features
-    if isinstance(layer, nn.Embedding):
-        return 0 if side == "in" else layer.embedding_dim
-    if isinstance(layer, _ConvNd):
-        return layer.in_channels if side == "in" else layer.out_channels
-    if isinstance(layer, nn.PReLU):
-        return layer.num_parameters
-    assert isinstance(layer, _NormBase)
-    return layer.num_features
-
-
-def groups_of(layer: nn.Module) -> int:
-    """In how many groups a convolution splits its channels; all groups must stay equally wide."""
-    return layer.groups if isinstance(layer, _ConvNd) and not _depthwise(layer) else 1
-
-
-def weight_axis(layer: nn.Module, side: Side) -> int:
-    """The dimension of the weight that counts the channels of one side (within a group where there are several)."""
-    inputs_first = isinstance(layer, (nn.Embedding, _ConvTransposeNd))
-    return int((side == "in") != inputs_first)
 
 
 def can_be_cropped(layer: nn.Module) -> bool:
@@ -123,7 +62,7 @@ def crop(model: nn.Module, removed: Mapping[Port, Iterable[int]]) -> None:
 
 
 def _crop_convolution(layer: _ConvNd, kept: Mapping[Side, Tensor]) -> None:
-    if _depthwise(layer):
+    if is_depthwise(layer):
         read = kept["in"]
         multiplier = layer.out_channels // layer.in_channels
         written = (read[:, None] * multiplier + torch.arange(multiplier)).flatten()
