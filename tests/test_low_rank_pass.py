@@ -22,6 +22,8 @@ from deploykit.core.recipe import Recipe, Step
 from deploykit.cost import cost
 from deploykit.hub.structure import attach_mask
 from deploykit.low_rank.factored import Factored
+from deploykit.low_rank.forms import decomposed, merged
+from deploykit.low_rank.surgery import factors_of
 from deploykit.models import load_model, save_compressed
 from tests.pruned import answers, relative_error, settled
 
@@ -263,11 +265,43 @@ def test_weights_that_belong_to_others_are_left_alone_and_refused_by_name(change
         run(model, amount=0.05, layers=("conv",))
 
 
-def test_a_decomposed_network_is_decomposed_further_where_it_is_whole_yet() -> None:
+def test_what_another_form_made_is_left_as_it_is() -> None:
     model = net()
-    first: Any = run(model, amount=0.1, layers=("conv",))
+    first: Any = run(model, amount=0.05, layers=("conv",), form="tucker")
     again: Any = run(first, context(first), amount=0.02)
-    assert again.conv.ranks == first.conv.ranks and isinstance(again.stem, Factored) | isinstance(again.head, Factored)
+    assert again.conv.form == "tucker" and again.conv.ranks == first.conv.ranks
+    assert isinstance(again.stem, Factored) or isinstance(again.head, Factored)
+
+
+@pytest.mark.parametrize("form", ["channel", "tucker"])
+@pytest.mark.parametrize("method", ["data", "equal_error"])
+def test_layers_are_taken_up_again_and_the_share_counts_from_what_came(form: Any, method: str) -> None:
+    def params(network: nn.Module) -> int:
+        return sum(p.numel() for p in network.parameters())
+
+    model = net()
+    first = run(model, amount=0.1, form=form, method=method)
+    again = run(first, context(first), amount=0.1, form=form, method=method)
+    assert params(again) <= 0.9 * params(first) and factors_of(again) != factors_of(first)
+    kept = run(first, context(first), amount=0.05, form=form, method=method, skip=tuple(factors_of(first)))
+    assert all(factors_of(kept)[name] == own for name, own in factors_of(first).items())
+
+
+@pytest.mark.parametrize("form", ["channel", "tucker"])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_factors_made_whole_again_compute_what_they_did(form: str, bias: bool, groups: int) -> None:
+    if form == "tucker" and groups > 1:
+        return
+    layer = nn.Conv2d(4, 6, 3, stride=2, padding=1, groups=groups, bias=bias)
+    for one, ranks, x in (
+        (layer, (2, 1) if form == "channel" else (3, 2), torch.randn(2, 4, 7, 7)),
+        *([(nn.Linear(5, 4, bias=bias), (1, 2), torch.randn(3, 5))] if form == "channel" else []),
+    ):
+        factors: Any = decomposed(one, form, ranks)
+        back: Any = merged(factors)
+        assert type(back) is type(one) and back.weight.shape == one.weight.shape
+        torch.testing.assert_close(back(x), factors(x), rtol=1e-5, atol=1e-5)
 
 
 # ------------------------------------------------------------------ what it refuses

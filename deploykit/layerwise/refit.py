@@ -78,7 +78,8 @@ def stretched(name: str, layer: nn.Module, given: LeastSquares) -> Tensor:
 def refit(pruned: nn.Module, original: nn.Module, data: DataSet, solve: Solve = stretched) -> nn.Module:
     """A copy of the pruned network whose layers do what is left to them as well as they can.
 
-    Layers whose classes do more than multiply (pad in forward, scale weights) stay as they are.
+    Layers whose classes do more than multiply (pad in forward, scale weights) stay as they are, and so do those that
+    the original does not have (factors).
 
     Args:
         pruned: with the layers of the original, some weights masked; not changed.
@@ -91,7 +92,7 @@ def refit(pruned: nn.Module, original: nn.Module, data: DataSet, solve: Solve = 
     with evaluating(model), evaluating(original), torch.no_grad():
         calls, shifts = _look(model, data)
         for name, layer in track(list(products(model).items()), "refit: layers"):
-            if calls[name]:
+            if calls[name] and name in theirs:  # a decomposed layer has no counterpart
                 moments = Moments()
                 for (x, _), (_, y) in _both(model, layer, original, theirs[name], data, calls[name]):
                     moments.add(inputs(layer, x), outputs(layer, y))

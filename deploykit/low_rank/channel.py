@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from deploykit.low_rank.factored import Place, Ranks, Shape, carrier, mixing, shape_of
 
 RUNS_AT: tuple[Place, ...] = ("out", "out")
-CHANGES_KERNEL = False
+KERNEL: int | None = 0
 
 
 def slices(shape: Shape) -> list[int]:

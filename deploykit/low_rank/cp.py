@@ -22,7 +22,7 @@ from deploykit.low_rank.factored import Place, Ranks, Shape, mixing, shape_of
 from deploykit.low_rank.spatial import along
 
 RUNS_AT: tuple[Place, ...] = ("in", "mid", "out", "out")
-CHANGES_KERNEL = True
+KERNEL: int | None = None
 LOOKS = 8
 """Ranks that are tried per layer, at most."""
 TURNS = 50

@@ -63,16 +63,17 @@ def obstacles(model: nn.Module, seen: Mapping[str, Seen], form: str) -> dict[str
         DeploykitError: weights that are not finite.
     """
     held = untouchable(model)
-    inside = {f"{name}.{i}" for name, m in model.named_modules() if isinstance(m, Factored) for i in range(len(m))}
-    found = {}
+    factors = {name for name, m in model.named_modules() if isinstance(m, Factored)}
+    found = dict.fromkeys(sorted(factors), "it is decomposed already")
     for name, layer in products(model).items():
+        if name.rpartition(".")[0] in factors:
+            continue
         if not all(bool(torch.isfinite(p).all()) for p in layer.parameters()):
             raise DeploykitError(
                 f"low_rank: the weights of layer '{name}' are not all finite; train or load them again"
             )
         found[name] = (
-            "it is part of a decomposed layer" if name in inside
-            else "it is the whole model" if not name
+            "it is the whole model" if not name
             else held[name] if name in held
             else "it is pruned: its zeros would be lost" if mask_of(layer, "weight") is not None
             else "the network does not call it, or reads its weight without calling it" if name not in seen

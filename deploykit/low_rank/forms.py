@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from deploykit.core.errors import DeploykitError, unknown
 from deploykit.low_rank import channel, cp, spatial, tucker
-from deploykit.low_rank.factored import Factored, Place, Ranks, Shape, shape_of
+from deploykit.low_rank.factored import Factored, Place, Ranks, Shape, carrier, shape_of
 
 
 class Form(Protocol):
@@ -22,8 +22,8 @@ class Form(Protocol):
         ...
 
     @property
-    def CHANGES_KERNEL(self) -> bool:
-        """Whether no factor has the layer's kernel as a whole: what its class does in forward would be lost."""
+    def KERNEL(self) -> int | None:
+        """Which factor has the layer's kernel as a whole; None: none, and what its class does in forward is lost."""
         ...
 
     def full(self, shape: Shape, /) -> Ranks:
@@ -82,7 +82,7 @@ def refusal(layer: Any, form: str) -> str:
         return f"it has groups, which {form} does not"
     if shape.taps == 1:
         return f"it is 1x1: {form} has nothing to separate"
-    if form_of(form).CHANGES_KERNEL and type(layer).forward is not nn.Conv2d.forward:
+    if form_of(form).KERNEL is None and type(layer).forward is not nn.Conv2d.forward:
         return f"its class has a forward of its own, which {form} would lose"
     return ""
 
@@ -120,3 +120,24 @@ def decomposed(layer: Any, form: str, ranks: Ranks) -> Factored:
         if layer.bias is not None:
             made[-1].bias.copy_(layer.bias)  # type: ignore[operator]
     return made
+
+
+def merged(factors: Factored) -> nn.Module:
+    """The layer that factors stand for, with the weight that they make.
+
+    Raises:
+        DeploykitError: no factor has the layer's kernel.
+    """
+    form, own = form_of(factors.form), vars(factors)
+    if form.KERNEL is None:
+        raise DeploykitError(f"factors of the form {factors.form} cannot be made one layer again")
+    if "in_channels" in own:
+        c, f, g = own["in_channels"], own["out_channels"], own["groups"]
+    else:
+        c, f, g = own["in_features"], own["out_features"], 1
+    made: Any = factors
+    layer: Any = carrier(made[form.KERNEL], c, f, g)
+    with torch.no_grad():
+        layer.weight.copy_(form.merge([factor.weight.double() for factor in made], g, factors.ranks))
+    layer.bias = made[-1].bias
+    return layer  # type: ignore[no-any-return]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from deploykit.low_rank.factored import Place, Ranks, Shape, shape_of
 
 RUNS_AT: tuple[Place, ...] = ("mid", "out")
-CHANGES_KERNEL = True
+KERNEL: int | None = None
 LOOKS = 32
 """Ranks that are tried per layer, at most."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from deploykit.core.errors import DeploykitError
 from deploykit.losses import tensors
 from deploykit.low_rank.factored import Factored, Ranks
-from deploykit.low_rank.forms import decomposed, empty
+from deploykit.low_rank.forms import decomposed, empty, form_of, merged
 
 
 def replaced(model: nn.Module, form: str, ranks: Mapping[str, Ranks]) -> nn.Module:
@@ -19,6 +19,23 @@ def replaced(model: nn.Module, form: str, ranks: Mapping[str, Ranks]) -> nn.Modu
     made = copy.deepcopy(model)
     for name, own in ranks.items():
         made.set_submodule(name, decomposed(made.get_submodule(name), form, own))
+    return made
+
+
+def decomposed_in(model: nn.Module, form: str) -> list[str]:
+    """Decomposed layers that can be made whole again, to be decomposed anew in the same form."""
+    if form_of(form).KERNEL is None:
+        return []
+    return [name for name, m in model.named_modules() if isinstance(m, Factored) and m.form == form]
+
+
+def whole_again(model: nn.Module, names: Iterable[str]) -> nn.Module:
+    """A copy of the network whose decomposed layers are single ones, with the weights that their factors make."""
+    made = copy.deepcopy(model)
+    for name in names:
+        factors = made.get_submodule(name)
+        assert isinstance(factors, Factored)
+        made.set_submodule(name, merged(factors))
     return made
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from deploykit.low_rank.factored import Place, Ranks, Shape, carrier, mixing, shape_of
 
 RUNS_AT: tuple[Place, ...] = ("in", "out", "out")
-CHANGES_KERNEL = False
+KERNEL: int | None = 1
 LOOKS = 8
 """Ranks that are tried per side, at most."""
 TURNS = 4

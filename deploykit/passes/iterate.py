@@ -1,4 +1,4 @@
-"""Iterative pruning: rank, prune, train, again and again, until so much is gone.
+"""Iterative compression: prune or decompose, train, again and again, until so much is gone.
 
     s_t  =  s (1 - (1 - t/n)³)        cubic: Zhu & Gupta 2018, "To prune, or not to prune", equation 1
     s_t  =  s t/n                     linear
@@ -31,11 +31,11 @@ TUNED = 0.1
 
 @dataclass(frozen=True)
 class Iterate:
-    """Prunes in rounds and trains after each."""
+    """Compresses in rounds and trains after each."""
 
     amount: float
     """What is gone in the end, as the step counts it; 0 < amount < 1."""
-    step: Literal["sparsify", "prune"] = "sparsify"
+    step: Literal["sparsify", "prune", "low_rank"] = "sparsify"
     options: Mapping[str, Any] = field(default_factory=dict)
     """Of the step, but for how much it takes."""
     rounds: int = 5
@@ -49,7 +49,7 @@ class Iterate:
 
     stage: ClassVar[Stage] = "model"
     needs: ClassVar[tuple[Need, ...]] = ("train",)
-    pays_if: ClassVar[tuple[Profit, ...]] = ("structured", "unstructured", "small_file")
+    pays_if: ClassVar[tuple[Profit, ...]] = ("structured", "low_rank", "unstructured", "small_file")
 
     def __post_init__(self) -> None:
         """Refuses settings that cannot train, and what cannot be rewound."""
@@ -57,11 +57,11 @@ class Iterate:
             raise ValueError("amount must lie between 0 and 1, rounds and steps must be 1 or more, dense 0 or more")
         if not self.learning_rate > 0:
             raise ValueError("learning_rate must be above 0")
-        if self.step == "prune" and self.rewind in ("weights", "random"):
-            raise ValueError("weights of a narrower network cannot be rewound; rewind nothing or the learning_rate")
+        if self.step != "sparsify" and self.rewind in ("weights", "random"):
+            raise ValueError("weights of other shapes cannot be rewound; rewind nothing or the learning_rate")
 
     def __call__(self, model: nn.Module, context: Context) -> nn.Module:
-        """A pruned and trained copy of the model.
+        """A compressed and trained copy of the model.
 
         Raises:
             DeploykitError: as the step raises them; wrong options of the step.
@@ -69,21 +69,21 @@ class Iterate:
         from deploykit import passes
         from deploykit.retraining import train
 
-        pruned = copy.deepcopy(model)
-        steps = [passes.build(step) for step in self.sparse_steps(pruned, context)]  # refused before any work
+        made = copy.deepcopy(model)
+        steps = [passes.build(step) for step in self.each_round(made, context)]  # refused before any work
         if self.dense:
-            train(pruned, context, "iterate", self.dense, self.learning_rate)
+            train(made, context, "iterate", self.dense, self.learning_rate)
         for number, step in enumerate(steps):
-            pruned = step(pruned, context)
-            rewind(pruned, model, self.rewind, context.seed + number)
+            made = step(made, context)
+            rewind(made, model, self.rewind, context.seed + number)
             rate = self.learning_rate * (TUNED if self.rewind == "nothing" else 1.0)
-            train(pruned, context, "iterate", self.steps, rate)
-        return pruned
+            train(made, context, "iterate", self.steps, rate)
+        return made
 
-    def sparse_steps(self, model: nn.Module, context: Context) -> list[Step]:
+    def each_round(self, model: nn.Module, context: Context) -> list[Step]:
         """The step of every round.
 
-        Zeros are counted of the whole. Layers become narrower from round to round, so there it is what may be left.
+        Zeros are counted of the whole. Layers become smaller from round to round, so there it is what may be left.
         """
         key = "sparsity" if self.step == "sparsify" else "amount"
         for taken in (key, "at_most"):
@@ -93,8 +93,9 @@ class Iterate:
             return [Step("sparsify", {**self.options, "sparsity": amount}) for amount in self.amounts()]
         from deploykit.layerwise.budgets import size
 
-        whole = size(self.options.get("of", "macs"), context, "iterate")(model)
-        return [Step("prune", {**self.options, "at_most": whole * (1 - amount)}) for amount in self.amounts()]
+        unit = self.options.get("of", "macs" if self.step == "prune" else "params")
+        whole = size(unit, context, "iterate")(model)
+        return [Step(self.step, {**self.options, "at_most": whole * (1 - amount)}) for amount in self.amounts()]
 
     def amounts(self) -> list[float]:
         """What is gone after each round."""

@@ -9,7 +9,7 @@ factors that save what is budgeted are taken; a layer that is not called by itse
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -45,7 +45,7 @@ class LowRank:
     milliseconds that it takes here."""
     method: Literal["auto", "data", "alds", "equal_error", "constant", "energy", "pca", "l_rank"] = "auto"
     """How ranks are chosen (`deploykit.low_rank.methods`). auto: data where there are 32 calibration samples or more,
-    else alds."""
+    else equal_error."""
     form: Literal["channel", "spatial", "tucker", "cp"] = "channel"
     """What layers become."""
     slices: int = 0
@@ -98,7 +98,11 @@ class LowRank:
         if not context.example:
             raise DeploykitError("low_rank: the context has no example to run the model with")
         method, unit = self._method(context), COUNTED.get(self.of, self.of)
-        amount = share_to_save(self.amount, self.at_most, self.of, model, context, "low_rank")
+        given, model = model, self._whole_again(model)
+        amount, at_most = self.amount, self.at_most
+        if model is not given and amount is not None:  # a share of the network as it came, not made whole
+            amount, at_most = None, (1.0 - amount) * size(self.of, context, "low_rank")(given)
+        amount = share_to_save(amount, at_most, self.of, model, context, "low_rank")
         inputs = as_tensors(context.example)
         seen = look(model, inputs)
         whys = obstacles(model, seen, self.form)
@@ -114,10 +118,10 @@ class LowRank:
         cost = attrgetter(unit)
         tables = select.saving(every, cost)
         choose = partial(methods.choose, method, cost, self.seeds, context.seed)
-        share = saving(self.of, model, context, "low_rank")
+        saves = saving(self.of, model, context, "low_rank")
 
         def saved(ranks: Mapping[str, Ranks]) -> float:
-            return share(replaced(model, self.form, ranks))
+            return saves(replaced(model, self.form, ranks))
 
         try:
             if unit == self.of:
@@ -135,10 +139,28 @@ class LowRank:
             fit = fitted(model, self.form, ranks, matters, set(untouchable(model)), data)
         made = replaced(fit, self.form, ranks)
         assert_runs(made, inputs)
-        context.note(self._ranks(choice, tables, whys, _removed(model, made, context)))
+        context.note(self._ranks(choice, tables, whys, _removed(given, made, context)))
         if self.form == "channel":
             context.note(_decay(repr(self), tables))
         return made
+
+    def _whole_again(self, model: nn.Module) -> nn.Module:
+        """The model, its layers that are decomposed in this form already in one piece if they may be decomposed."""
+        from deploykit.layerwise.products import products
+        from deploykit.low_rank.surgery import decomposed_in, whole_again
+
+        again = set(decomposed_in(model, self.form))
+        again &= self._wanted(products(whole_again(model, again)))
+        return whole_again(model, again) if again else model
+
+    def _wanted(self, known: Iterable[str]) -> set[str]:
+        """The layers that may be decomposed, of all.
+
+        Raises:
+            DeploykitError: a pattern that matches none.
+        """
+        wanted = matching("layer", self.layers, known) if self.layers else set(known)
+        return wanted - matching("layer", self.skip, known)
 
     def _decomposable(self, whys: Mapping[str, str]) -> list[str]:
         """The layers that may be decomposed and can be.
@@ -152,9 +174,7 @@ class LowRank:
         for name in self.layers:
             if whys.get(name):
                 raise DeploykitError(f"low_rank: layer '{name}' cannot be decomposed: {whys[name]}")
-        wanted = (matching("layer", self.layers, whys) if self.layers else set(whys)) - matching(
-            "layer", self.skip, whys
-        )
+        wanted = self._wanted(whys)
         found = [name for name, why in whys.items() if name in wanted and not why]
         if not found:
             reasons = some([f"'{name}': {whys[name] or 'left out'}" for name in whys], 4) or "it has no such layers"
@@ -169,14 +189,13 @@ class LowRank:
         """
         samples = len(context.data["calibration"]) if "calibration" in context.data else 0
         if self.method == "auto":
-            weights_alone = "alds" if self.form == "channel" else "equal_error"
-            return "data" if samples >= LEAST_SAMPLES else weights_alone
+            return "data" if samples >= LEAST_SAMPLES else "equal_error"
         if "data" in self.needs:
             context.need("calibration", "low_rank")
             if samples < LEAST_SAMPLES:
                 raise DeploykitError(
                     f"low_rank: method '{self.method}' needs at least {LEAST_SAMPLES} calibration samples; there are "
-                    f"{samples}. alds needs none."
+                    f"{samples}. equal_error needs none."
                 )
         return self.method
 
