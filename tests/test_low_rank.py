@@ -311,7 +311,7 @@ def test_choices_that_save_nothing_are_left_out() -> None:
     assert least(found, params) == 13
 
 
-@pytest.mark.parametrize("method", ["data", "alds", "equal_error", "constant", "energy", "pca", "l_rank"])
+@pytest.mark.parametrize("method", ["data", "weights", "alds", "equal_error", "constant", "energy", "pca", "l_rank"])
 def test_every_method_meets_its_budget(method: Any) -> None:
     tables = tables_of(5)
     for budget in (45.0, 100.0, 170.0, 180.0):

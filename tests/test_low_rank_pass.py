@@ -84,7 +84,7 @@ def run(model: nn.Module, here: Context | None = None, **options: Any) -> nn.Mod
 # ------------------------------------------------------------------ budgets
 
 
-@pytest.mark.parametrize("method", ["data", "alds", "equal_error", "constant", "energy", "pca", "l_rank"])
+@pytest.mark.parametrize("method", ["data", "weights", "alds", "equal_error", "constant", "energy", "pca", "l_rank"])
 @pytest.mark.parametrize("of", ["params", "macs", "bytes"])
 def test_at_least_the_share_goes_and_the_model_is_not_changed(method: str, of: str) -> None:
     model = net()
@@ -194,7 +194,7 @@ def test_the_same_seed_gives_the_same_ranks_and_weights() -> None:
 def test_without_32_samples_weights_alone_decide() -> None:
     model, notes = net(), list[Finding]()
     here = context(model, pictures(31), note=notes.append)
-    automatic, weights = (run(model, here, amount=0.3, method=m).state_dict() for m in ("auto", "alds"))
+    automatic, weights = (run(model, here, amount=0.3, method=m).state_dict() for m in ("auto", "weights"))
     assert all(torch.equal(v, weights[k]) for k, v in automatic.items())
 
 

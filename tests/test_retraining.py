@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,11 +16,15 @@ from deploykit.core.context import Context
 from deploykit.core.data import DataSet
 from deploykit.core.errors import DeploykitError
 from deploykit.core.recipe import TrainSettings
+from deploykit.cost import cost
 from deploykit.layerwise.products import products
+from deploykit.layerwise.refit import refit
 from deploykit.losses import cross_entropy
+from deploykit.low_rank.surgery import factors_of
 from deploykit.passes.dsd import Dsd, smallest
 from deploykit.passes.finetune import Finetune
 from deploykit.passes.iterate import Iterate, rewind
+from deploykit.passes.low_rank import LowRank
 from deploykit.passes.sparsify import Sparsify
 from deploykit.trainer import Trainer
 
@@ -129,6 +134,28 @@ def test_an_untrained_model_is_trained_first_where_a_ticket_is_drawn() -> None:
 def test_what_makes_no_sense_is_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"must|cannot"):
         Iterate(**options)
+
+
+def test_layers_are_decomposed_to_lower_ranks_round_by_round() -> None:
+    original, context = trained(), here(labels=True)
+    counted = replace(context, cost=lambda module: cost(module, context.example))
+    found = Iterate(0.3, step="low_rank", options={"multiple": 1}, rounds=2, steps=60, learning_rate=1e-2)(
+        original, counted
+    )
+    numbers = [sum(p.numel() for p in network.parameters()) for network in (original, found)]
+    assert numbers[1] <= 0.7 * numbers[0] and factors_of(found)
+    alone = LowRank(0.3, multiple=1)(original, counted)
+    assert accuracy(found) > accuracy(alone)
+
+
+def test_behind_low_rank_refit_leaves_factors_as_they_are() -> None:
+    original, data = trained(), blobs(64)
+    counted = replace(here(original), cost=lambda module: cost(module, {"input": torch.zeros(2, 8).numpy()}))
+    made = LowRank(0.2, multiple=1, layers=("0",))(original, counted)
+    fitted = refit(made, original, data)
+    own = {name for name in made.state_dict() if name.startswith("0.")}
+    assert all(torch.equal(fitted.state_dict()[name], made.state_dict()[name]) for name in own)
+    assert not torch.equal(fitted.state_dict()["2.weight"], made.state_dict()["2.weight"])
 
 
 def test_the_share_of_the_step_itself_cannot_be_set() -> None:

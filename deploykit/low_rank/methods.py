@@ -1,13 +1,14 @@
 """Ways of choosing ranks by name: what an error is, how many slices there may be, and how errors are balanced.
 
 - ``data``: the least sum of what outputs lose on data, by what that costs the network.
+- ``weights``: the least sum of the squared errors of all weights, k free.
 - ``alds``: Liebenwein et al. 2021, algorithm 1, with its largest relative error; ``equal_error``: its optimum.
 - ``constant``: the same share of every layer.
 - ``energy``: the same share of the squared singular values is left of every layer (Alvarez & Salzmann 2017,
   "Compression-aware Training of Deep Networks").
 - ``pca``: the largest product over layers of the share of the responses' energy that is left (Zhang et al. 2015,
   "Accelerating Very Deep Convolutional Networks for Classification and Detection", section 3.3).
-- ``l_rank``: the least sum of squared errors of all weights (Idelbayev & Carreira-Perpiñán 2020, "Low-rank Compression
+- ``l_rank``: the same as ``weights`` with k = 1 (Idelbayev & Carreira-Perpiñán 2020, "Low-rank Compression
   of Neural Nets: Learning the Rank of Each Layer", the C step).
 """
 
@@ -29,7 +30,7 @@ from deploykit.layerwise.products import matrix
 from deploykit.low_rank.select import Choice, Number, Tables, alternate, equal_error, equal_ratio, least_sum, spent
 from deploykit.low_rank.tables import Candidate, Norm
 
-Method = Literal["data", "alds", "equal_error", "constant", "energy", "pca", "l_rank"]
+Method = Literal["data", "weights", "alds", "equal_error", "constant", "energy", "pca", "l_rank"]
 SEES_DATA = ("data", "pca")
 ONE_SLICE = ("constant", "energy", "pca", "l_rank")
 """Of the singular value decomposition as a whole."""

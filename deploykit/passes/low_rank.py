@@ -43,9 +43,9 @@ class LowRank:
     of: Literal["params", "macs", "bytes", "artifact", "ms"] = "params"
     """What is saved: parameters, multiply-accumulates, bytes of the float weights, bytes of the exported file, or
     milliseconds that it takes here."""
-    method: Literal["auto", "data", "alds", "equal_error", "constant", "energy", "pca", "l_rank"] = "auto"
+    method: Literal["auto", "data", "weights", "alds", "equal_error", "constant", "energy", "pca", "l_rank"] = "auto"
     """How ranks are chosen (`deploykit.low_rank.methods`). auto: data where there are 32 calibration samples or more,
-    else equal_error."""
+    else weights."""
     form: Literal["channel", "spatial", "tucker", "cp"] = "channel"
     """What layers become."""
     slices: int = 0
@@ -74,7 +74,7 @@ class LowRank:
         if self.seeds < 1:
             raise ValueError(f"seeds must be at least 1, given {self.seeds}")
         if self.form != "channel" and (self.slices or self.method == "alds"):
-            raise ValueError(f"slices and alds are of the form channel; {self.form} has none: use equal_error")
+            raise ValueError(f"slices and alds are of the form channel; {self.form} has none: use weights")
         object.__setattr__(self, "needs", ("data",) if self.method in ("data", "pca") else ())
 
     def __call__(self, model: nn.Module, context: Context) -> nn.Module:
@@ -101,7 +101,8 @@ class LowRank:
         given, model = model, self._whole_again(model)
         amount, at_most = self.amount, self.at_most
         if model is not given and amount is not None:  # a share of the network as it came, not made whole
-            amount, at_most = None, (1.0 - amount) * size(self.of, context, "low_rank")(given)
+            at_most = (1.0 - amount) * size(self.of, context, "low_rank")(given)
+            amount = None
         amount = share_to_save(amount, at_most, self.of, model, context, "low_rank")
         inputs = as_tensors(context.example)
         seen = look(model, inputs)
@@ -189,13 +190,13 @@ class LowRank:
         """
         samples = len(context.data["calibration"]) if "calibration" in context.data else 0
         if self.method == "auto":
-            return "data" if samples >= LEAST_SAMPLES else "equal_error"
+            return "data" if samples >= LEAST_SAMPLES else "weights"
         if "data" in self.needs:
             context.need("calibration", "low_rank")
             if samples < LEAST_SAMPLES:
                 raise DeploykitError(
                     f"low_rank: method '{self.method}' needs at least {LEAST_SAMPLES} calibration samples; there are "
-                    f"{samples}. equal_error needs none."
+                    f"{samples}. weights needs none."
                 )
         return self.method
 
