@@ -15,6 +15,7 @@ import typer
 
 from deploykit.core.errors import DeploykitError
 from deploykit.core.precision import PRECISIONS
+from deploykit.dkz.commands import pack, unpack
 from deploykit.options import (
     Calib,
     Crop,
@@ -464,6 +465,10 @@ def demo(out: Out = Path("demo"), device: Device = None, overwrite: Overwrite = 
     from deploykit.demo import run
 
     show_exported(run(out, overwrite, device), as_json)
+
+
+app.command()(pack)
+app.command()(unpack)
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:

@@ -75,8 +75,8 @@ def folder_in_place(destination: Path, overwrite: bool = False) -> Iterator[Path
                 parent.rmdir()
 
 
-def write_in_place(path: Path, text: str) -> None:
-    """Writes a text file (UTF-8) that is there completely or not at all.
+def write_in_place(path: Path, content: str | bytes) -> None:
+    """Writes a file (text as UTF-8) that is there completely or not at all.
 
     Raises:
         DeploykitError: the disk is full or not writable.
@@ -84,7 +84,7 @@ def write_in_place(path: Path, text: str) -> None:
     work = path.with_name(f".{path.name}.deploykit-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        work.write_text(text, encoding="utf-8")
+        work.write_bytes(content.encode() if isinstance(content, str) else content)
         work.replace(path)
     except OSError as error:
         with contextlib.suppress(OSError):

@@ -1,0 +1,143 @@
+"""Canonical Huffman codes (Huffman 1952, "A Method for the Construction of Minimum-Redundancy Codes"), in lanes.
+
+Codes are numbered by length, then by symbol, so that the lengths say all (Schwartz & Kallick 1964, "Generating a
+canonical prefix encoding"). None is longer than 12 bits, by package-merge (Larmore & Hirschberg 1990, "A fast algorithm
+for optimal length-limited Huffman codes"): one look at a table then decodes a symbol.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deploykit.core.errors import DeploykitError
+from deploykit.dkz.lanes import WORD, lanes
+
+LONGEST = 12
+NONE = np.zeros(0, np.int64)
+
+
+def table(counts: NDArray[np.int64]) -> NDArray[np.uint8]:
+    """Bits of every symbol's code, the least in all of those within LONGEST; 0 where it does not occur.
+
+    Args:
+        counts: by symbol ``[n]``; at most 2¹² symbols occur.
+    """
+    present = np.flatnonzero(counts)
+    found = np.zeros(len(counts), np.uint8)
+    if len(present) < 2:
+        found[present] = 1
+        return found
+    order = present[np.argsort(counts[present], kind="stable")]
+    levels, packages = [], counts[:0]
+    for _ in range(LONGEST):
+        coins = np.concatenate([counts[order], packages])
+        rising = np.argsort(coins, kind="stable")
+        levels.append(rising < len(order))
+        coins = coins[rising]
+        packages = coins[: len(coins) // 2 * 2].reshape(-1, 2).sum(1)
+    taken = 2 * len(order) - 2
+    for single in reversed(levels):  # the cheapest coins; packages among them are two of the level below
+        leaves = int(np.count_nonzero(single[:taken]))
+        found[order[:leaves]] += 1
+        taken = 2 * (taken - leaves)
+    return found
+
+
+def size(counts: NDArray[np.int64]) -> float:
+    """Bits of a stream with these counts, without its table."""
+    return float((counts * table(counts)).sum())
+
+
+def codes(length: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """The canonical code of every symbol.
+
+    Raises:
+        DeploykitError: no prefix code has these lengths.
+    """
+    used = length[length > 0]
+    if not len(used) or used.max() > LONGEST or (2.0 ** -used.astype(float)).sum() > 1.0:
+        raise DeploykitError("a table of code lengths is no prefix code")
+    found, code = np.zeros(len(length), np.int64), 0
+    for bits in range(1, LONGEST + 1):
+        own = np.flatnonzero(length == bits)
+        found[own] = code + np.arange(len(own))
+        code = (code + len(own)) << 1
+    return found
+
+
+def encode(streams: Sequence[NDArray[Any]], tables: Sequence[NDArray[np.uint8]]) -> bytes:
+    """The words, little-endian uint16, in the order in which `decode` asks for them.
+
+    Args:
+        streams: symbols, ``[n]`` each.
+        tables: of `table`, for each.
+    """
+    deal = lanes([len(s) for s in streams])
+    pairs = [(s, length.astype(np.int64), codes(length)) for s, length in zip(streams, tables, strict=True) if len(s)]
+    bits = np.concatenate([length[s] for s, length, _ in pairs] or [NONE])
+    code = np.concatenate([code[s] for s, _, code in pairs] or [NONE])
+    n, size = len(deal.stream), len(deal.active) * int(bits.max(initial=0)) // WORD + 3
+    laid, first = np.zeros(n * size, np.int64), np.arange(n) * size  # words of each lane, and where they begin
+    before, loaded = np.zeros(n, np.int64), np.zeros(n, np.int64)  # bits that are written, words that are asked for
+    asked: list[NDArray[np.int64]] = []
+    for step, active in enumerate(deal.active):
+        at = deal.at(step)
+        low = np.flatnonzero(WORD * loaded[:active] - before[:active] < WORD)
+        asked.append(first[low] + loaded[low])
+        loaded[low] += 1
+        shifted = code[at] << (2 * WORD - bits[at] - before[:active] % WORD)
+        place = first[:active] + before[:active] // WORD
+        laid[place] |= shifted >> WORD
+        laid[place + 1] |= shifted & ((1 << WORD) - 1)
+        before[:active] += bits[at]
+    return laid[np.concatenate(asked or [NONE])].astype("<u2").tobytes()
+
+
+def decode(
+    data: bytes | memoryview, tables: Sequence[NDArray[np.uint8]], counts: Sequence[int]
+) -> list[NDArray[np.uint16]]:
+    """The streams.
+
+    Args:
+        data: of `encode`.
+        tables: of `table`, for each.
+        counts: of the symbols of each.
+
+    Raises:
+        DeploykitError: lengths are no prefix code, or the data too short or too long, or not of that code.
+    """
+    deal = lanes(counts)
+    if len(data) % 2:
+        raise DeploykitError("a coded stream is cut off")
+    words = np.frombuffer(data, "<u2").astype(np.uint32)
+    symbol, taken = (np.zeros(len(tables) << LONGEST, kind) for kind in (np.uint16, np.uint32))
+    for i, (length, count) in enumerate(zip(tables, counts, strict=True)):
+        code = codes(length) if count else NONE
+        for s in np.flatnonzero(length) if count else ():
+            spare = LONGEST - int(length[s])
+            own = slice((i << LONGEST) + (code[s] << spare), (i << LONGEST) + (code[s] + 1 << spare))
+            symbol[own], taken[own] = s, length[s]
+    table = (deal.stream << LONGEST).astype(np.uint32)
+    held, have = np.zeros(len(table), np.uint32), np.zeros(len(table), np.uint32)
+    found, at = np.empty(sum(counts), np.uint16), 0
+    for step, active in enumerate(deal.active):
+        low = np.flatnonzero(have[:active] < WORD)
+        if at + len(low) > len(words):
+            raise DeploykitError("a coded stream is cut off")
+        held[low] |= words[at : at + len(low)] << (np.uint32(WORD) - have[low])
+        have[low] += np.uint32(WORD)
+        at += len(low)
+        key = (held[:active] >> np.uint32(2 * WORD - LONGEST)) + table[:active]
+        found[deal.at(step)] = symbol[key]
+        own = taken[key]
+        if not own.all():
+            raise DeploykitError("a coded stream has a code that its table has not")
+        held[:active] <<= own
+        have[:active] -= own
+    if at != len(words):
+        raise DeploykitError("a coded stream does not end where its encoder did")
+    return np.split(found, np.cumsum(counts)[:-1])

@@ -1,0 +1,52 @@
+"""Lanes: streams of symbols dealt out to coders that work in step, so that numpy decodes one symbol of each at once.
+
+Symbol i of a stream belongs to its lane i mod n. The lanes of all streams of a block read 16-bit words of one common
+sequence; in every step those that need a word take the next ones, lane by lane. That order needs no table: a decoder
+that has the same states asks in the same order (Giesen 2014, "Interleaved entropy coders"). Short streams would leave
+numpy idle; in a block they are decoded together, each by its own table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+WORD = 16
+"""Bits."""
+LENGTH = 4096
+"""Symbols of a lane, or more: what a lane costs (4 bytes) is then little."""
+
+
+@dataclass(frozen=True)
+class Lanes:
+    """Of the streams of a block, the longest lanes first: those that still have symbols are always the first ones."""
+
+    stream: NDArray[np.int64]
+    """By lane, whose symbols it has."""
+    start: NDArray[np.int64]
+    """By lane, where its first symbol is among those of all streams one after the other."""
+    stride: NDArray[np.int64]
+    """By lane, how far its next one is."""
+    active: NDArray[np.int64]
+    """By step, how many lanes have a symbol."""
+
+    def at(self, step: int) -> NDArray[np.int64]:
+        """Where the symbols of a step are."""
+        n = self.active[step]
+        return self.start[:n] + step * self.stride[:n]
+
+
+def lanes(counts: Sequence[int]) -> Lanes:
+    """The lanes of streams with so many symbols."""
+    many = [max(1, count // LENGTH) if count else 0 for count in counts]
+    stream = np.repeat(np.arange(len(counts)), many)
+    number = np.concatenate([np.arange(n) for n in many] or [np.arange(0)])
+    stride = np.asarray(many, np.int64)[stream]
+    ends = np.cumsum([0, *counts])
+    steps = -(-(np.asarray(counts, np.int64)[stream] - number) // stride)
+    order = np.argsort(-steps, kind="stable")
+    active = np.count_nonzero(steps[:, None] > np.arange(steps.max(initial=0)), axis=0)
+    return Lanes(stream[order], (ends[stream] + number)[order], stride[order], active)

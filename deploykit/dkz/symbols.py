@@ -1,0 +1,103 @@
+"""Weights as symbols: a codebook and a code for each, or for each that is not zero; or, where they are all different,
+the bytes of each place by themselves.
+
+Sparse, as Han et al. 2016 ("Deep Compression", section 2) stores them: the zeros between one weight and the next are
+counted in b bits; where there are more, a filler, a zero that is written down, comes in between.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deploykit.core.errors import DeploykitError
+
+MOST = 4096
+"""Symbols of a stream, at most."""
+TABLE = 8.0
+"""Bits that a symbol's entry in table and codebook costs, about."""
+
+
+@dataclass(frozen=True)
+class Symbols:
+    """A weight's codebook and streams."""
+
+    book: NDArray[Any]
+    """Values, by code; sparse: the first is zero; empty: there are no codes."""
+    streams: tuple[NDArray[np.uint16], ...]
+    """Codes; sparse: gaps, then codes; without a codebook: the lowest bytes of all weights, the next ones .."""
+    gap_bits: int = 0
+    """b; 0: not sparse."""
+
+    def bits(self, coder: Any) -> float:
+        """What a coder needs, about.
+
+        Args:
+            coder: `deploykit.dkz.rans` or `deploykit.dkz.huffman`.
+        """
+        counts = [np.bincount(stream) for stream in self.streams]
+        return sum(float(coder.size(own)) + TABLE * np.count_nonzero(own) for own in counts)
+
+
+def symbols(values: NDArray[Any], coder: Any) -> Symbols:
+    """Whatever the coder needs least for.
+
+    Args:
+        values: unsigned integers ``[n]``, the bits of the weights.
+        coder: `deploykit.dkz.rans` or `deploykit.dkz.huffman`.
+    """
+    book, codes = np.unique(values, return_inverse=True)
+    if len(book) > MOST:
+        places = values.astype(f"<u{values.itemsize}").view(np.uint8).reshape(len(values), -1)
+        return Symbols(book[:0], tuple(place.astype(np.uint16) for place in places.T))
+    found = [Symbols(book, (codes.astype(np.uint16),))]
+    if book[0] == 0:
+        found += [sparse(codes, book, b) for b in range(2, 11)]
+    return min(found, key=lambda own: own.bits(coder))
+
+
+def sparse(codes: NDArray[np.int64], book: NDArray[Any], b: int) -> Symbols:
+    """Gaps of b bits and codes, with fillers.
+
+    Args:
+        codes: of all weights ``[n]``; 0 is zero.
+        book: values by code.
+        b: bits of a gap.
+    """
+    at = np.flatnonzero(codes)
+    gaps = np.diff(at, prepend=-1) - 1
+    fillers = gaps >> b
+    entries = np.cumsum(fillers + 1) - 1  # where the weights are among all entries
+    count = int(entries[-1]) + 1 if len(entries) else 0
+    steps, own = np.full(count, (1 << b) - 1, np.uint16), np.zeros(count, np.uint16)
+    steps[entries], own[entries] = gaps & ((1 << b) - 1), codes[at]
+    return Symbols(book, (steps, own), b)
+
+
+def values(found: Symbols, count: int) -> NDArray[Any]:
+    """The weights ``[count]`` again.
+
+    Raises:
+        DeploykitError: codes without a value, gaps beyond the end.
+    """
+    codes = found.streams[-1]
+    if not len(found.book):
+        bytes_ = np.stack(found.streams, 1)
+        if len(bytes_) != count or (count and int(bytes_.max()) > 255):
+            raise DeploykitError("bytes of weights are out of range")
+        return bytes_.astype(np.uint8).reshape(-1)
+    if len(codes) and int(codes.max()) >= len(found.book):
+        raise DeploykitError("a code has no value in its codebook")
+    if not found.gap_bits:
+        if len(codes) != count:
+            raise DeploykitError("codes and weights are not equally many")
+        return found.book[codes]
+    made = np.zeros(count, found.book.dtype)
+    at = np.cumsum(found.streams[0].astype(np.int64) + 1) - 1
+    if len(at) != len(codes) or (len(at) and int(at[-1]) >= count):
+        raise DeploykitError("gaps reach beyond the end of the weights")
+    made[at] = found.book[codes]
+    return made

@@ -1,0 +1,354 @@
+"""The container .dkz: coders against entropy and Python's own bit by bit, round trips, damage of every kind."""
+
+from __future__ import annotations
+
+import json
+import lzma
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from deploykit.core.errors import DeploykitError
+from deploykit.dkz import huffman, rans
+from deploykit.dkz.container import HEAD, Coder, Extent, File, pack, unpack
+from deploykit.dkz.extents import files_of
+from deploykit.dkz.files import pack_file, unpack_file
+from deploykit.dkz.lanes import LENGTH, lanes
+from deploykit.dkz.symbols import sparse, symbols, values
+from tests.commands import enter
+
+MANY = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+CODERS: list[Any] = [rans, huffman]
+
+
+def counts_of(stream: NDArray[Any]) -> NDArray[np.int64]:
+    return np.bincount(stream).astype(np.int64)
+
+
+# ------------------------------------------------------------------ coders
+
+
+@pytest.mark.parametrize("coder", CODERS, ids=["rans", "huffman"])
+@MANY
+@given(
+    sizes=st.lists(st.sampled_from([0, 1, 2, 17, 300, LENGTH, 2 * LENGTH + 5]), min_size=1, max_size=4),
+    many=st.integers(1, 300), steep=st.floats(0.0, 0.95), seed=st.integers(0, 2**32 - 1),
+)  # fmt: skip
+def test_streams_of_a_block_come_back(coder: Any, sizes: list[int], many: int, steep: float, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    share = (1 - steep) ** np.arange(many) + 1e-9
+    streams = [random.choice(many, n, p=share / share.sum()).astype(np.uint16) for n in sizes]
+    tables = [coder.table(counts_of(stream)) for stream in streams]
+    found = coder.decode(coder.encode(streams, tables), tables, sizes)
+    assert all(np.array_equal(a, b) for a, b in zip(found, streams, strict=True))
+
+
+@pytest.mark.parametrize(("coder", "above"), [(rans, 1.01), (huffman, 1.06)], ids=["rans", "huffman"])
+def test_a_long_stream_takes_about_its_entropy(coder: Any, above: float) -> None:
+    stream = np.minimum(np.random.default_rng(0).geometric(0.3, 400_000) - 1, 60)
+    share = counts_of(stream) / len(stream)
+    entropy = -float((share[share > 0] * np.log2(share[share > 0])).sum()) * len(stream) / 8
+    table = coder.table(counts_of(stream))
+    assert entropy < len(coder.encode([stream], [table])) < above * entropy
+    assert coder.size(counts_of(stream)) / 8 == pytest.approx(len(coder.encode([stream], [table])), rel=0.005)
+
+
+def test_frequencies_sum_to_their_scale_whatever_is_counted() -> None:
+    for counts in ([1], [10**9, 1], [1] * 4096, [1, 0, 10**6, 0, 3], [5] * 255):
+        found = rans.frequencies(rans.table(np.asarray(counts, np.int64)))
+        assert found.sum() == rans.M and all((f > 0) == (c > 0) for f, c in zip(found, counts, strict=True))
+
+
+def test_code_lengths_are_huffmans_where_none_is_too_long() -> None:
+    """The weights of a textbook: 45, 13, 12, 16, 9, 5."""
+    assert huffman.table(np.asarray([45, 13, 12, 16, 9, 5])).tolist() == [1, 3, 3, 3, 4, 4]
+    fibonacci = [1, 1]
+    while len(fibonacci) < 25:
+        fibonacci.append(fibonacci[-1] + fibonacci[-2])
+    found = huffman.table(np.asarray(fibonacci))
+    assert found.max() == huffman.LONGEST and (2.0 ** -found.astype(float)).sum() == 1.0
+
+
+def test_canonical_codes_are_in_the_order_of_length_then_symbol() -> None:
+    assert huffman.codes(np.asarray([2, 1, 3, 3], np.uint8)).tolist() == [0b10, 0b0, 0b110, 0b111]
+    for wrong in ([1, 1, 1], [0, 0], [13, 1]):
+        with pytest.raises(DeploykitError, match="no prefix code"):
+            huffman.codes(np.asarray(wrong, np.uint8))
+
+
+def test_huffmans_words_hold_the_codes_bit_by_bit() -> None:
+    """One lane: the words are the codes one after the other, the highest bit first."""
+    stream = np.asarray([0, 1, 2, 3, 0, 0, 2, 1, 0, 3, 3, 1, 0], np.uint16)
+    length = np.asarray([1, 2, 3, 3], np.uint8)
+    written = "".join({0: "0", 1: "10", 2: "110", 3: "111"}[int(s)] for s in stream)
+    words = np.frombuffer(huffman.encode([stream], [length]), "<u2")
+    read = "".join(f"{word:016b}" for word in words)
+    assert read.startswith(written) and set(read[len(written) :]) <= {"0"}
+
+
+def test_rans_states_follow_the_formula() -> None:
+    """One lane, two symbols of the same frequency: nothing overflows in so few steps."""
+    table = rans.table(np.asarray([1, 1]))
+    x = rans.LOWEST
+    for s in (0, 1, 1):
+        x = rans.M * (x // 2048) + 2048 * s + x % 2048
+    assert int.from_bytes(rans.encode([np.asarray([1, 1, 0], np.uint16)], [table]), "little") == x
+
+
+def test_lanes_have_every_symbol_once_and_the_longest_come_first() -> None:
+    deal = lanes([0, 5, LENGTH, 3 * LENGTH + 7, 1])
+    places = np.concatenate([deal.at(step) for step in range(len(deal.active))])
+    assert sorted(places.tolist()) == list(range(4 * LENGTH + 13))
+    assert (np.diff(deal.active) <= 0).all()
+
+
+# ------------------------------------------------------------------ weights as symbols
+
+
+def sparse_by_hand(codes: list[int], b: int) -> list[tuple[int, int]]:
+    found, gap = [], 0
+    for code in codes:
+        if code:
+            found.append((gap, code))
+            gap = 0
+        elif gap == 2**b - 1:
+            found.append((gap, 0))
+            gap = 0
+        else:
+            gap += 1
+    while found and found[-1][1] == 0:
+        found.pop()
+    return found
+
+
+@MANY
+@given(st.lists(st.sampled_from([0, 0, 0, 0, 0, 1, 2]), max_size=60), st.integers(1, 4))
+def test_gaps_and_fillers_are_those_of_going_through_one_by_one(codes: list[int], b: int) -> None:
+    book = np.asarray([0, 7, 9], np.uint8)
+    found = sparse(np.asarray(codes, np.int64), book, b)
+    assert list(zip(*(s.tolist() for s in found.streams), strict=True)) == sparse_by_hand(codes, b)
+    assert np.array_equal(values(found, len(codes)), book[codes])
+
+
+@pytest.mark.parametrize("coder", CODERS, ids=["rans", "huffman"])
+@MANY
+@given(
+    kind=st.sampled_from(["u1", "u2", "u4"]), count=st.integers(1, 6000), share=st.sampled_from([0.0, 0.05, 0.5, 1.0]),
+    many=st.sampled_from([1, 2, 30, 5000]), seed=st.integers(0, 2**32 - 1),
+)  # fmt: skip
+def test_weights_come_back_from_their_symbols(
+    coder: Any, kind: str, count: int, share: float, many: int, seed: int
+) -> None:
+    random = np.random.default_rng(seed)
+    book = random.integers(0, 256 ** np.dtype(kind).itemsize, many).astype(kind)
+    given_ = np.where(random.random(count) < share, random.choice(book, count), 0).astype(kind)
+    back = values(symbols(given_, coder), count)
+    assert back.tobytes() == given_.tobytes()
+
+
+# ------------------------------------------------------------------ containers
+
+
+def shared(count: int, share: float, many: int, seed: int = 0) -> NDArray[np.float32]:
+    """Pruned weights with a codebook."""
+    random = np.random.default_rng(seed)
+    book = random.normal(size=many).astype(np.float32)
+    return np.where(random.random(count) < share, random.choice(book, count), 0).astype(np.float32)
+
+
+def file_of(*weights: NDArray[Any], name: str = "net.bin") -> File:
+    data, extents = b"begin", []
+    for own in weights:
+        extents.append(Extent(len(data), own.size, own.itemsize))
+        data += own.tobytes() + b"between"
+    return File(name, data, extents)
+
+
+def opened(data: bytes, **more: Any) -> dict[str, bytes]:
+    return {name: b"".join(pieces) for name, pieces in unpack(data, **more)}
+
+
+@pytest.mark.parametrize("coder", [None, "rans", "huffman"])
+def test_files_come_back_bit_by_bit(coder: Coder | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deploykit.dkz.container.BLOCK", 20_000)  # several blocks
+    random = np.random.default_rng(1)
+    first = file_of(shared(30_000, 0.08, 32), random.normal(size=9000).astype(np.float32), np.zeros(500, np.int8))
+    second = file_of(random.normal(0, 20, 12_000).astype(np.int8), name="other")
+    data = pack([first, second, File("empty", b"", ())], coder)
+    assert opened(data) == {"net.bin": first.data, "other": second.data, "empty": b""}
+    assert data == pack([first, second, File("empty", b"", ())], coder)
+
+
+def test_pruned_and_shared_weights_are_much_smaller_than_xz() -> None:
+    file = file_of(shared(200_000, 0.08, 32))
+    assert len(pack([file])) < 0.85 * len(lzma.compress(file.data, preset=9 | lzma.PRESET_EXTREME))
+
+
+def test_random_bytes_cost_hardly_more_than_they_are() -> None:
+    file = file_of(np.random.default_rng(0).integers(0, 256, 20_000).astype(np.uint8))
+    assert len(pack([file])) < len(file.data) + 100
+
+
+@pytest.fixture(scope="module")
+def small() -> bytes:
+    data = pack([file_of(shared(1500, 0.1, 16), np.zeros(300, np.uint8))], "rans")
+    told: list[Any] = []
+    refronted(data, told.append)
+    assert told[0][2]  # it has a block
+    return data
+
+
+def mutated(data: bytes, random: np.random.Generator) -> bytes:
+    """A bit flipped, bytes lost, or others between."""
+    found, at, kind = bytearray(data), int(random.integers(len(data))), int(random.integers(3))
+    if kind == 0:
+        found[at] ^= 1 << int(random.integers(8))
+    elif kind == 1:
+        del found[at : at + int(random.integers(1, 40))]
+    else:
+        found[at:at] = random.bytes(int(random.integers(1, 9)))
+    return bytes(found)
+
+
+def sealed(body: bytes, length: int) -> bytes:
+    """A container with that body, whose checksum fits."""
+    return HEAD.pack(b"DKZ", 1, length, zlib.crc32(body)) + body
+
+
+def refronted(data: bytes, change: Any) -> bytes:
+    """The container with another front."""
+    length = HEAD.unpack_from(data)[2]
+    told = json.loads(zlib.decompress(data[HEAD.size : HEAD.size + length], -15))
+    change(told)
+    writer = zlib.compressobj(9, zlib.DEFLATED, -15)
+    front = writer.compress(json.dumps(told).encode()) + writer.flush()
+    return sealed(front + data[HEAD.size + length :], len(front))
+
+
+def test_damaged_containers_are_refused(small: bytes) -> None:
+    random = np.random.default_rng(0)
+    for _ in range(100_000):
+        damaged = mutated(small, random)
+        try:
+            opened(damaged)
+        except DeploykitError:
+            continue
+        assert damaged == small
+
+
+def test_forged_containers_whose_checksum_fits_never_crash(small: bytes) -> None:
+    """Either an error of ours, or the same content: a checksum is on each file, too."""
+    random = np.random.default_rng(0)
+    whole, length = [*opened(small).values()], HEAD.unpack_from(small)[2]
+    for _ in range(1500):
+        try:
+            assert [*opened(sealed(mutated(small[HEAD.size :], random), length)).values()] == whole
+        except DeploykitError:
+            continue
+
+
+def test_numbers_that_lie_are_refused_before_room_is_made(small: bytes) -> None:
+    """Any number of the front, replaced by others, the checksum made to fit."""
+
+    def numbers(told: Any) -> list[tuple[Any, int]]:
+        found = [(told, i) for i, n in enumerate(told) if isinstance(n, int)]
+        return found + [pair for inner in told if isinstance(inner, list) for pair in numbers(inner)]
+
+    front: list[Any] = []
+    refronted(small, front.append)
+    for i in range(len(numbers(front[0]))):
+        for lie in (-1, 0, 1, 7, 1 << 20, 1 << 40, "x", None):
+
+            def change(told: Any, i: int = i, lie: Any = lie) -> None:
+                owner, place = numbers(told)[i]
+                owner[place] = lie
+
+            forged = refronted(small, change)
+            try:
+                found = opened(forged)
+            except DeploykitError:
+                continue
+            assert found == opened(small)
+
+
+def test_what_is_larger_than_the_limit_is_refused() -> None:
+    bomb = pack([file_of(np.zeros(1_000_000, np.float32))])
+    assert len(bomb) < 1000
+    with pytest.raises(DeploykitError, match=r"unpacks to 4,000,012 bytes, more than the limit of 1,000"):
+        opened(bomb, limit=1000)
+
+
+@pytest.mark.parametrize(
+    ("data", "why"),
+    [(b"", "too short"), (b"PK" + bytes(20), "does not begin with DKZ"), (HEAD.pack(b"DKZ", 9, 0, 0), "version 9")],
+)
+def test_what_is_no_container_is_refused(data: bytes, why: str) -> None:
+    with pytest.raises(DeploykitError, match=why):
+        opened(data)
+
+
+# ------------------------------------------------------------------ files of the runtimes
+
+
+def model(folder: Path, external: bool = False) -> Path:
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    weights = {"a": shared(64 * 32, 0.1, 8).reshape(64, 32), "b": shared(32 * 16, 0.3, 4, 1).reshape(32, 16)}
+    inner = numpy_helper.from_array(shared(200, 0.5, 4, 2), "held")
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "a"], ["y"]), helper.make_node("MatMul", ["y", "b"], ["z"]),
+         helper.make_node("Constant", [], ["c"], value=inner)],
+        "g", [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 64])],
+        [helper.make_tensor_value_info("z", TensorProto.FLOAT, [1, 16])],
+        [numpy_helper.from_array(array, name) for name, array in weights.items()],
+    )  # fmt: skip
+    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    path = folder / "net.onnx"
+    onnx.save_model(made, path, save_as_external_data=external, location="net.data", size_threshold=0)
+    return path
+
+
+@pytest.mark.parametrize("external", [False, True])
+def test_an_onnx_file_comes_back_with_what_belongs_to_it(tmp_path: Path, external: bool) -> None:
+    path = model(tmp_path, external)
+    assert sum(len(file.extents) for file in files_of(path)) >= 2
+    packed = pack_file(path)
+    unpack_file(packed.path, tmp_path / "again")
+    for file in files_of(path):
+        assert (tmp_path / "again" / file.name).read_bytes() == file.data
+    assert packed.stored == packed.path.stat().st_size < packed.whole
+
+
+def test_the_command_line_packs_and_unpacks(tmp_path: Path) -> None:
+    path = model(tmp_path)
+    assert "times smaller" in enter("pack", path, "-o", tmp_path / "net.dkz").out
+    found = json.loads(enter("unpack", tmp_path / "net.dkz", "-o", tmp_path / "out", "--json").out)
+    assert found["names"] == ["net.onnx"]
+    assert (tmp_path / "out" / "net.onnx").read_bytes() == path.read_bytes()
+
+
+def test_what_is_there_is_not_replaced_and_nothing_half_written_is_left(tmp_path: Path) -> None:
+    path = model(tmp_path)
+    packed = pack_file(path).path
+    with pytest.raises(DeploykitError, match="already exists"):
+        pack_file(path)
+    data = bytearray(packed.read_bytes())
+    data[-3] ^= 255
+    packed.write_bytes(bytes(data))
+    with pytest.raises(DeploykitError):
+        unpack_file(packed, tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["net.onnx", "net.onnx.dkz"]
+
+
+def test_names_that_lead_elsewhere_are_not_written(tmp_path: Path) -> None:
+    (tmp_path / "bad.dkz").write_bytes(pack([File("../outside", b"x", ())]))
+    with pytest.raises(DeploykitError, match="could land anywhere"):
+        unpack_file(tmp_path / "bad.dkz", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
