@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 from deploykit.core.precision import is_integer
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from rich.table import Table
 
     from deploykit.calibration.growth import Convergence
+    from deploykit.core.artifact import File, Island
     from deploykit.core.ranges import Ranges
     from deploykit.core.target import Target
     from deploykit.explain.explanation import Explanation
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 
 ROWS = 12
 """Of a long table."""
+ISLANDS = 5
+"""Layers in float that are named; the report has all."""
 
 
 def pass_line(name: str) -> str:
@@ -71,12 +75,23 @@ def show_exported(finished: list[tuple[Path, Any]], as_json: bool) -> None:
         print(json.dumps(summary_json(finished), indent=1))
         return
     print_table(result_table(finished))
+    lines: dict[str, list[str]] = {}  # what several folders have to say is said once
     for folder, manifest in finished:
         said = [found.summary for found in manifest.findings if found.summary]
-        for note in (*said, *manifest.notes, *manifest.advice, *narrow(manifest.checks, manifest.request.gate)):
-            print(f"{folder.name}: {note}")
-        for island in [i for f in manifest.files for i in f.islands][:5]:
-            print(f"{folder.name}: {island.operator} {island.layer} stays in float: {island.why}")
+        notes = *said, *manifest.notes, *manifest.advice, *narrow(manifest.checks, manifest.request.gate)
+        for line in dict.fromkeys((*notes, *_islands(manifest.files))):
+            lines.setdefault(line, []).append(folder.name)
+    for line, names in lines.items():
+        print(f"{', '.join(names)}: {line}")
+
+
+def _islands(files: Sequence[File]) -> list[str]:
+    """The first layers that stay in float, each with the precisions of the files in which it does."""
+    found: dict[Island, list[str]] = {}
+    for file in files:
+        for island in file.islands:
+            found.setdefault(island, []).append(file.precision)
+    return [f"{i.operator} {i.layer} stays in float in {', '.join(p)}: {i.why}" for i, p in found.items()][:ISLANDS]
 
 
 def show_compressed(out: Path, done: Compressed, as_json: bool) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -254,10 +255,19 @@ def test_a_folder_of_that_name_is_real_data(here: Path) -> None:
     [
         (f"plain --calib synthetic {DECLARED}", "no batch normalisation with statistics.*--calib random"),
         ("build --calib synthetic", "what does 'input' look like.*--input input=1x3x224x224"),
-        ("build --calib random --input input=1x3x16x16", "declared to be no image.*--preprocess"),
+        ("build --calib random --input input=1x3x16x16", "is not declared. Say what is done to images: .*--preprocess"),
+        (
+            "build --calib random --input input=1x1x16x16",
+            "takes grey images, NCHW, and nothing is declared.*--preprocess file, with channels = .L. and layout",
+        ),
+        (
+            "build --calib random --scale 0.01 --input input=1x16x16x1",
+            "takes grey images, NHWC, and RGB, NCHW, are declared.*channels = .L. and layout = .NHWC",
+        ),
+        ("plain --calib synthetic --input input=1x9", "no batch normalisation with statistics. Give sample data"),
         (f"build --calib random --eval synthetic {DECLARED}", "made-up inputs can calibrate"),
         (f"build --calib random --train random {DECLARED}", "made-up inputs can calibrate"),
-        ("build --calib random --crop 16 --input input=1x9", "declared to be no image"),
+        ("build --calib random --crop 16 --input input=1x9", r"'input' \[9\] takes no images.*--calib synthetic"),
     ],
 )
 def test_what_cannot_be_made_up_says_why_and_what_to_do(here: Path, arguments: str, expected: str) -> None:
@@ -265,6 +275,15 @@ def test_what_cannot_be_made_up_says_why_and_what_to_do(here: Path, arguments: s
     assert said.code == 2, said.out
     assert re.search(expected, said.err.replace("\n", " ")), said.err
     assert not (here / "out").exists()
+
+
+def test_grey_images_are_drawn_once_they_are_declared_as_the_message_says() -> None:
+    with pytest.raises(DeploykitError, match='channels = "L" and layout = "NHWC"') as refused:
+        data_of("random", [TensorSpec("input", ("batch", 16, 16, 1), "float32")], LOOK, "calibration")
+    channels, layout = re.findall('= "([A-Z]+)"', str(refused.value))
+    declared = replace(LOOK, channels=channels, layout=layout, mean=(), std=())
+    x = arrays(data_of("random", [TensorSpec("input", ("batch", 16, 16, 1), "float32")], declared, "calibration"))
+    assert x.shape[1:] == (16, 16, 1)
 
 
 def test_token_inputs_cannot_be_made_up() -> None:

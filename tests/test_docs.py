@@ -316,6 +316,19 @@ def test_every_pass_has_a_page_that_names_its_options() -> None:
         assert [o for o in passes.options(name) if f"`{o}`" not in page] == []
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_every_row_of_a_table_has_the_cells_of_its_head(page: str) -> None:
+    text = re.sub(r"^```.*?^```$", "", PAGES[page], flags=re.DOTALL | re.MULTILINE)
+    for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
+        cells = [len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()]
+        assert len(set(cells)) == 1, table
+
+
+def test_a_target_may_name_every_exporter() -> None:
+    (row,) = re.findall(r"^\| `exporter` \|.*$", PAGES["docs/how-to/add-a-target.md"], re.MULTILINE)
+    assert set(re.findall(r"`(\w+)`", row)) == {"exporter", *exporters.names()}
+
+
 def test_every_exporter_has_a_page() -> None:
     assert [n for n in exporters.names() if f"docs/exporters/{n}.md" not in PAGES] == []
 

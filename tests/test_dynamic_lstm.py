@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from commands import enter
 from graphs import graph, normal
 from numpy.typing import NDArray
 from torch import nn
@@ -119,3 +120,20 @@ def test_a_network_with_an_lstm_passes_its_checks(tmp_path: Path) -> None:
     assert "DynamicQuantizeLSTM" in kinds and "LSTM" not in kinds
     (scored,) = (s for s in manifest.scores if s.precision == "dynamic")
     assert scored.sqnr_db["output"] > 25
+
+
+def test_an_lstm_is_said_to_be_in_float_only_in_the_precisions_in_which_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("net.onnx").write_bytes(recurrent("forward").bytes)
+    np.save("calib.npy", normal(3, 8, 3, INPUTS))
+    wanted = "--precision dynamic --precision int8"
+    said = enter(f"export net.onnx --calib calib.npy --target x86 {wanted} --no-benchmark -o out")
+    in_float = [line for line in said.out.splitlines() if "stays in float" in line]
+    computed = {
+        name: [node.op_type for node in onnx.load(f"out/model.{name}.onnx").graph.node if "LSTM" in node.op_type]
+        for name in ("dynamic", "int8")
+    }
+    assert computed == {"dynamic": ["DynamicQuantizeLSTM"], "int8": ["LSTM"]}, said
+    assert len(in_float) == 1 and "stays in float in int8: " in in_float[0] and "weights stored in int8" in in_float[0]

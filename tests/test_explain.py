@@ -1,4 +1,4 @@
-"""`deploykit explain`: planted faults are found, their cures rank first, and nothing is said that was not measured."""
+"""What an artifact itself knows of its operators, what is refused, and how it is told."""
 
 from __future__ import annotations
 
@@ -11,211 +11,29 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from commands import Said, enter
-from graphs import images, measured, residual
+from commands import enter
+from explain_desk import NET, exported, lay_desk, plain, refused, told
 from small_artifact import small_artifact
 
-from deploykit import passes, targets
+from deploykit import targets
 from deploykit.core.artifact import Island
-from deploykit.core.context import Context
-from deploykit.core.data import DataSet
 from deploykit.core.errors import DeploykitError
-from deploykit.core.golden import load_golden
 from deploykit.core.manifest import Layer, load_manifest
-from deploykit.core.ranges import load_ranges
-from deploykit.core.recipe import Step
-from deploykit.core.target import QuantSpec
 from deploykit.explain import explain, timing
-from deploykit.explain.explanation import Alternative, Measured, Part, Quality
+from deploykit.explain.explanation import Alternative, Quality
 from deploykit.explain.known import operators
 from deploykit.explain.page import render
-from deploykit.explain.remake import remake
-from deploykit.hub.analysis.contributions import contributions, owners, whole
-from deploykit.hub.analysis.sizes import described
-from deploykit.hub.quantize import quantize
-from deploykit.hub.running import session
-
-NET = """
-import numpy as np
-import torch
-from torch import nn
-
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.first = nn.Conv2d(3, 8, 3, padding=1)
-        self.second = nn.Conv2d(8, 8, 3, padding=1)
-        self.head = nn.Linear(8, 10)
-
-    def forward(self, x):
-        x = torch.relu(self.first(x))
-        x = torch.relu(self.second(x) + x)
-        return self.head(x.mean((2, 3)))
-
-
-def build():
-    torch.manual_seed(0)
-    return Net()
-
-
-def uneven():
-    \"\"\"A dead output channel of the first layer has weights a hundred times as large as the others.\"\"\"
-    net = build()
-    with torch.no_grad():
-        net.first.weight[0] *= 100
-        net.first.bias[0] = -1000
-    return net
-
-
-def samples(count=40):
-    return np.random.default_rng(0).normal(size=(count, 3, 8, 8)).astype(np.float32)
-
-
-def calib():
-    return samples()
-
-
-def one_spike():
-    x = samples(400)
-    x[7, 0, 3, 3] = 200
-    return x
-
-
-def test():
-    return samples(64), np.arange(64) % 10
-"""
-TENSOR = """
-extends = "x86"
-title = "one scale per weight tensor"
-[quant]
-weight_granularity = "tensor"
-"""
 
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("explain")
-    (folder / "explained.py").write_text(NET)
-    (folder / "tensor.toml").write_text(TENSOR)
-    return folder
+    return lay_desk(tmp_path_factory.mktemp("explain"))
 
 
 @pytest.fixture
 def here(work: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(work)
     return work
-
-
-def exported(here: Path, name: str, arguments: str) -> Path:
-    folder = here / name
-    if not folder.exists():
-        said = enter(f"export explained.py:{arguments} --no-benchmark -o {name}")
-        assert said.code == 0, said.err
-    return folder
-
-
-def plain(here: Path) -> Path:
-    return exported(here, "plain", "build --calib explained.py:calib --eval explained.py:test --target x86")
-
-
-# ------------------------------------------------------------------ contributions
-
-
-def noise(model: onnx.ModelProto, graph, data: DataSet) -> float:
-    """d of a whole model against the float graph, on all samples at once."""
-    batch = next(data.batches(len(data))).inputs
-    z, other = (session(m).run(None, batch) for m in (graph.bytes, model.SerializeToString()))
-    return sum(
-        float(np.square(b - a, dtype=np.float64).sum() / np.square(a, dtype=np.float64).sum())
-        for a, b in zip(z, other, strict=True)
-    )
-
-
-def test_a_tensors_contribution_is_that_of_a_float_network_with_one_pair_of_nodes_in_it() -> None:
-    graph, data = residual(), images(6)
-    hub = quantize(graph, measured(graph, data), QuantSpec())
-    q = onnx.load_model_from_string(hub.bytes)
-    constants = {t.name: t for t in q.graph.initializer}
-    found = {c.tensor: c for c in contributions(hub, data) if c.part == "values"}
-    assert set(found) == {"x", "r", "b", "t", "m", "y"}
-    for tensor, contribution in found.items():
-        model = onnx.load_model_from_string(graph.bytes)
-        quantizer = next(
-            n for n in q.graph.node if n.op_type == "QuantizeLinear" and n.input[0] in (tensor, f"{tensor}_float")
-        )
-        scale, zero = (constants[i] for i in quantizer.input[1:3])
-        model.graph.initializer.extend([scale, zero])
-        inner = f"{tensor}_exact"
-        for node in model.graph.node:
-            for names in (node.output, node.input) if tensor != "x" else (node.input,):
-                for i, name in enumerate(names):
-                    if name == tensor:
-                        names[i] = inner if names is node.output else f"{tensor}_rounded"
-        writer = next((i for i, n in enumerate(model.graph.node) if inner in n.output), -1)
-        end = tensor if tensor == "y" else f"{tensor}_rounded"
-        pair = [
-            onnx.helper.make_node(
-                "QuantizeLinear", [inner if tensor != "x" else "x", scale.name, zero.name], ["integers"]
-            ),
-            onnx.helper.make_node("DequantizeLinear", ["integers", scale.name, zero.name], [end]),
-        ]
-        for i, node in enumerate(pair):
-            model.graph.node.insert(writer + 1 + i, node)
-        assert contribution.noise == pytest.approx(noise(model, graph, data), rel=1e-3), tensor
-        assert contribution.layer == {"x": "x", "r": "a", "b": "b", "t": "s", "m": "m", "y": "y"}[tensor]
-
-
-def test_a_weights_contribution_is_that_of_a_float_network_with_this_weight_rounded_and_its_mean_kept() -> None:
-    graph, data = residual(), images(6)
-    hub = quantize(graph, measured(graph, data), QuantSpec(weight_bits=4))
-    q = {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load_model_from_string(hub.bytes).graph.initializer}
-    batch = next(data.batches(len(data))).inputs
-    for c in (c for c in contributions(hub, data) if c.part == "weights"):
-        model = onnx.load_model_from_string(graph.bytes)
-        weight = next(t for t in model.graph.initializer if t.name == c.tensor)
-        integers, scale = q[f"{c.tensor}_q"], q[f"{c.tensor}_q_scale"]
-        real = (integers * scale.reshape(-1, *[1] * (integers.ndim - 1))).astype(np.float32)
-        weight.CopyFrom(onnx.numpy_helper.from_array(real, c.tensor))
-        node = next(n for n in model.graph.node if n.name == c.layer)
-        exposed = [onnx.load_model_from_string(m) for m in (graph.bytes, model.SerializeToString())]
-        means = []
-        for each in exposed:  # the mean of the layer's output, in front of what is behind it
-            del each.graph.output[:]
-            each.graph.output.append(onnx.helper.make_tensor_value_info(node.output[0], 1, None))
-            y = session(each).run(None, batch)[0]
-            means.append(y.mean(axis=tuple(i for i in range(y.ndim) if i != 1)))
-        bias = next(t for t in model.graph.initializer if t.name == node.input[2])
-        shifted = onnx.numpy_helper.to_array(bias) + means[0] - means[1]
-        bias.CopyFrom(onnx.numpy_helper.from_array(shifted.astype(np.float32), bias.name))
-        assert c.noise == pytest.approx(noise(model, graph, data), rel=2e-3), c.layer
-
-
-def test_contributions_add_up_to_about_what_the_hub_loses() -> None:
-    """Errors of different places are independent of each other on the average, not in every small network."""
-    ratios = []
-    for seed in range(8):
-        graph, data = residual(seed), images(24, seed)
-        hub = quantize(graph, measured(graph, data), QuantSpec())
-        hub = passes.build(Step("bias_correct"))(hub, Context(targets.load("x86"), {"calibration": data}))
-        ratios.append(sum(c.noise for c in contributions(hub, data)) / whole(hub, data))
-    assert 0.75 < np.median(ratios) < 1.33
-    assert min(ratios) > 0.3 and max(ratios) < 3
-
-
-def test_what_runs_together_belongs_to_the_first_of_it() -> None:
-    assert {t: owners(residual())[t] for t in ("a", "r", "b", "s", "t")} == {
-        "a": "a", "r": "a", "b": "b", "s": "s", "t": "s"
-    }  # fmt: skip
-
-
-def test_sizes_are_those_of_the_weights() -> None:
-    graph = residual()
-    hub = quantize(graph, measured(graph, images()), QuantSpec())
-    assert described(hub) == (
-        Layer("a", "Conv", 3, 4, 108), Layer("b", "Conv", 4, 4, 144), Layer("s", "Add"), Layer("m", "ReduceMean"),
-        Layer("y", "Gemm", 4, 4, 16),
-    )  # fmt: skip
 
 
 # ------------------------------------------------------------------ from the artifact alone
@@ -301,99 +119,65 @@ def test_channels_beside_the_multiple_of_the_target_are_counted(
     assert found.slow == (() if expected is None else (expected,))
 
 
-# ------------------------------------------------------------------ measured
+@pytest.fixture
+def many(here: Path) -> Path:
+    """One network in 8 bits, with weights alone as integers, and with activations of 16 bits."""
+    wanted = "--precision int8 --precision w8 --precision int16x8"
+    return exported(here, "many", f"build --calib explained.py:calib --target x86 {wanted}")
 
 
-def test_the_hub_is_made_again_bit_by_bit(here: Path) -> None:
-    folder = plain(here)
-    manifest, golden = load_manifest(folder), load_golden(folder)
-    made = remake(manifest, "int8", folder, load_ranges(folder / "ranges.json"), {"calibration": "explained.py:calib"})
-    assert made.graph.hash == manifest.graph
-    assert tuple(repr(step) for step in made.steps) == manifest.files[-1].steps != ()
-    assert golden is not None
-    (answer,) = session(made.hub().bytes, optimize=False).run(None, golden.inputs)
-    (kept,) = golden.answers["hub"].values()
-    np.testing.assert_array_equal(answer.reshape(-1)[: kept.size], kept.reshape(-1))
+def test_where_weights_alone_are_integers_nothing_is_said_of_activations(many: Path) -> None:
+    found = explain(many, "w8")
+    file = onnx.load(many / "model.w8.onnx").graph
+    read = {node.input[0] for node in file.node if node.op_type in ("DequantizeLinear", "Cast")}
+    stored = {t.name for t in file.initializer if t.data_type == onnx.TensorProto.INT8}
+    assert read and read <= stored  # the file has no integer activation
+    kept = {i.layer for f in load_manifest(many).files if f.precision == "w8" for i in f.islands}
+    products = {o.layer for o in found.operators if o.operator in ("Conv", "Gemm", "MatMul")}
+    assert {o.layer for o in found.operators if o.state == "weights"} == products - kept
+    assert {o.state for o in found.operators} <= {"weights", "float"}
+    assert (found.spans, found.convergence, found.notes, found.worst) == ((), None, (), ())
+    said = enter("explain many --precision w8")
+    assert "with integer weights" in said.out and said.code == 0
+    for phrase in ("ranges", "no integer kernel", "--calib", " integer,", "between integers"):
+        assert phrase not in said.out
+    assert explain(many, "int8").spans  # which has them
+    refused("explain many --precision w8 --calib explained.py:calib", "w8 file was not calibrated")
 
 
-def test_a_planted_outlier_channel_is_found_and_its_cure_ranks_first(here: Path) -> None:
+def test_integers_that_the_runtime_computes_in_float_are_counted_as_such(many: Path) -> None:
+    found = explain(many, "int16x8")
+    back = [o.layer for o in found.operators if o.state == "integer" and o.runs_in == "float"]
+    reason = "the runtime has no integer kernel for it and runs it in float"
+    assert back and back == [o.layer for o in found.operators if reason in o.slow and o.state == "integer"]
+    assert {"Conv", "Gemm"} & {o.operator for o in found.operators if o.layer in back}  # no 16-bit kernels there
+    said = enter("explain many --precision int16x8").out.splitlines()[0]
+    assert f"{found.count('integer')} integer ({len(back)} of them computed in float by the runtime)" in said
+
+
+def test_bits_of_weights_are_told_layer_by_layer_as_the_file_stores_them(here: Path) -> None:
+    pytest.importorskip("scipy")
+    (here / "mixed.toml").write_text('[[step]]\nname = "mixed"\nbytes = 0.7\n')
     folder = exported(
-        here, "uneven",
-        "uneven --calib explained.py:calib --eval explained.py:test --target tensor.toml --recipe plain.toml",
-    ) if (here / "plain.toml").write_text('[[step]]\nname = "bias_correct"\n') else None  # fmt: skip
-    assert folder is not None
-    found = explain(folder, calibration="explained.py:calib")
-    assert found.measured is not None
-    worst = found.worst[0]
-    assert worst.layer == "first" and worst.weights is not None and worst.weights > 50
-    best = found.measured.alternatives[0]
-    assert best.gain_db > 6
-    gains = {a.what: a.gain_db for a in found.measured.alternatives}
-    assert gains["a weight scale per channel"] == pytest.approx(best.gain_db, abs=3)
-    assert gains["first in float"] > 6
-    assert [a.gain_db for a in found.measured.alternatives] == sorted(gains.values(), reverse=True)
-
-
-def test_a_planted_spike_makes_other_thresholds_better(here: Path) -> None:
-    folder = exported(here, "spike", "build --calib explained.py:one_spike --eval explained.py:test --target x86")
-    found = explain(folder, calibration="explained.py:one_spike")
-    assert found.measured is not None
-    gains = {a.what: a.gain_db for a in found.measured.alternatives}
-    assert gains["thresholds by percentile"] > 6
-    assert found.measured.input > 20  # most of the error is made where the spike is
-    assert any(s.outline for s in found.spans)  # histograms were measured for the pictures
-
-
-def test_what_is_measured_is_what_an_export_with_that_option_gives(here: Path) -> None:
-    folder = plain(here)
-    found = explain(folder, calibration="explained.py:calib", samples=64)
-    assert found.measured is not None
-    score = next(s for s in load_manifest(folder).scores if s.precision == "int8")
-    assert found.measured.quality.agreement == pytest.approx(score.agreement, abs=2)
-    assert found.measured.quality.sqnr_db == pytest.approx(min(score.sqnr_db.values()), abs=0.5)
-    mse = next(a for a in found.measured.alternatives if a.what == "thresholds by mse")
-    other = exported(
-        here, "mse", "build --calib explained.py:calib --eval explained.py:test --target x86 --thresholds mse"
+        here, "fewer", "build --calib explained.py:calib --target x86 --recipe mixed.toml --precision int8"
     )
-    again = next(s for s in load_manifest(other).scores if s.precision == "int8")
-    assert mse.quality.sqnr_db == pytest.approx(min(again.sqnr_db.values()), abs=0.5)
-    in_float = next(a for a in found.measured.alternatives if a.what.endswith("in float"))
-    assert in_float.bytes > 0 and in_float.option.startswith("--keep-float ")
-    shares = sum(o.share or 0.0 for o in found.operators) + found.measured.input
-    assert shares == pytest.approx(100, abs=0.1)
-
-
-def test_parts_of_the_samples_end_with_the_export_itself(here: Path) -> None:
-    found = explain(plain(here), calibration="explained.py:calib").measured
-    assert found is not None
-    assert [p.samples for p in found.parts] == [8, 16, 32, 40]
-    assert found.parts[-1].quality.sqnr_db == pytest.approx(found.quality.sqnr_db, abs=0.5)  # in another order
-
-
-def told(*decibels: float) -> Measured:
-    parts = tuple(Part(8 << i, Quality(d, None, None)) for i, d in enumerate(decibels))
-    return Measured("data", 8, parts[-1].quality, 30.0, 0.0, (), parts, 1.0)
-
-
-@pytest.mark.parametrize(
-    ("decibels", "enough"),
-    [((20, 30, 30.2, 30.1), 16), ((30, 30.1, 30), 8), ((20, 25, 30), None), ((30, 20, 30), None), ((30, 30), 8)],
-)
-def test_enough_samples_are_those_from_which_on_answers_stand_still(
-    decibels: tuple[float, ...], enough: int | None
-) -> None:
-    assert told(*decibels).enough == enough
+    found = explain(folder)
+    stored = onnx.load(folder / "model.int8.onnx").graph.initializer
+    few = sum(t.data_type == onnx.TensorProto.INT4 for t in stored)
+    bits = {o.layer: o.bits for o in found.operators if o.bits is not None}
+    assert set(bits.values()) == {4, 8} and list(bits.values()).count(4) == few
+    assert set(bits) == {o.layer for o in found.operators if o.operator in ("Conv", "Gemm", "MatMul")}
+    said = enter("explain fewer").out
+    assert f"bits of the weights, all {len(bits)}" in said
+    for layer, b in bits.items():
+        assert re.search(rf"^ {re.escape(layer)} +\w+ +{b} $", said, re.MULTILINE)
+    assert {
+        o["layer"]: o["bits"] for o in json.loads(enter("explain fewer --json").out)["operators"] if o["bits"]
+    } == bits
+    assert all(o.bits is None for o in explain(plain(here)).operators)
 
 
 # ------------------------------------------------------------------ refusals
-
-
-def refused(command: str, expected: str) -> Said:
-    said = enter(command)
-    assert said.code == 2, said.out + said.err
-    assert re.search(expected, said.err), said.err
-    assert "Traceback" not in said.err
-    return said
 
 
 def test_what_cannot_be_explained_says_why(here: Path) -> None:

@@ -279,6 +279,68 @@ def test_what_an_exporter_cannot_write_is_refused_before_anything_is_trained_or_
         out(tmp_path, Warped(), target, {"x": normal(0, 8, 2, 4, 4)}, recipe=steps, force=True)
 
 
+@pytest.fixture
+def no_long_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever calibrates on more samples than a stand-in takes, or trains, fails the test."""
+    from deploykit.calibration import observe
+    from deploykit.trainer import Trainer
+
+    watch = observe.observe
+
+    def few_only(run: Any, graph: str, data: Any, *more: Any) -> Any:
+        assert len(data) <= 2, f"calibrated on {len(data)} samples before the refusal"
+        return watch(run, graph, data, *more)
+
+    monkeypatch.setattr(observe, "observe", few_only)
+    monkeypatch.setattr(Trainer, "fit", lambda *_, **__: pytest.fail("trained before the refusal"))
+
+
+@pytest.mark.parametrize(
+    ("step", "options", "samples", "precision", "said"),
+    [
+        ("mixed", {"keep": ["head.*"]}, 80, "int8", r"no layer 'head\.\*'"),
+        ("mixed", {"bytes": 0.3}, 80, "int8", r"0\.3 .*cannot be met: the least possible is 0\.5"),
+        ("mixed", {"bytes": 0.9}, 80, "w2a8", None),
+        ("mixed", {}, 15, "int8", "at least 16 calibration samples; there are 12"),
+        ("mixed", {"ms": 3.0, "times": "none.toml"}, 80, "int8", "none.toml"),
+        ("gptq", {}, 8, "int8", "at least 8 calibration samples; there are 7"),
+        ("adaround", {}, 8, "int8", "at least 8 calibration samples; there are 7"),
+        ("reconstruct", {}, 35, "int8", "at least 32 of them; there are 28"),
+    ],
+)
+def test_what_a_hub_step_will_refuse_is_refused_before_the_calibration(
+    tmp_path: Path, tiny_mlp: TinyMLP, no_long_work: None, step: str, options: Any, samples: int, precision: str,
+    said: str | None,
+) -> None:  # fmt: skip
+    recipe, data = Recipe((Step("equalize"), Step(step, options))), normal(0, samples, 4)
+    expected = AssertionError if said is None else DeploykitError  # nothing to refuse: it would calibrate
+    with pytest.raises(expected, match=said or "calibrated on 64 samples"):
+        out(tmp_path, tiny_mlp, "x86", data, recipe=recipe, precisions=(precision,))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("step", "options", "said"),
+    [
+        ("refit", {}, "at least 32 calibration samples; there are 28"),
+        ("prune", {"amount": 0.3}, "at least 32 calibration samples; there are 28"),
+        ("sparsify", {"sparsity": 0.5, "criterion": "obs"}, "at least 32 calibration samples; there are 28"),
+        ("semi_structured", {"criterion": "obs"}, "at least 32 calibration samples; there are 28"),
+        ("sparsify", {"sparsity": 0.5, "criterion": "snip"}, "criterion .snip. needs labels"),
+        ("iterate", {"amount": 0.5, "options": {"criterion": "obs"}}, "at least 32 calibration samples; there are 28"),
+        ("iterate", {"amount": 0.5, "options": {"sparsity": 0.2}}, "sparsity of sparsify is set round by round"),
+    ],
+)
+def test_what_a_model_step_will_refuse_is_refused_before_another_trains(
+    tmp_path: Path, tiny_mlp: TinyMLP, no_long_work: None, step: str, options: Any, said: str
+) -> None:
+    data = normal(0, 35, 4)
+    recipe = Recipe((Step("finetune", {"steps": 1}), Step(step, options)))
+    with pytest.raises(DeploykitError, match=said):
+        out(tmp_path, tiny_mlp, "x86", data, recipe=recipe, train=normal(1, 35, 4), force=True)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_step_on_integers_is_not_left_out_in_silence(tmp_path: Path, tiny_mlp: TinyMLP) -> None:
     data = {"x": normal(0, 8, 8)}
     steps = Recipe((Step("bias_correct"),))
@@ -401,10 +463,26 @@ def test_a_metric_that_falls_fails_the_gate(desk: Path) -> None:
 def test_operators_that_stay_in_float_are_named_with_the_reason(desk: Path) -> None:
     said = enter("export waves.onnx --target x86 --calib calib.npz --no-benchmark -o out")
     assert said.code == 0
-    assert "out: Sin wave stays in float: " in said.out
+    assert "out: Sin wave stays in float in int8: " in said.out
     (file,) = [f for f in load_manifest(Path("out")).files if f.precision == "int8"]
     assert [(i.operator, i.layer) for i in file.islands] == [("Sin", "wave")]
     assert file.quantized == {"Conv": 2, "Gemm": 1, "ReduceMean": 1}
+
+
+def test_what_several_files_or_targets_say_is_said_once_with_the_names_of_all(desk: Path) -> None:
+    command = "export waves.onnx --calib calib.npz --target x86 --target x86-avx2 --precision int8 --precision w4a8"
+    said = enter(f"{command} --no-benchmark -o out")
+    assert said.code == 0, said
+    notes = [line for line in said.out.splitlines() if line.startswith("x86") and ": " in line]
+    texts = [line.partition(": ")[2] for line in notes]
+    assert len(set(texts)) == len(texts)
+    stays = [line for line in notes if "stays in float" in line]
+    assert len(stays) == 1 and stays[0].startswith("x86, x86-avx2: Sin wave stays in float in int8, w4a8: ")
+    assert len([line for line in notes if line.startswith("x86, x86-avx2: scored on ")]) == 1
+    for name in ("x86", "x86-avx2"):  # what is said of one is in its manifest
+        own = load_manifest(Path("out", name))
+        assert {i.layer for f in own.files for i in f.islands} == {"wave"}
+        assert all(any(line.endswith(note) and name in line for line in notes) for note in own.notes)
 
 
 def test_a_layer_kept_in_float_is_float_and_said_to_be_so_on_request(desk: Path) -> None:

@@ -47,6 +47,19 @@ def test_what_is_left_is_a_multiple_that_the_target_likes() -> None:
     assert found[0].out_features == 24
 
 
+def test_the_report_says_how_many_channels_of_every_layer_are_left() -> None:
+    original, notes = trained(), []
+    step = SoftPrune(0.3, steps=4, every=2)
+    found: Any = step(original, replace(context(original, multiple=8), note=notes.append))
+    (told,) = notes
+    assert told.step == repr(step) and told.columns == ("layer", "channels", "left")
+    was, now = (
+        {name: layer.out_features for name, layer in m.named_modules() if isinstance(layer, nn.Linear)}
+        for m in (original, found)
+    )
+    assert {row[0]: row[1:] for row in told.rows} == {n: (was[n], now[n]) for n in was if was[n] != now[n]} != {}
+
+
 def test_a_silenced_channel_writes_nothing_and_can_grow_back() -> None:
     model: Any = net()
     groups = find_groups(model, {"input": torch.rand(1, 8)})

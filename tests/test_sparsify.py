@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from deploykit import targets
 from deploykit.core.context import Context
 from deploykit.core.data import DataSet
 from deploykit.core.errors import DeploykitError
+from deploykit.core.manifest import Finding
 from deploykit.hub.structure import mask_of
 from deploykit.layerwise.products import products
 from deploykit.passes.semi_structured import SemiStructured
@@ -79,6 +81,21 @@ def test_of_four_inputs_two_keep_their_weights(count: int) -> None:
         else:
             alive = (weight != 0).movedim(1, -1).reshape(-1, 4).sum(1)
             assert bool((alive == 2).all())
+
+
+@pytest.mark.parametrize("step", [SemiStructured(), Sparsify(0.4, "l1", skip=("5",))])
+def test_the_report_says_how_many_weights_of_every_layer_stayed(step: Any) -> None:
+    notes: list[Finding] = []
+    sparse = step(net(), replace(here(), note=notes.append))
+    (found,) = notes
+    assert (found.step, found.columns) == (repr(step), ("layer", "weights", "left", "zeros %"))
+    by_hand = {name: np.asarray(layer.weight.detach()) for name, layer in products(sparse).items()}
+    assert [row[0] for row in found.rows] == ["0", "3", "5"]
+    for name, had, left, share in found.rows:
+        w = by_hand[str(name)]
+        assert (had, left) == (w.size, np.count_nonzero(w)) and share == pytest.approx(100 * (w == 0).mean())
+    gone = sum((w == 0).sum() for w in by_hand.values()) / sum(w.size for w in by_hand.values())
+    assert found.title == f"Weights that stay: {gone:.1%} are zero"
 
 
 def test_one_of_three_is_a_pattern_too() -> None:

@@ -6,13 +6,16 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import tomli_w
 
 from deploykit.core.errors import DeploykitError, unknown
 from deploykit.core.tables import from_table, read_toml
 from deploykit.core.target import Need, Profit
+
+if TYPE_CHECKING:
+    from deploykit.core.context import Context
 
 Stage = Literal["model", "graph", "hub"]
 STAGES: tuple[Stage, ...] = ("model", "graph", "hub")
@@ -31,6 +34,32 @@ class Pass(Protocol):
 
     def __call__(self, subject: Any, context: Any, /) -> Any:
         """Takes and returns what the stage works on (nn.Module, FloatGraph, Hub); never changes it in place."""
+        ...
+
+
+@runtime_checkable
+class Foresees(Protocol):
+    """A pass that knows by the data when it cannot run, and is asked before anything long is done."""
+
+    def foresee(self, context: Context, /) -> None:
+        """Refuses data that is not enough.
+
+        Raises:
+            DeploykitError: what is missing.
+        """
+        ...
+
+
+@runtime_checkable
+class Rehearses(Protocol):
+    """A hub step that knows by the operators when it cannot run, and is asked before the calibration."""
+
+    def rehearse(self, hub: Any, /) -> None:
+        """Refuses a hub for what does not hang on its scales: those of a stand-in may be any.
+
+        Raises:
+            DeploykitError: what does not fit.
+        """
         ...
 
 

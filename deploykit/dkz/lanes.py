@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 WORD = 16
 """Bits."""
-LENGTH = 4096
-"""Symbols of a lane, or more: what a lane costs (4 bytes) is then little."""
+LENGTH = 2048
+"""Symbols of a lane, at most: what a lane costs (4 bytes) is then little."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Lanes:
 
 def lanes(counts: Sequence[int]) -> Lanes:
     """The lanes of streams with so many symbols."""
-    many = [max(1, count // LENGTH) if count else 0 for count in counts]
+    many = [-(-count // LENGTH) for count in counts]
     stream = np.repeat(np.arange(len(counts)), many)
     number = np.concatenate([np.arange(n) for n in many] or [np.arange(0)])
     stride = np.asarray(many, np.int64)[stream]

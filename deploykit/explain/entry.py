@@ -10,6 +10,7 @@ from deploykit.core.context import Role
 from deploykit.core.errors import DeploykitError
 from deploykit.core.golden import load_golden
 from deploykit.core.manifest import load_intact
+from deploykit.core.precision import needs_calibration
 from deploykit.core.ranges import load_ranges
 from deploykit.explain.explanation import Explanation
 from deploykit.explain.known import chosen_file, operators
@@ -48,7 +49,8 @@ def explain(
     golden = load_golden(folder)
     found = None if golden is None else times(manifest, file, folder, golden.inputs)
     told = operators(manifest, file, found)
-    ranges = load_ranges(folder / RANGES) if any(s.path == RANGES for s in manifest.stored) else None
+    calibrated = needs_calibration(file.precision) and any(s.path == RANGES for s in manifest.stored)
+    ranges = load_ranges(folder / RANGES) if calibrated else None  # they may be there for another file
     measured, seen = None, ranges
     if calibration is not None:
         if ranges is None:
@@ -73,7 +75,7 @@ def explain(
         0 if seen is None else len(spans.computed(seen, manifest)),
         manifest.thresholds,
         None if ranges is None else convergence(ranges),
-        tuple(note for note in manifest.notes if note.startswith(START)),
+        tuple(note for note in manifest.notes if calibrated and note.startswith(START)),
         measured,
         "" if found is None else found.where,
     )

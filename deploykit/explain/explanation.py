@@ -11,8 +11,9 @@ from deploykit.calibration.growth import Convergence
 from deploykit.core.precision import Precision
 from deploykit.report.spans import Span
 
-State = Literal["integer", "moves", "float"]
-"""moves: it only selects or rearranges integers."""
+State = Literal["integer", "moves", "weights", "float"]
+"""moves: it only selects or rearranges integers. weights: they alone are integers; what is computed with them is the
+runtime's business."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,9 @@ class Operator:
     operator: str
     state: State
     why: str = ""
-    """Why it stayed in float."""
+    """Why it stayed in float; empty also where weights alone become integers and it has none."""
+    bits: int | None = None
+    """Of its weights, where a step chose them layer by layer."""
     sqnr_db: float | None = None
     """Signal to noise of this operator quantized alone, fed with what the float network feeds it."""
     weights: float | None = None
@@ -34,6 +37,8 @@ class Operator:
     """Of one call on this machine, median."""
     converting_ms: float | None = None
     """Spent beside it on turning integers into floats and back."""
+    runs_in: str = ""
+    """What the runtime computes in here, ``"float"`` or ``"integer"``; empty: it does not tell."""
     slow: tuple[str, ...] = ()
     """Why it is slower than it could be on this target, one phrase each."""
 

@@ -9,11 +9,12 @@ from deploykit import targets
 from deploykit.core.artifact import File
 from deploykit.core.errors import DeploykitError, unknown
 from deploykit.core.manifest import Layer, Manifest
-from deploykit.core.precision import is_integer, is_quantized
+from deploykit.core.precision import is_integer, is_quantized, needs_calibration
 from deploykit.core.target import Target
-from deploykit.explain.explanation import Operator
+from deploykit.explain.explanation import Operator, State
 from deploykit.explain.timing import Times
 from deploykit.hub.operators import PRODUCTS, ROLES
+from deploykit.passes.mixed import BITS
 
 LANES = 0.9
 """Of a vector unit: a product that fills less than this share of them is worth a word."""
@@ -45,24 +46,43 @@ def operators(manifest: Manifest, file: File, times: Times | None) -> tuple[Oper
     measured = {o.layer: o for o in manifest.operators_of(file.precision)}
     layers = manifest.layers or tuple(Layer(o.layer, o.operator) for o in measured.values())
     floats = {island.layer: island.why for island in file.islands}
+    weights_alone, bits = not needs_calibration(file.precision), _bits(manifest, file)
     target = targets.load(manifest.target) if manifest.target in targets.names() else None
     found = []
     for layer in layers:
-        moves = ROLES.get(layer.operator) == "moves"
         own = None if times is None else times.of(layer.name)
-        is_float = layer.name in floats
-        error = None if is_float or moves or layer.name not in measured else measured[layer.name].sqnr_db
-        slow = [*_lanes(layer, target), *([] if own is None else own.slow(is_float))]
-        if is_float and own is None and _between_integers(layer, layers, floats):
+        state = _state(layer, floats, weights_alone)
+        error = measured[layer.name].sqnr_db if state == "integer" and layer.name in measured else None
+        slow = [*_lanes(layer, target), *([] if own is None else own.slow(state in ("float", "weights")))]
+        if state == "float" and own is None and not weights_alone and _between_integers(layer, layers, floats):
             slow.append("computes in float between integers: what it reads and writes is converted")
         found.append(
             Operator(
-                layer.name, layer.operator, "float" if is_float else "moves" if moves else "integer",
-                floats.get(layer.name, ""), error, ms=None if own is None else own.ms,
-                converting_ms=None if own is None else own.converting_ms, slow=tuple(slow),
+                layer.name, layer.operator, state, floats.get(layer.name, ""), bits.get(layer.name), error,
+                ms=None if own is None else own.ms, converting_ms=None if own is None else own.converting_ms,
+                runs_in="" if own is None else own.runs_in, slow=tuple(slow),
             )
         )  # fmt: skip
     return tuple(found)
+
+
+def _state(layer: Layer, floats: Mapping[str, str], weights_alone: bool) -> State:
+    """Of one operator; the layers of a manifest are those that any of its files decided about."""
+    if layer.name in floats:
+        return "float"
+    if weights_alone:
+        return "weights" if ROLES.get(layer.operator) in ("linear", "lookup", "recurrent") else "float"
+    return "moves" if ROLES.get(layer.operator) == "moves" else "integer"
+
+
+def _bits(manifest: Manifest, file: File) -> dict[str, int]:
+    """Bits of the weights layer by layer, where the step `mixed` chose them."""
+    tables = [f for f in manifest.findings if f.title == BITS and f.step in file.steps]
+    alike = [f.path for f in manifest.files if set(f.steps) & {table.step for table in tables}]
+    if not tables:
+        return {}
+    table = tables[alike.index(file.path)] if len(tables) == len(alike) else tables[0]  # files of one hub share one
+    return {str(row[0]): int(row[1]) for row in table.rows if row[1] is not None}
 
 
 def _lanes(layer: Layer, target: Target | None) -> list[str]:

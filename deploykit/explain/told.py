@@ -8,6 +8,7 @@ from deploykit.core.artifact import Island
 from deploykit.core.errors import some
 from deploykit.core.figures import file_size
 from deploykit.core.manifest import Finding
+from deploykit.core.precision import needs_calibration
 from deploykit.explain.explanation import Alternative, Explanation, Measured, Operator
 from deploykit.report.growth import growth
 from deploykit.report.layers import grouped
@@ -21,7 +22,12 @@ TYPED = "add --calib DATA (what the export was given), in the folder the export 
 
 def summary(e: Explanation) -> str:
     """What the file is, in one line."""
-    counts = [(e.count("integer"), "integer"), (e.count("moves"), "moving integers"), (e.count("float"), "in float")]
+    back = sum(o.state == "integer" and o.runs_in == "float" for o in e.operators)
+    counts = [
+        (e.count("integer"), f"integer{f' ({back} of them computed in float by the runtime)' if back else ''}"),
+        (e.count("moves"), "moving integers"), (e.count("weights"), "with integer weights"),
+        (e.count("float"), "in float"),
+    ]  # fmt: skip
     said = ", ".join(f"{n} {what}" for n, what in counts if n)
     return f"{e.path} on {e.target}, {len(e.operators)} operators: {said}"
 
@@ -35,6 +41,8 @@ def findings(e: Explanation, rows: int | None = None) -> tuple[Finding, ...]:
     worst = [o for o in e.worst if o.share or m is None]
     if worst:
         found.append(_operators(e, worst, rows))
+    if any(o.bits is not None for o in e.operators):
+        found.append(_bits(e, rows))
     if m is not None and len(m.parts) > 1:
         found.append(_parts(m))
     return (*found, *growth(e.convergence))
@@ -64,14 +72,14 @@ def lines(e: Explanation) -> Iterator[str]:
             yield f"tried without gain: {', '.join(idle)}"
         yield from _enough(m)
     yield from e.notes
-    floats = [Island(o.operator, o.layer, o.why) for o in e.operators if o.state == "float"]
+    floats = [Island(o.operator, o.layer, o.why) for o in e.operators if o.state == "float" and o.why]
     for group in grouped(floats):
         yield f"in float: {group.count} {group.operator} ({group.layers}): {group.why}"
     for reason, layers in _slow(e.operators).items():
         yield f"slow: {some(layers, 5)}: {reason}"
     if e.timed_on:
         yield f"times: {e.timed_on}"
-    if m is None:
+    if m is None and needs_calibration(e.precision):
         yield f"to measure what operators contribute and what would be better: {TYPED}"
 
 
@@ -125,6 +133,12 @@ def _operators(e: Explanation, worst: Sequence[Operator], rows: int | None) -> F
         table.append(tuple(row))
     by = "by their share of the answers' error" if shares else "by their own error"
     return Finding(STEP, f"worst operators {by}, {_of(len(table), len(worst))}", tuple(columns), tuple(table))
+
+
+def _bits(e: Explanation, rows: int | None) -> Finding:
+    held = [o for o in e.operators if o.bits is not None]
+    table = tuple((o.layer, o.operator, o.bits) for o in held[:rows])
+    return Finding(STEP, f"bits of the weights, {_of(len(table), len(held))}", ("layer", "operator", "bits"), table)
 
 
 def _parts(m: Measured) -> Finding:

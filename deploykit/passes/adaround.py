@@ -40,6 +40,15 @@ class Adaround:
         if self.steps < 1 or self.positions < 1:
             raise ValueError("steps and positions must be 1 or more")
 
+    def foresee(self, context: Context) -> None:
+        """Refuses too few calibration samples."""
+        data = context.need("calibration", "adaround")
+        if len(data) < LEAST_SAMPLES:
+            raise DeploykitError(
+                f"adaround learns roundings from the data and needs at least {LEAST_SAMPLES} calibration samples; "
+                f"there are {len(data)}. The step weight_correct works with fewer."
+            )
+
     def __call__(self, hub: Hub, context: Context) -> Hub:
         """The hub with other integers, weight scales and biases.
 
@@ -51,12 +60,8 @@ class Adaround:
         from deploykit.hub.fitting.refit import refit
         from deploykit.hub.fitting.soft_rounding import adaround
 
+        self.foresee(context)
         data = context.need("calibration", "adaround")
-        if len(data) < LEAST_SAMPLES:
-            raise DeploykitError(
-                f"adaround learns roundings from the data and needs at least {LEAST_SAMPLES} calibration samples; "
-                f"there are {len(data)}. The step weight_correct works with fewer."
-            )
         rounding = partial(adaround, steps=self.steps)
         return refit(
             hub, data, "adaround", rounding, positions=self.positions, seed=context.seed, journal=context.journal

@@ -43,6 +43,15 @@ class Gptq:
         if self.positions < 1:
             raise ValueError("positions must be 1 or more")
 
+    def foresee(self, context: Context) -> None:
+        """Refuses too few calibration samples."""
+        data = context.need("calibration", "gptq")
+        if len(data) < LEAST_SAMPLES:
+            raise DeploykitError(
+                f"gptq chooses integers by what they do to the data and needs at least {LEAST_SAMPLES} calibration "
+                f"samples; there are {len(data)}. The step weight_correct works with fewer."
+            )
+
     def __call__(self, hub: Hub, context: Context) -> Hub:
         """The hub with other integers, weight scales and biases.
 
@@ -52,10 +61,6 @@ class Gptq:
         from deploykit.hub.fitting.refit import refit
         from deploykit.hub.fitting.rounding import gptq
 
+        self.foresee(context)
         data = context.need("calibration", "gptq")
-        if len(data) < LEAST_SAMPLES:
-            raise DeploykitError(
-                f"gptq chooses integers by what they do to the data and needs at least {LEAST_SAMPLES} calibration "
-                f"samples; there are {len(data)}. The step weight_correct works with fewer."
-            )
         return refit(hub, data, "gptq", gptq, positions=self.positions, seed=context.seed, journal=context.journal)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from deploykit.core.context import Context
 from deploykit.core.errors import DeploykitError
-from deploykit.core.recipe import Stage, Step
+from deploykit.core.recipe import Foresees, Stage, Step
 from deploykit.core.target import Need, Profit
 
 if TYPE_CHECKING:
@@ -60,6 +60,14 @@ class Iterate:
         if self.step != "sparsify" and self.rewind in ("weights", "random"):
             raise ValueError("weights of other shapes cannot be rewound; rewind nothing or the learning_rate")
 
+    def foresee(self, context: Context) -> None:
+        """Refuses wrong options of the step, and data that is not enough for it."""
+        from deploykit import passes
+
+        step = passes.build(Step(self.step, {**self.options, self._taken(): self.amount}))
+        if isinstance(step, Foresees):
+            step.foresee(context)
+
     def __call__(self, model: nn.Module, context: Context) -> nn.Module:
         """A compressed and trained copy of the model.
 
@@ -85,10 +93,7 @@ class Iterate:
 
         Zeros are counted of the whole. Layers become smaller from round to round, so there it is what may be left.
         """
-        key = "sparsity" if self.step == "sparsify" else "amount"
-        for taken in (key, "at_most"):
-            if taken in self.options:
-                raise DeploykitError(f"iterate: {taken} of {self.step} is set round by round; give amount")
+        self._taken()
         if self.step == "sparsify":
             return [Step("sparsify", {**self.options, "sparsity": amount}) for amount in self.amounts()]
         from deploykit.layerwise.budgets import size
@@ -96,6 +101,14 @@ class Iterate:
         unit = self.options.get("of", "macs" if self.step == "prune" else "params")
         whole = size(unit, context, "iterate")(model)
         return [Step(self.step, {**self.options, "at_most": whole * (1 - amount)}) for amount in self.amounts()]
+
+    def _taken(self) -> str:
+        """The option of the step that says how much it takes, which may not be among the user's."""
+        key = "sparsity" if self.step == "sparsify" else "amount"
+        for taken in (key, "at_most"):
+            if taken in self.options:
+                raise DeploykitError(f"iterate: {taken} of {self.step} is set round by round; give amount")
+        return key
 
     def amounts(self) -> list[float]:
         """What is gone after each round."""

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 BYTES = 0.7
 LEAST_SAMPLES = 16
+BITS = "Bits of every layer"
+"""The table that says them."""
 APART = 5
 """Without hold-out every fifth calibration sample is one."""
 
@@ -90,6 +92,24 @@ class Mixed:
         """The fewest that a weight may get: with few, integers have to be chosen."""
         return min(self.bits)
 
+    def foresee(self, context: Context) -> None:
+        """Refuses too few calibration samples, and to count answers to samples that are made up."""
+        _, judged = apart(context)
+        if self.max_drop is not None and judged.synthetic:
+            raise DeploykitError("mixed: max_drop counts answers to real samples, and these are made up; give a budget")
+
+    def rehearse(self, hub: Hub) -> None:
+        """Refuses layers that there are not, times that are missing, and a budget that no bits can meet.
+
+        Raises:
+            DeploykitError: one of these; nothing to choose bits for.
+            MissingExtra: there is no solver.
+        """
+        from deploykit.hub.mixed.assignment import require_solver
+
+        require_solver()
+        self._room(hub)
+
     def __call__(self, hub: Hub, context: Context) -> Hub:
         """The hub with the bits chosen, rounded to nearest; how they were chosen is among its findings.
 
@@ -98,21 +118,15 @@ class Mixed:
                 few samples; nothing to choose bits for.
             MissingExtra: there is no solver.
         """
-        import onnx
-
-        from deploykit.hub.bits import held_weights, is_plain, with_bits
+        from deploykit.hub.bits import is_plain, with_bits
         from deploykit.hub.mixed.assignment import require_solver
         from deploykit.hub.mixed.sensitivity import sensitivities
-        from deploykit.hub.slices import Slicer
 
         require_solver()
-        held = held_weights(Slicer(onnx.load_model_from_string(hub.bytes)))
-        if not held:
-            raise DeploykitError("mixed chooses bits of integer weights that meet integer inputs, and there are none")
+        self.foresee(context)
+        held, allowed, costs = self._room(hub)
         if not is_plain(hub):
             raise DeploykitError("mixed sets weights anew and comes first of the hub steps; put the others behind it")
-        allowed = self._allowed(hub, held)
-        costs = self._costs(hub, held, allowed)
         fitted, judged = apart(context)
         bits = sorted({b for choices in allowed.values() for b in choices})
 
@@ -125,6 +139,26 @@ class Mixed:
         chosen, shown = self._chosen(hub, replace(context, data={"calibration": fitted}), judged, losses, costs)
         findings = *hub.findings, self._frontier(chosen, shown), self._layers(chosen, held, losses)
         return replace(with_bits(hub, chosen.bits), findings=findings)
+
+    def _room(self, hub: Hub) -> tuple[list[Held], dict[str, tuple[int, ...]], Table]:
+        """The weights that bits are chosen for, which they may have, and what those cost."""
+        import onnx
+
+        from deploykit.hub.bits import held_weights
+        from deploykit.hub.mixed.assignment import cheapest, within
+        from deploykit.hub.slices import Slicer
+
+        held = held_weights(Slicer(onnx.load_model_from_string(hub.bytes)))
+        if not held:
+            raise DeploykitError("mixed chooses bits of integer weights that meet integer inputs, and there are none")
+        allowed = self._allowed(hub, held)
+        costs = self._costs(hub, held, allowed)
+        if self._budget is not None and not within(least := cheapest(costs), self._budget):
+            raise DeploykitError(
+                f"mixed: {self._budget:g} ({self._unit}) cannot be met: the least possible is {least:.4g}, with "
+                f"{min(min(bits) for bits in allowed.values())} bits wherever they are allowed"
+            )
+        return held, allowed, costs
 
     def _allowed(self, hub: Hub, held: Sequence[Held]) -> dict[str, tuple[int, ...]]:
         """Bits that each weight may have."""
@@ -161,22 +195,13 @@ class Mixed:
         """The assignment, and those beside it on the frontier."""
         from deploykit.hub.analysis.answers import Exam
         from deploykit.hub.bits import with_bits
-        from deploykit.hub.mixed.assignment import OverBudget
         from deploykit.hub.mixed.frontier import cheapest_within, frontier, on_frontier
         from deploykit.passes.gptq import Gptq
 
         budget = self._budget
         if self.max_drop is None:
             assert budget is not None
-            try:
-                return on_frontier(losses, costs, budget), frontier(losses, costs)
-            except OverBudget as error:
-                raise DeploykitError(
-                    f"mixed: {budget:g} ({self._unit}) cannot be met: the least possible is {error.least:.4g}, with "
-                    f"{self.least_bits} bits wherever they are allowed"
-                ) from None
-        if judged.synthetic:
-            raise DeploykitError("mixed: max_drop counts answers to real samples, and these are made up; give a budget")
+            return on_frontier(losses, costs, budget), frontier(losses, costs)
         exam, plain = Exam(hub, judged), replace(context, journal=NOTHING_KEPT)
 
         def lost(bits: Mapping[str, int]) -> float:
@@ -216,7 +241,7 @@ class Mixed:
             (each.name, chosen.bits[each.name], each.size, *(losses[each.name].get(b) for b in bits)) for each in held
         )
         columns = "layer", "bits", "weights", *(f"loss with {b} bits" for b in bits)
-        return Finding(repr(self), "Bits of every layer", columns, rows)
+        return Finding(repr(self), BITS, columns, rows)
 
 
 def apart(context: Context) -> tuple[DataSet, DataSet]:

@@ -75,6 +75,17 @@ class Prune:
         needs = (*criterion(self.criterion).needs, *(("data",) if self.refit else ()))
         object.__setattr__(self, "needs", tuple(dict.fromkeys(needs)))
 
+    def foresee(self, context: Context) -> None:
+        """Refuses too few calibration samples, and data without labels where the criterion needs them."""
+        data = context.need("calibration", "prune") if "data" in self.needs else None
+        if data is not None and data.labels is None and "labels" in self.needs:
+            raise DeploykitError(f"prune: criterion '{self.criterion}' needs labels, and {data.origin} has none")
+        if self.refit and data is not None and len(data) < LEAST_SAMPLES:
+            raise DeploykitError(
+                f"prune fits the weights that are left to the data and needs at least {LEAST_SAMPLES} calibration "
+                f"samples; there are {len(data)}. With refit = false it needs fewer."
+            )
+
     def __call__(self, model: nn.Module, context: Context) -> nn.Module:
         """A narrower copy of the model.
 
@@ -85,23 +96,17 @@ class Prune:
         import copy
 
         from deploykit.layerwise.budgets import COUNTED, LEVELS, WORDS, NotEnough, saving, share_to_save
-        from deploykit.layerwise.channels import mixes, width
+        from deploykit.layerwise.channels import mixes
         from deploykit.losses import as_tensors
         from deploykit.pruning.budget import fit, ranked
         from deploykit.pruning.compensation import compensated
         from deploykit.pruning.criteria import comparable, criterion, importance
         from deploykit.pruning.criteria.evidence import Evidence
         from deploykit.pruning.groups import find_groups, together
-        from deploykit.pruning.surgery import assert_equal, without
+        from deploykit.pruning.surgery import assert_equal, widths, without
 
+        self.foresee(context)
         data = context.need("calibration", "prune") if "data" in self.needs else None
-        if data is not None and data.labels is None and "labels" in self.needs:
-            raise DeploykitError(f"prune: criterion '{self.criterion}' needs labels, and {data.origin} has none")
-        if self.refit and data is not None and len(data) < LEAST_SAMPLES:
-            raise DeploykitError(
-                f"prune fits the weights that are left to the data and needs at least {LEAST_SAMPLES} calibration "
-                f"samples; there are {len(data)}. With refit = false it needs fewer."
-            )
         if not context.example:
             raise DeploykitError("prune: the context has no example to follow channels with")
         whole = copy.deepcopy(model).eval().requires_grad_(True)
@@ -144,15 +149,14 @@ class Prune:
                 f"{' (measured, on a machine that may be busy)' if self.of == 'ms' else ''}."
             ) from None
         removed = together(chosen)
-        wide = {p.layer: width(whole.get_submodule(p.layer), "out") for p in removed if p.side == "out"}
-        widths = [(p.layer, wide[p.layer], wide[p.layer] - len(own)) for p, own in removed.items() if p.side == "out"]
+        narrowed = widths(whole, removed)
         share_saved = saved(chosen) if chosen else 0.0
         reached = f"{share_saved:.1%} of the {unit} saved"
         if share_saved - amount > FAR:
             reached += f" where {amount:.1%} was asked for, since layers keep multiples of {multiple}"
-        say(f"prune: {reached}; {some([f'{name} {had} -> {left}' for name, had, left in widths], 8)}")
+        say(f"prune: {reached}; {some([f'{name} {had} -> {left}' for name, had, left in narrowed], 8)}")
         context.note(
-            Finding(repr(self), f"Channels taken out: {reached}", ("layer", "channels", "left"), tuple(widths))
+            Finding(repr(self), f"Channels taken out: {reached}", ("layer", "channels", "left"), tuple(narrowed))
         )
         if self.refit and data is not None and chosen:
             model = compensated(model, removed, data)

@@ -40,6 +40,12 @@ class Qat:
         if self.steps < 1 or not (self.learning_rate > 0 and self.temperature > 0):
             raise ValueError("steps, learning_rate and temperature must be above 0")
 
+    def rehearse(self, hub: Hub) -> None:
+        """Refuses operators that cannot be trained."""
+        from deploykit.hub.training.module import HubModule
+
+        HubModule(hub)
+
     def __call__(self, hub: Hub, context: Context) -> Hub:
         """The hub in the trained state that does best on held-out samples; as it came, if training made it no better.
 

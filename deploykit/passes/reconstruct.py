@@ -44,6 +44,15 @@ class Reconstruct:
         if min(self.steps, self.layers, self.batch, self.positions) < 1:
             raise ValueError("steps, layers, batch and positions must be 1 or more")
 
+    def foresee(self, context: Context) -> None:
+        """Refuses too few calibration samples."""
+        data = context.need("calibration", "reconstruct")
+        if len(data) < LEAST_SAMPLES:
+            raise DeploykitError(
+                f"reconstruct learns from most of the calibration samples and judges by the rest, and needs at least "
+                f"{LEAST_SAMPLES} of them; there are {len(data)}. The step gptq works with 8."
+            )
+
     def __call__(self, hub: Hub, context: Context) -> Hub:
         """The hub with other integers, weight scales and biases.
 
@@ -52,12 +61,8 @@ class Reconstruct:
         """
         from deploykit.hub.fitting.reconstruction import reconstruct
 
+        self.foresee(context)
         data = context.need("calibration", "reconstruct")
-        if len(data) < LEAST_SAMPLES:
-            raise DeploykitError(
-                f"reconstruct learns from most of the calibration samples and judges by the rest, and needs at least "
-                f"{LEAST_SAMPLES} of them; there are {len(data)}. The step gptq works with 8."
-            )
         return reconstruct(
             hub, data, size=self.layers, steps=self.steps, batch=self.batch, positions=self.positions,
             seed=context.seed, journal=context.journal,

@@ -36,6 +36,12 @@ class ReestimateBn:
         if self.batch < 2:
             raise ValueError(f"batch must be at least 2, given {self.batch}")
 
+    def foresee(self, context: Context) -> None:
+        """Refuses a single sample, which has no variance."""
+        data = context.need("calibration", "reestimate_bn")
+        if len(data) < 2:
+            raise DeploykitError(f"reestimate_bn needs at least 2 samples, {data.origin} has {len(data)}")
+
     def __call__(self, model: nn.Module, context: Context) -> nn.Module:
         """A copy of the model with other statistics, in the mode the model came in.
 
@@ -48,9 +54,8 @@ class ReestimateBn:
         from deploykit.layerwise.watching import evaluating
         from deploykit.losses import as_tensors
 
+        self.foresee(context)
         data = context.need("calibration", "reestimate_bn")
-        if len(data) < 2:
-            raise DeploykitError(f"reestimate_bn needs at least 2 samples, {data.origin} has {len(data)}")
         anew = copy.deepcopy(model)
         norms = [layer for layer in anew.modules() if isinstance(layer, _BatchNorm) and layer.track_running_stats]
         if not norms:

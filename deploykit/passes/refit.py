@@ -28,6 +28,15 @@ class Refit:
     needs: ClassVar[tuple[Need, ...]] = ("data", "teacher")
     pays_if: ClassVar[tuple[Profit, ...]] = ("structured", "unstructured", "2:4", "small_file")
 
+    def foresee(self, context: Context) -> None:
+        """Refuses too few calibration samples."""
+        data = context.need("calibration", "refit")
+        if len(data) < LEAST_SAMPLES:
+            raise DeploykitError(
+                f"refit fits weights to the data and needs at least {LEAST_SAMPLES} calibration samples; there are "
+                f"{len(data)}. The step reestimate_bn works with fewer."
+            )
+
     def __call__(self, model: nn.Module, context: Context) -> nn.Module:
         """A copy of the model with other weights, biases and running means; its zeros stay zero.
 
@@ -36,10 +45,6 @@ class Refit:
         """
         from deploykit.layerwise.refit import refit
 
+        self.foresee(context)
         data = context.need("calibration", "refit")
-        if len(data) < LEAST_SAMPLES:
-            raise DeploykitError(
-                f"refit fits weights to the data and needs at least {LEAST_SAMPLES} calibration samples; there are "
-                f"{len(data)}. The step reestimate_bn works with fewer."
-            )
         return refit(model, context.original, data)

@@ -41,13 +41,19 @@ class SemiStructured:
         if found is None or not 0 < int(found[1]) < int(found[2]):
             raise ValueError(f"pattern must be N:M with 0 < N < M, such as 2:4; given {self.pattern!r}")
 
+    def foresee(self, context: Context) -> None:
+        """Refuses a criterion that is unknown or lacks data."""
+        from deploykit.pruning.choose import resolved
+
+        resolved(self.criterion, context, "semi_structured")
+
     def __call__(self, model: nn.Module, context: Context) -> nn.Module:
         """A copy of the model with masks on the weights of layers whose input channels come in multiples of M.
 
         Raises:
             DeploykitError: there is no such layer; unknown criterion or layer; the criterion lacks data.
         """
-        from deploykit.pruning.choose import layers_of, masked, resolved
+        from deploykit.pruning.choose import kept, layers_of, masked, resolved
         from deploykit.pruning.masks import fits, n_of_m
 
         n, m = map(int, self.pattern.split(":"))
@@ -56,4 +62,6 @@ class SemiStructured:
         layers = [name for name, layer in found.items() if fits(layer.weight, m)]
         if not layers:
             raise DeploykitError(f"semi_structured: no layer has input channels in multiples of {m}")
-        return masked(model, layers, criterion, context, [partial(n_of_m, n=n, m=m)], (n, m))
+        sparse = masked(model, layers, criterion, context, [partial(n_of_m, n=n, m=m)], (n, m))
+        context.note(kept(sparse, repr(self)))
+        return sparse

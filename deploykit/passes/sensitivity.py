@@ -55,6 +55,12 @@ class Sensitivity:
 
         object.__setattr__(self, "needs", tuple(dict.fromkeys(("data", *criterion(self.criterion).needs))))
 
+    def foresee(self, context: Context) -> None:
+        """Refuses data without labels where the criterion needs them."""
+        data = context.need("calibration", "sensitivity")
+        if data.labels is None and "labels" in self.needs:
+            raise DeploykitError(f"sensitivity: criterion '{self.criterion}' needs labels, and {data.origin} has none")
+
     def __call__(self, model: nn.Module, context: Context) -> nn.Module:
         """The same model; the findings go to ``context.note``.
 
@@ -69,9 +75,8 @@ class Sensitivity:
         from deploykit.pruning.groups import find_groups
         from deploykit.pruning.sensitivity import scan
 
+        self.foresee(context)
         data = context.need("calibration", "sensitivity")
-        if data.labels is None and "labels" in self.needs:
-            raise DeploykitError(f"sensitivity: criterion '{self.criterion}' needs labels, and {data.origin} has none")
         if not context.example:
             raise DeploykitError("sensitivity: the context has no example to follow channels with")
         whole = copy.deepcopy(model).eval().requires_grad_(True)

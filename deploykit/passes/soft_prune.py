@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from deploykit.core.context import Context
 from deploykit.core.errors import DeploykitError
+from deploykit.core.manifest import Finding
 from deploykit.core.recipe import Stage
 from deploykit.core.target import Need, Profit
 
@@ -53,13 +54,12 @@ class SoftPrune:
         Raises:
             DeploykitError: there are no channels that can be taken out.
         """
-
         from deploykit.losses import as_tensors
         from deploykit.pruning.budget import chosen, ranked
         from deploykit.pruning.criteria import importance
         from deploykit.pruning.criteria.evidence import Evidence
         from deploykit.pruning.groups import find_groups, together
-        from deploykit.pruning.surgery import assert_equal, without
+        from deploykit.pruning.surgery import assert_equal, widths, without
         from deploykit.retraining import train
 
         trained = copy.deepcopy(model)
@@ -86,6 +86,8 @@ class SoftPrune:
         removed = together(weakest())
         pruned = without(trained, removed)
         assert_equal(trained, pruned, removed, inputs)
+        columns = "layer", "channels", "left"
+        context.note(Finding(repr(self), "Channels taken out", columns, tuple(widths(trained, removed))))
         return pruned
 
 

@@ -42,6 +42,12 @@ class Sparsify:
         if not 0.0 < self.sparsity < 1.0:
             raise ValueError(f"sparsity must lie between 0 and 1, given {self.sparsity}")
 
+    def foresee(self, context: Context) -> None:
+        """Refuses a criterion that is unknown or lacks data."""
+        from deploykit.pruning.choose import resolved
+
+        resolved(self.criterion, context, "sparsify")
+
     def __call__(self, model: nn.Module, context: Context) -> nn.Module:
         """A copy of the model with masks on its weights. Biases and normalisation have none.
 
@@ -49,7 +55,7 @@ class Sparsify:
             DeploykitError: the model has no convolution or linear layer; unknown criterion or layer; the criterion
                 lacks data.
         """
-        from deploykit.pruning.choose import layers_of, masked, resolved, rounds
+        from deploykit.pruning.choose import kept, layers_of, masked, resolved, rounds
         from deploykit.pruning.masks import layer_by_layer, network_wide
 
         criterion = resolved(self.criterion, context, "sparsify")
@@ -57,4 +63,6 @@ class Sparsify:
         choose = network_wide if self.scope == "global" else layer_by_layer
         n = rounds(criterion)  # the same share of what is left in each
         shares = [*(1 - (1 - self.sparsity) ** (k / n) for k in range(1, n)), self.sparsity]
-        return masked(model, layers, criterion, context, [partial(choose, sparsity=share) for share in shares])
+        sparse = masked(model, layers, criterion, context, [partial(choose, sparsity=share) for share in shares])
+        context.note(kept(sparse, repr(self)))
+        return sparse

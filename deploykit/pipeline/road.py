@@ -29,7 +29,7 @@ from deploykit.core.precision import (
 )
 from deploykit.core.progress import say, status
 from deploykit.core.ranges import Ranges
-from deploykit.core.recipe import Pass, Stage, Step
+from deploykit.core.recipe import Foresees, Pass, Rehearses, Stage, Step
 from deploykit.core.request import Gate, Request, Settings
 from deploykit.core.target import QuantSpec, Target
 from deploykit.pipeline import steps
@@ -89,6 +89,10 @@ class Road:
         context = step_context(self.prepared, self.settings, target, self.findings)
         model_steps = self._early(chosen, "model")
         graph_steps = self._early(chosen, "graph")
+        hub_steps = self._late(chosen)
+        for step in (*model_steps, *graph_steps, *(step for _, _, step in hub_steps)):
+            if isinstance(step, Foresees):
+                step.foresee(context)
         model = self.prepared.model
         module = model.module
         with self._phase("lower"), status("lowering to ONNX"):
@@ -119,6 +123,10 @@ class Road:
             )
         for each in chosen:
             plan_integers(self.graph.model.graph, each.quant, self.settings.keep_float)  # refuses names of no layer
+        for each, precision, step in hub_steps:
+            if isinstance(step, Rehearses):
+                with status("looking at the hub before the calibration"):
+                    step.rehearse(self._stand_in(self.graph, each, precision))
         self.ranges = given
         if given is not None and self.prepared.held_out:
             self.notes.append("the samples scored on may be among those that --ranges were measured on")
@@ -155,6 +163,16 @@ class Road:
                 found |= {repr(p.step): p.step for p in planned if p.step.stage == stage and not p.left_out}
         return list(found.values())
 
+    def _late(self, chosen: Sequence[Target]) -> list[tuple[Target, Precision, Pass]]:
+        """The hub steps of all files that would be written, as `_hub` runs them."""
+        return [
+            (target, precision, p.step)
+            for target in chosen
+            for precision in self._asked(target)
+            if needs_calibration(precision)
+            for p in self._hub_steps(replace(target, quant=spec_of(target.quant, precision)), precision)
+        ]
+
     def _rehearse(self, chosen: Sequence[Target], final: bool) -> None:
         """Exports the original model and throws the files away: operators, operator sets, options and budgets that an
         exporter cannot serve are refused before anything is trained or calibrated.
@@ -168,7 +186,7 @@ class Road:
             floats = [p for p in asked if not is_quantized(p)] or [p for p in target.precisions if p == "fp32"]
             tried = [*floats, *(p for p in asked if is_quantized(p) and (FORMATS[p].numbers or not floats))]
             try:
-                hubs = {p: self._take_pixels(self._stand_in(target, p), target)[0] for p in tried}
+                hubs = {p: self._take_pixels(self._stand_in(self.reference, target, p), target)[0] for p in tried}
                 exporters.rehearse(exporters.load(target.exporter), hubs, target, final)
             except DeploykitError as error:
                 problems[str(error)] = None
@@ -177,11 +195,10 @@ class Road:
         if problems:
             raise DeploykitError("\n".join(problems))
 
-    def _stand_in(self, target: Target, precision: Precision) -> Hub:
-        """The original model; in integers, by the ranges of two samples: what an exporter refuses hardly depends on
-        scales."""
+    def _stand_in(self, graph: FloatGraph, target: Target, precision: Precision) -> Hub:
+        """A network; in integers, by the ranges of two samples: what is refused hardly depends on scales."""
         data = self.prepared.data.get("calibration") or self.prepared.judged
-        return stand_in(self.reference, data, target, precision, self.settings.keep_float)
+        return stand_in(graph, data, target, precision, self.settings.keep_float)
 
     def write(self, target: Target, folder: Path, request: Request) -> Manifest:
         """Everything for one target, into an empty folder."""

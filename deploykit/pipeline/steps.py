@@ -18,7 +18,7 @@ from deploykit.core.files import folder_in_place, refuse_existing
 from deploykit.core.manifest import Finding
 from deploykit.core.progress import say
 from deploykit.core.ranges import Ranges
-from deploykit.core.recipe import Pass
+from deploykit.core.recipe import Foresees, Pass
 from deploykit.core.request import Settings
 from deploykit.core.target import Profit, Target
 from deploykit.pipeline.prepared import Prepared
@@ -151,6 +151,9 @@ def compress(prepared: Prepared, settings: Settings, target: Target | None, fold
     steps = [p.step for p in planned if not p.left_out]
     findings: list[Finding] = []
     context = step_context(prepared, settings, device, findings)
+    for step in steps:
+        if isinstance(step, Foresees):
+            step.foresee(context)
     before = cost(module, prepared.example)
     for step in steps:
         say(f"running {step!r}")

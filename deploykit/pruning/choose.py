@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from deploykit.core.context import Context
 from deploykit.core.errors import DeploykitError, unknown
+from deploykit.core.manifest import Finding
 from deploykit.core.patterns import matching
 from deploykit.core.progress import track
 from deploykit.hub.structure import attach_mask, mask_of
@@ -106,6 +107,16 @@ def masked(
         for name, mask in cut(scores, {name: lives[name] for name in scores}).items():
             attach_mask(found.get_submodule(name), "weight", mask)
     return found
+
+
+def kept(model: nn.Module, step: str) -> Finding:
+    """How many weights of every layer live, for the report; ``step``: who masked them."""
+    alive = {name: _lives(layer) for name, layer in products(model).items()}
+    rows = tuple(
+        (name, mask.numel(), int(mask.sum()), 100 * float((~mask).double().mean())) for name, mask in alive.items()
+    )
+    gone = sum(had - left for _, had, left, _ in rows) / sum(had for _, had, _, _ in rows)
+    return Finding(step, f"Weights that stay: {gone:.1%} are zero", ("layer", "weights", "left", "zeros %"), rows)
 
 
 def rounds(criterion: str) -> int:

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from deploykit.core.errors import DeploykitError
-from deploykit.layerwise.channels import groups_of, mixes, weight_axis, weight_of
+from deploykit.layerwise.channels import groups_of, mixes, weight_axis, weight_of, width
 from deploykit.losses import tensors
 from deploykit.pruning.crop import Port, crop
 from deploykit.pruning.flow import Inputs
@@ -23,6 +23,12 @@ def without(model: nn.Module, removed: Removed) -> nn.Module:
     pruned = copy.deepcopy(model)
     crop(pruned, removed)
     return pruned
+
+
+def widths(model: nn.Module, removed: Removed) -> list[tuple[str, int, int]]:
+    """The layers that lose output channels: how many they have, and how many are left."""
+    had = {p.layer: width(model.get_submodule(p.layer), "out") for p in removed if p.side == "out"}
+    return [(p.layer, had[p.layer], had[p.layer] - len(own)) for p, own in removed.items() if p.side == "out"]
 
 
 def zeroed(model: nn.Module, removed: Removed) -> nn.Module:

@@ -82,10 +82,7 @@ def data_of(
         else:
             name = only_input(inputs, spec, "random images")
             if preprocess is None or not _is_image(shapes[name], preprocess):
-                raise DeploykitError(
-                    f"random: the pixels of images are drawn between 0 and 255, and '{name}' [{_listed(shapes[name])}] "
-                    "is declared to be no image. Say what is done to images: --scale, --mean, --std or --preprocess."
-                )
+                raise DeploykitError(f"random: {_why_no_images(name, shapes[name], preprocess)}")
             arrays = {name: _noise(shapes[name], preprocess)}
     data = DataSet.of(arrays, origin=KINDS[spec])
     if preprocess is not None and len(shapes) == 1 and _is_image(next(iter(shapes.values())), preprocess):
@@ -106,9 +103,10 @@ def _matched(
 
     if module is None or not norms(module):
         what = "no PyTorch model" if module is None else "no batch normalisation with statistics"
+        images = len(shapes) == 1 and all(map(_declaration, shapes.values()))
         raise DeploykitError(
             f"synthetic: inputs are made from what batch normalisation kept of the training data, and there is {what}. "
-            "--calib random takes random images."
+            + ("--calib random takes random images." if images else "Give sample data.")
         )
     bounds = {name: _bounds(shape, preprocess) for name, shape in shapes.items()}
     found: dict[str, list[NDArray[np.float32]]] = {name: [] for name in shapes}
@@ -190,6 +188,38 @@ def _pixels(x: NDArray[np.float32], p: Preprocess) -> NDArray[np.uint8]:
 
 def _is_image(shape: tuple[int, ...], p: Preprocess) -> bool:
     return len(shape) == 3 and shape[0 if p.layout == "NCHW" else 2] == p.depth
+
+
+def _declaration(shape: tuple[int, ...]) -> tuple[str, str] | None:
+    """Channels and layout by which a shape is one of images; None: there are none."""
+    if len(shape) == 3:
+        for layout, depth in (("NCHW", shape[0]), ("NHWC", shape[2])):
+            if depth in (1, 3):
+                return "L" if depth == 1 else "RGB", layout
+    return None
+
+
+def _why_no_images(name: str, shape: tuple[int, ...], p: Preprocess | None) -> str:
+    """Why random images cannot be drawn for an input, and what to declare so that they can."""
+    it = f"'{name}' [{_listed(shape)}]"
+    fitting = _declaration(shape)
+    if fitting is None:
+        return (
+            f"{it} takes no images, grey or of three channels, and nothing else is drawn at random. Give sample data, "
+            "or --calib synthetic where the network has batch normalisation."
+        )
+    if p is None and fitting == ("RGB", "NCHW"):
+        return (
+            f"the pixels of images are drawn between 0 and 255, and what {it} takes of them is not declared. Say what "
+            "is done to images: --scale, --mean, --std or --preprocess."
+        )
+    channels, layout = fitting
+    declared = "nothing is" if p is None else f"{'grey images' if p.depth == 1 else p.channels}, {p.layout}, are"
+    return (
+        f"{it} takes {'grey images' if channels == 'L' else 'images of three channels'}, {layout}, and {declared} "
+        f'declared. Say what is done to images in a --preprocess file, with channels = "{channels}" and layout = '
+        f'"{layout}".'
+    )
 
 
 def _shape(

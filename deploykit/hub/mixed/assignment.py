@@ -51,8 +51,7 @@ def assign(losses: Table, costs: Table, budget: float) -> dict[str, int]:
     require_solver()
     from scipy.optimize import LinearConstraint, milp
 
-    least = cost(costs, {layer: min(row, key=row.__getitem__) for layer, row in costs.items()})
-    if least > budget * (1 + TOLERANCE):
+    if not within(least := cheapest(costs), budget):
         raise OverBudget(budget, least)
     pairs = [(layer, bits) for layer, row in losses.items() for bits in row]
     d = np.asarray([losses[layer][bits] for layer, bits in pairs], np.float64)
@@ -76,6 +75,16 @@ def assign(losses: Table, costs: Table, budget: float) -> dict[str, int]:
 def cost(costs: Table, bits: Mapping[str, int]) -> float:
     """Of an assignment."""
     return float(sum(costs[layer][b] for layer, b in bits.items()))
+
+
+def cheapest(costs: Table) -> float:
+    """What the assignment costs that spares most; no other costs less."""
+    return float(sum(min(row.values()) for row in costs.values()))
+
+
+def within(cost: float, budget: float) -> bool:
+    """Whether a cost is within a budget, but for rounding."""
+    return cost <= budget * (1 + TOLERANCE)
 
 
 def require_solver() -> None:

@@ -1,0 +1,104 @@
+"""Deep Compression: what containers save beside xz, of files of every runtime and of weights that share values.
+
+python -m benchmarks.deep_compression
+"""
+
+from __future__ import annotations
+
+import json
+import lzma
+import struct
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import data, road
+from benchmarks.choices import in_memory
+from benchmarks.rows import Row, main
+from deploykit.core.manifest import load_manifest
+from deploykit.dkz.container import CODERS, Extent, File, pack, unpack
+from deploykit.dkz.extents import files_of
+
+COMMAND = "python -m benchmarks.deep_compression"
+SQUEEZENET = "squeezenet10_deepcompressed_imagenet.safetensors"
+AUTHORS = 675_763
+"""Bytes of the file that came with Han et al. 2016 for SqueezeNet."""
+TARGETS = {"x86": "ONNX", "mobile-arm": "TFLite", "x86-openvino": "OpenVINO"}
+TURNS = 5
+
+
+def xz(files: Sequence[File]) -> int:
+    """Bytes of ``xz -9e`` of each."""
+    return sum(len(lzma.compress(file.data, preset=9 | lzma.PRESET_EXTREME)) for file in files)
+
+
+def opened(container: bytes) -> dict[str, bytes]:
+    return {name: b"".join(pieces) for name, pieces in unpack(container)}
+
+
+def median_seconds(call: Callable[[], Any]) -> float:
+    """Of CPU."""
+    found = []
+    for _ in range(TURNS):
+        started = time.process_time()
+        call()
+        found.append(time.process_time() - started)
+    return sorted(found)[TURNS // 2]
+
+
+def squeezenet() -> list[Row]:
+    """Weights that are pruned and share 256 values a layer already."""
+    raw = (data.ROOT / SQUEEZENET).read_bytes()
+    (length,) = struct.unpack("<Q", raw[:8])
+    tensors = [own["data_offsets"] for name, own in json.loads(raw[8 : 8 + length]).items() if name != "__metadata__"]
+    extents = [Extent(8 + length + start, (end - start) // 4, 4) for start, end in sorted(tensors)]
+    file = File(SQUEEZENET, raw, extents)
+    values: dict[str, float] = {coder: len(pack([file], coder)) for coder in CODERS}  # type: ignore[arg-type]
+    container = pack([file])
+    if opened(container)[SQUEEZENET] != raw:
+        raise AssertionError("what was unpacked is not what was packed")
+    values |= {"fp32": len(raw), "xz": xz([file]), "the authors' file": AUTHORS}
+    packed = lzma.compress(raw, preset=9 | lzma.PRESET_EXTREME)
+    ours, theirs = median_seconds(lambda: opened(container)), median_seconds(lambda: lzma.decompress(packed))
+    about, command = "SqueezeNet 1.0 as its authors compressed it, fp32 weights", f"{COMMAND} squeezenet"
+    return [
+        Row("SqueezeNet, pruned and shared: bytes of the container", len(container), AUTHORS, "lower", about, command,
+            [], values, f"the authors' own file: {AUTHORS:,}"),
+        Row("SqueezeNet, pruned and shared: container / xz", len(container) / values["xz"], 0.85, "lower", about,
+            command, [], values, "xz -9e"),
+        Row("SqueezeNet, pruned and shared: speed of unpacking, of xz -d", theirs / ours, 0.25, "higher", about,
+            command, [], {"unpack: CPU seconds": ours, "xz -d: CPU seconds": theirs}, "xz -9e"),
+    ]  # fmt: skip
+
+
+def artifacts() -> list[Row]:
+    """Files as they are exported: nothing is pruned or shared."""
+    values = {}
+    cases = {
+        "ResNet-20": (data.resnet20(), data.cifar("train", 256), data.cifar("test", 500)),
+        "MobileNetV1": (data.mobilenetv1(), in_memory(data.imagenet(True)), data.imagenet(False).spread(100)),
+    }
+    for name, (net, calibration, evaluation) in cases.items():
+        with tempfile.TemporaryDirectory() as folder:
+            road.export(net, calibration, evaluation, list(TARGETS), Path(folder))
+            for target, runtime in TARGETS.items():
+                out = Path(folder) / target
+                for file in load_manifest(out).files:
+                    files = files_of(out / file.path)
+                    container = pack(files)
+                    if opened(container) != {own.name: own.data for own in files}:
+                        raise AssertionError(f"{file.path} is not what was packed")
+                    what = f"{name}, {runtime} {file.precision}"
+                    values |= {f"{what}: bytes": len(container), f"{what}: of xz": len(container) / xz(files)}
+                    print(what, values[f"{what}: of xz"], flush=True)
+    return [
+        Row("Files of ONNX Runtime, LiteRT and OpenVINO as exported, packed: container / xz, the largest",
+            max(share for what, share in values.items() if what.endswith("of xz")), 1.0, "lower",
+            "ResNet-20 and MobileNetV1 0.75, every precision", f"{COMMAND} artifacts", [0], values, "xz -9e")
+    ]  # fmt: skip
+
+
+if __name__ == "__main__":
+    main(__doc__, "deep_compression", [squeezenet, artifacts])
