@@ -18,7 +18,6 @@ from deploykit.core.context import Context
 from deploykit.core.errors import DeploykitError, some
 from deploykit.core.manifest import Finding
 from deploykit.core.patterns import matching
-from deploykit.core.progress import say
 from deploykit.core.recipe import Stage
 from deploykit.core.target import Need, Profit
 
@@ -76,6 +75,10 @@ class LowRank:
         if self.form != "channel" and (self.slices or self.method == "alds"):
             raise ValueError(f"slices and alds are of the form channel; {self.form} has none: use weights")
         object.__setattr__(self, "needs", ("data",) if self.method in ("data", "pca") else ())
+
+    def foresee(self, context: Context) -> None:
+        """Refuses too few samples."""
+        self._method(context)
 
     def __call__(self, model: nn.Module, context: Context) -> nn.Module:
         """A copy of the model with factors in the place of layers.
@@ -215,7 +218,6 @@ class LowRank:
             "layer", "form", "slices k", "rank j", "weights left (%)", "energy lost (%)", "error", "bound",
             "whole because",
         )  # fmt: skip
-        say(f"low_rank: {removed}")
         return Finding(repr(self), f"Ranks of layers: {removed}", columns, tuple(rows), summary=removed)
 
 
