@@ -76,22 +76,23 @@ def weights() -> list[Row]:
             started = time.process_time()
             one, five = tops(run(net, here, low_rank(amount, method=method)), evaluation)
             seconds[f"{method}, {amount:.0%}"] = time.process_time() - started
-            values |= {method: one, f"{method}, top-5": five}
+            values |= {f"{method}: top-1 (%)": one, f"{method}: top-5 (%)": five}
         found = [
             tops(run(net, replace(here, seed=seed), low_rank(amount, method="alds")), evaluation) for seed in range(3)
         ]
-        for i, what in enumerate(("alds", "alds, top-5")):
+        for i, what in enumerate(("top-1", "top-5")):
             own = [each[i] for each in found]
-            values |= {what: statistics.mean(own), f"{what}, standard deviation": statistics.stdev(own)}
+            values[f"alds: {what} (%)"] = statistics.mean(own)
+            values[f"alds: {what}, standard deviation"] = statistics.stdev(own)
         renewed = run(net, here, low_rank(amount, method="weights"), Step("reestimate_bn"))
-        values["weights, batch normalisation re-estimated"] = accuracy(renewed, evaluation)
+        values["weights, batch normalisation re-estimated: top-1 (%)"] = accuracy(renewed, evaluation)
         print(amount, values, flush=True)
         rows += [
             Row(f"ResNet-20, {amount:.0%} of the parameters removed without data, no training: top-1 (%)",
-                values["weights"], bar, "higher", ALL, f"{COMMAND} weights", [0], values,
+                values["weights: top-1 (%)"], bar, "higher", ALL, f"{COMMAND} weights", [0], values,
                 "the prototype of ALDS on these images"),
             Row(f"ResNet-20, {amount:.0%} of the parameters removed by alds, no training: top-1 (%, mean of 3 seeds)",
-                values["alds"], bar, "higher", ALL, f"{COMMAND} weights", [0, 1, 2], values,
+                values["alds: top-1 (%)"], bar, "higher", ALL, f"{COMMAND} weights", [0, 1, 2], values,
                 "the prototype of ALDS on these images"),
         ]  # fmt: skip
     return [*rows, _selection(net)]
