@@ -11,26 +11,39 @@ from torch import Tensor, nn
 from deploykit.core.data import DataSet
 from deploykit.core.progress import track
 from deploykit.layerwise.products import inputs
-from deploykit.layerwise.watching import BATCH, evaluating, hooked
+from deploykit.layerwise.watching import BATCH, entered, evaluating, hooked
 from deploykit.losses import as_tensors
 
 DAMPING = 1e-2
 """Of the mean variance, added to all: inputs that hardly vary, and covariances of few samples."""
 
 
+def precise(x: Tensor) -> Tensor:
+    """In float32 at least: sums of halves overflow."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 class Covariance:
-    """Of numbers ``[g, n, k]`` that come batch by batch, and their mean."""
+    """Of numbers ``[g, n, k]`` that come batch by batch, and their mean.
+
+    Products are taken about the mean of the first batch: with a mean far from zero nothing else would be left of them.
+    """
 
     def __init__(self) -> None:
         """Nothing seen."""
         self.count = 0
+        self.about: Any = None
         self.sum: Any = 0.0
         self.products: Any = 0.0
 
     def add(self, x: Tensor) -> None:
         """The next positions."""
+        x = precise(x)
+        if self.about is None:
+            self.about = x.mean(1, keepdim=True)
         self.count += x.shape[1]
         self.sum = self.sum + x.sum(1, dtype=torch.float64)
+        x = x - self.about
         self.products = self.products + (x.transpose(1, 2) @ x).double()  # one batch in float32, their sum not
 
     @property
@@ -40,7 +53,8 @@ class Covariance:
 
     def centred(self) -> Tensor:
         """``[g, k, k]``."""
-        return torch.as_tensor(self.products / self.count - self.mean[:, :, None] * self.mean[:, None, :])
+        off = self.mean - self.about[:, 0].double()
+        return torch.as_tensor(self.products / self.count - off[:, :, None] * off[:, None, :])
 
 
 def covariances(model: nn.Module, layers: Mapping[str, nn.Module], data: DataSet) -> dict[str, Covariance]:
@@ -48,12 +62,12 @@ def covariances(model: nn.Module, layers: Mapping[str, nn.Module], data: DataSet
     found = {name: Covariance() for name in layers}
 
     def note(name: str) -> Any:
-        return lambda layer, given, _: found[name].add(inputs(layer, given[0].detach()))
+        return lambda layer, given, named, _: found[name].add(inputs(layer, entered(given, named).detach()))
 
     with (
         evaluating(model),
         torch.no_grad(),
-        hooked(layer.register_forward_hook(note(n)) for n, layer in layers.items()),
+        hooked(layer.register_forward_hook(note(n), with_kwargs=True) for n, layer in layers.items()),
     ):
         for batch in track(data.batches(BATCH), "covariances", total=-(-len(data) // BATCH)):
             model(**as_tensors(batch.inputs))

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from deploykit.core.data import DataSet
+from deploykit.core.errors import DeploykitError
 from deploykit.core.progress import track
-from deploykit.layerwise.products import outputs
+from deploykit.layerwise.products import matrix, outputs
 from deploykit.layerwise.watching import BATCH, evaluating, hooked
 from deploykit.losses import as_tensors, tensors
 
@@ -23,23 +24,31 @@ def fisher(model: nn.Module, layers: Mapping[str, nn.Module], data: DataSet, see
     squared error.
     """
     random = torch.Generator().manual_seed(seed)
-    sums: dict[str, Any] = dict.fromkeys(layers, 0.0)
+    weights: dict[str, Any] = {name: layer.weight for name, layer in layers.items()}
+    sums = {n: torch.zeros(matrix(layers[n], w).shape[:2], dtype=torch.float64) for n, w in weights.items()}
+    # nought, added to every output: whatever the loss depends on, it depends on this
+    probe = torch.zeros((), requires_grad=True)
 
-    def note(name: str, layer: nn.Module, y: Tensor) -> None:
+    def note(name: str, layer: nn.Module, y: Tensor) -> Tensor:
         def square(gradient: Tensor) -> None:
             g = outputs(layer, gradient).double()
             sums[name] = sums[name] + g.square().sum(1)
 
+        y = y + probe.to(y)
         if y.requires_grad:
             y.register_hook(square)  # type: ignore[no-untyped-call]
+        return y
 
     hooks = (layer.register_forward_hook(lambda m, _, y, name=n: note(name, m, y)) for n, layer in layers.items())
     with evaluating(model), torch.enable_grad(), hooked(hooks):
         for batch in track(data.batches(BATCH), "gradients", total=-(-len(data) // BATCH)):
-            given = {n: x.requires_grad_() if x.is_floating_point() else x for n, x in as_tensors(batch.inputs).items()}
-            loss = torch.stack([_drawn(z, random) for z in tensors(model(**given))]).sum()
-            torch.autograd.grad(loss, [x for x in given.values() if x.requires_grad] or list(model.parameters()),
-                                allow_unused=True)  # fmt: skip
+            answers = [z for z in tensors(model(**as_tensors(batch.inputs))) if z.is_floating_point()]
+            if not all(bool(torch.isfinite(z).all()) for z in answers):
+                raise DeploykitError("the model gives numbers that are not finite on the calibration data")
+            if not any(z.requires_grad for z in answers):
+                raise DeploykitError("the model's forward switches gradients off, and what matters is seen by them")
+            loss = torch.stack([_drawn(z, random).float() for z in answers]).sum()
+            torch.autograd.grad(loss, probe, allow_unused=True)
     return {name: torch.as_tensor(sums[name] / len(data)) for name in layers}
 
 
@@ -48,4 +57,4 @@ def _drawn(z: Tensor, random: torch.Generator) -> Tensor:
     if z.ndim == 2 and z.shape[1] > 1:
         classes = torch.multinomial(z.detach().softmax(1), 1, generator=random)[:, 0]
         return torch.nn.functional.cross_entropy(z, classes, reduction="sum")
-    return (z * torch.randn(z.shape, generator=random)).sum()
+    return (z * torch.randn(z.shape, generator=random).to(z)).sum()

@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from deploykit.core.data import DataSet
 from deploykit.core.progress import track
 from deploykit.hub.structure import mask_of
-from deploykit.layerwise.covariance import DAMPING, Covariance
+from deploykit.layerwise.covariance import DAMPING, Covariance, precise
 from deploykit.layerwise.products import inputs, matrix, multiplies, outputs, products
-from deploykit.layerwise.watching import BATCH, Stop, evaluating, hooked, watch
+from deploykit.layerwise.watching import BATCH, Stop, entered, evaluating, hooked, watch
 from deploykit.losses import as_tensors
 
 MOST = 4.0
@@ -106,36 +106,52 @@ class Moments:
     def __init__(self) -> None:
         """Nothing seen."""
         self.x = Covariance()
+        self.about: Any = None
         self.y_sum: Any = 0.0
         self.y_squares: Any = 0.0
         self.yx: Any = 0.0
 
     def add(self, x: Tensor, y: Tensor) -> None:
         """The next positions."""
+        x, y = precise(x), precise(y)
         self.x.add(x)
+        if self.about is None:
+            self.about = y.mean(1, keepdim=True)
         self.y_sum = self.y_sum + y.sum(1, dtype=torch.float64)
+        y = y - self.about
         self.y_squares = self.y_squares + y.square().sum(1, dtype=torch.float64)
-        self.yx = self.yx + (y.transpose(1, 2) @ x).double()
+        self.yx = self.yx + (y.transpose(1, 2) @ (x - self.x.about)).double()
+
+    @property
+    def y_mean(self) -> Tensor:
+        """``[g, o]``."""
+        return torch.as_tensor(self.y_sum / self.x.count)
+
+    def least_squares(self, centred: bool) -> LeastSquares:
+        """Around the means, or around zero."""
+        n, x_mean, y_mean = self.x.count, self.x.mean, self.y_mean
+        x_off, y_off = x_mean - self.x.about[:, 0].double(), y_mean - self.about[:, 0].double()
+        xx, yx = self.x.centred(), self.yx / n - y_off[:, :, None] * x_off[:, None, :]
+        variance = self.y_squares / n - y_off.square()
+        if centred:
+            return LeastSquares(xx, yx, variance)
+        return LeastSquares(
+            xx + x_mean[:, :, None] * x_mean[:, None, :], yx + y_mean[:, :, None] * x_mean[:, None, :],
+            variance + y_mean.square(),
+        )  # fmt: skip
 
 
 def _settle(name: str, layer: Any, norm: Any, moments: Moments, solve: Solve) -> None:
     """Writes the weights, and the shift of the mean where it can be: in the layer's bias, or in what normalises it."""
-    n, mean = moments.x.count, moments.x.mean
-    y_mean = moments.y_sum / n
-    shifted = layer.bias is not None or norm is not None
-    if shifted:
-        xx, yx = moments.x.centred(), moments.yx / n - y_mean[:, :, None] * mean[:, None, :]
-        variance = moments.y_squares / n - y_mean.square()
-    else:  # a product alone: nothing takes a mean
-        xx, yx, variance = moments.x.products / n, moments.yx / n, moments.y_squares / n
-    found = solve(name, layer, LeastSquares(xx, yx, variance))
+    shifted = layer.bias is not None or norm is not None  # else a product alone: nothing takes a mean
+    found = solve(name, layer, moments.least_squares(shifted))
     if found is None:
         return
     fitted = found.reshape(layer.weight.shape).to(layer.weight)
     layer.weight = nn.Parameter(fitted) if mask_of(layer, "weight") is None else fitted
     if not shifted:
         return
-    b = (y_mean - (found @ mean[:, :, None])[:, :, 0]).flatten()
+    b = (moments.y_mean - (found @ moments.x.mean[:, :, None])[:, :, 0]).flatten()
     if layer.bias is not None:
         layer.bias.copy_(b)
     else:
@@ -160,9 +176,12 @@ def _look(model: nn.Module, data: DataSet) -> tuple[dict[str, int], dict[str, nn
         if id(x) in given:
             norms.setdefault(given[id(x)][0], []).append(norm)
 
-    hooks = [m.register_forward_hook(lambda m, x, y, n=n: called(n, m, x[0], y)) for n, m in products(model).items()]
+    hooks = [
+        m.register_forward_hook(lambda m, x, named, y, n=n: called(n, m, entered(x, named), y), with_kwargs=True)
+        for n, m in products(model).items()
+    ]
     hooks += [
-        m.register_forward_pre_hook(lambda m, x: read(m, x[0]))
+        m.register_forward_pre_hook(lambda m, x, named: read(m, entered(x, named)), with_kwargs=True)
         for m in model.modules()
         if getattr(m, "running_mean", None) is not None
     ]

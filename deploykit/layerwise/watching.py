@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -34,6 +34,13 @@ def hooked(handles: Iterable[Any]) -> Iterator[None]:
             handle.remove()
 
 
+def entered(given: tuple[Any, ...], named: Mapping[str, Any]) -> Tensor:
+    """What a layer with one input was given, by position or by name."""
+    x = given[0] if given else next(iter(named.values()))
+    assert isinstance(x, Tensor)
+    return x
+
+
 class Stop(Exception):
     """What was wanted has been computed."""
 
@@ -47,9 +54,9 @@ def watch(layer: nn.Module, found: list[tuple[Tensor, Tensor]], calls: int) -> A
         calls: after so many the model need not go on: it raises `Stop`.
     """
 
-    def note(_: nn.Module, given: tuple[Tensor, ...], y: Tensor) -> None:
-        found.append((given[0].detach(), y.detach()))
+    def note(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any], y: Tensor) -> None:
+        found.append((entered(given, named).detach(), y.detach()))
         if len(found) == calls:
             raise Stop
 
-    return layer.register_forward_hook(note)
+    return layer.register_forward_hook(note, with_kwargs=True)

@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 from deploykit.core.errors import DeploykitError
 from deploykit.hub.structure import mask_of
 from deploykit.layerwise.products import products
-from deploykit.layerwise.watching import evaluating, hooked
+from deploykit.layerwise.watching import entered, evaluating, hooked
 from deploykit.low_rank.factored import Factored, Place, shape_of
 from deploykit.low_rank.forms import decomposed, form_of, refusal
 
@@ -48,12 +48,20 @@ def look(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Seen]:
         found[name] = Seen(x.detach() if first is None else first.x, runs)
 
     hooks = (
-        layer.register_forward_hook(lambda m, x, y, name=name: note(name, m, x[0], y))
+        layer.register_forward_hook(
+            lambda m, x, named, y, name=name: note(name, m, entered(x, named), y), with_kwargs=True
+        )
         for name, layer in products(model).items()
     )
     with evaluating(model), torch.no_grad(), hooked(hooks):
         model(**inputs)
     return found
+
+
+def layers_of(model: nn.Module) -> list[str]:
+    """Convolutions and linear layers by name, decomposed ones as one."""
+    factored = [name for name, m in model.named_modules() if isinstance(m, Factored)]
+    return [*factored, *(name for name in products(model) if name.rpartition(".")[0] not in factored)]
 
 
 def obstacles(model: nn.Module, seen: Mapping[str, Seen], form: str) -> dict[str, str]:
@@ -63,10 +71,11 @@ def obstacles(model: nn.Module, seen: Mapping[str, Seen], form: str) -> dict[str
         DeploykitError: weights that are not finite.
     """
     held = untouchable(model)
-    factors = {name for name, m in model.named_modules() if isinstance(m, Factored)}
-    found = dict.fromkeys(sorted(factors), "it is decomposed already")
-    for name, layer in products(model).items():
-        if name.rpartition(".")[0] in factors:
+    found = {}
+    for name in layers_of(model):
+        layer = model.get_submodule(name)
+        if isinstance(layer, Factored):
+            found[name] = "it is decomposed already"
             continue
         if not all(bool(torch.isfinite(p).all()) for p in layer.parameters()):
             raise DeploykitError(

@@ -122,22 +122,27 @@ def decomposed(layer: Any, form: str, ranks: Ranks) -> Factored:
     return made
 
 
+def whole_shape(factors: Factored) -> Shape:
+    """Of the layer that factors stand for, where one of them has its kernel."""
+    own, kernel = vars(factors), form_of(factors.form).KERNEL
+    if "in_channels" not in own:
+        return Shape(own["out_features"], own["in_features"], (), 1)
+    carries: Any = factors[kernel or 0]
+    return Shape(own["out_channels"], own["in_channels"], tuple(carries.kernel_size), own["groups"])
+
+
 def merged(factors: Factored) -> nn.Module:
     """The layer that factors stand for, with the weight that they make.
 
     Raises:
         DeploykitError: no factor has the layer's kernel.
     """
-    form, own = form_of(factors.form), vars(factors)
+    form, shape = form_of(factors.form), whole_shape(factors)
     if form.KERNEL is None:
         raise DeploykitError(f"factors of the form {factors.form} cannot be made one layer again")
-    if "in_channels" in own:
-        c, f, g = own["in_channels"], own["out_channels"], own["groups"]
-    else:
-        c, f, g = own["in_features"], own["out_features"], 1
     made: Any = factors
-    layer: Any = carrier(made[form.KERNEL], c, f, g)
+    layer: Any = carrier(made[form.KERNEL], shape.c, shape.f, shape.g)
     with torch.no_grad():
-        layer.weight.copy_(form.merge([factor.weight.double() for factor in made], g, factors.ranks))
+        layer.weight.copy_(form.merge([factor.weight.double() for factor in made], shape.g, factors.ranks))
     layer.bias = made[-1].bias
     return layer  # type: ignore[no-any-return]

@@ -14,7 +14,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterable
 from operator import attrgetter
@@ -66,10 +65,9 @@ def _energy(candidate: Candidate) -> float:
 
 def norms(method: Method, model: nn.Module, names: Iterable[str], data: DataSet, seed: int) -> dict[str, Norm]:
     """What errors of layers' weights mean on data; with ``pca`` all outputs matter alike."""
-    trained = copy.deepcopy(model).requires_grad_(True)
-    layers = {name: trained.get_submodule(name) for name in names}
-    found = covariances(trained, layers, data)
-    draws = [fisher(trained, layers, data, seed * DRAWS + i) for i in range(DRAWS)] if method == "data" else []
+    layers = {name: model.get_submodule(name) for name in names}
+    found = covariances(model, layers, data)
+    draws = [fisher(model, layers, data, seed * DRAWS + i) for i in range(DRAWS)] if method == "data" else []
 
     def of(name: str, layer: nn.Module) -> Norm:
         assert isinstance(layer.weight, Tensor)

@@ -7,11 +7,13 @@ from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from deploykit.core.errors import DeploykitError
+from deploykit.layerwise.watching import hooked
 from deploykit.losses import tensors
 from deploykit.low_rank.factored import Factored, Ranks
-from deploykit.low_rank.forms import decomposed, empty, form_of, merged
+from deploykit.low_rank.forms import decomposed, empty, form_of, merged, whole_shape
 
 
 def replaced(model: nn.Module, form: str, ranks: Mapping[str, Ranks]) -> nn.Module:
@@ -23,10 +25,22 @@ def replaced(model: nn.Module, form: str, ranks: Mapping[str, Ranks]) -> nn.Modu
 
 
 def decomposed_in(model: nn.Module, form: str) -> list[str]:
-    """Decomposed layers that can be made whole again, to be decomposed anew in the same form."""
+    """Decomposed layers that can be made whole again, to be decomposed anew in the same form.
+
+    Not those whose factors were pruned, narrowed, frozen or made by a parametrization since.
+    """
     if form_of(form).KERNEL is None:
         return []
-    return [name for name, m in model.named_modules() if isinstance(m, Factored) and m.form == form]
+    factored = {name: m for name, m in model.named_modules() if isinstance(m, Factored) and m.form == form}
+    return [name for name, m in factored.items() if _as_made(m)]
+
+
+def _as_made(factors: Factored) -> bool:
+    if any(parametrize.is_parametrized(factor) for factor in factors):
+        return False
+    sizes = form_of(factors.form).weights(whole_shape(factors), factors.ranks)
+    weights = [tensor for name, tensor in factors.named_parameters() if name.endswith(".weight")]
+    return [w.numel() for w in weights] == list(sizes) and all(p.requires_grad for p in factors.parameters())
 
 
 def whole_again(model: nn.Module, names: Iterable[str]) -> nn.Module:
@@ -60,19 +74,28 @@ def give_factors(model: nn.Module, factors: Mapping[str, tuple[str, Ranks]]) -> 
 
 
 def assert_runs(model: nn.Module, inputs: Mapping[str, Tensor]) -> None:
-    """Raises if a network with factors does not run, or its answers are not finite.
+    """Raises if a network with factors does not run, does not call them, or its answers are not finite.
 
     Raises:
         DeploykitError: says what to do.
     """
+    made, called = copy.deepcopy(model).eval(), set[str]()
+    factored = {name: m for name, m in made.named_modules() if isinstance(m, Factored)}
+    hooks = (m.register_forward_hook(lambda *_, name=name: called.add(name)) for name, m in factored.items())
     try:
-        with torch.no_grad():
-            answers = tensors(copy.deepcopy(model).eval()(**inputs))
+        with torch.no_grad(), hooked(hooks):
+            answers = tensors(made(**inputs))
     except Exception as error:  # the user's code and torch raise whatever they like
         raise DeploykitError(
             f"low_rank: the model does not run with factors in it ({error}); leave layers out with skip"
         ) from None
-    if not all(bool(torch.isfinite(y).all()) for y in answers):
+    idle = [name for name in factored if name not in called]
+    if idle:
+        raise DeploykitError(
+            f"low_rank: the model does not call '{idle[0]}' by that name (it keeps the layer elsewhere, too), so its "
+            "factors would do nothing; leave it out with skip"
+        )
+    if not all(bool(torch.isfinite(y).all()) for y in answers if y.is_floating_point()):
         raise DeploykitError(
             "low_rank: the decomposed model gives numbers that are not finite; leave layers out with skip"
         )

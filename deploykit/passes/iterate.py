@@ -98,6 +98,12 @@ class Iterate:
             return [Step("sparsify", {**self.options, "sparsity": amount}) for amount in self.amounts()]
         from deploykit.layerwise.budgets import size
 
+        form = self.options.get("form", "channel")
+        if self.step == "low_rank" and self.rounds > 1 and form in ("spatial", "cp"):
+            raise DeploykitError(
+                f"iterate: layers decomposed as {form} cannot be decomposed further; use channel or tucker"
+            )
+
         unit = self.options.get("of", "macs" if self.step == "prune" else "params")
         whole = size(unit, context, "iterate")(model)
         return [Step(self.step, {**self.options, "at_most": whole * (1 - amount)}) for amount in self.amounts()]

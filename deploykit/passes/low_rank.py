@@ -150,11 +150,10 @@ class LowRank:
 
     def _whole_again(self, model: nn.Module) -> nn.Module:
         """The model, its layers that are decomposed in this form already in one piece if they may be decomposed."""
-        from deploykit.layerwise.products import products
+        from deploykit.low_rank.eligible import layers_of
         from deploykit.low_rank.surgery import decomposed_in, whole_again
 
-        again = set(decomposed_in(model, self.form))
-        again &= self._wanted(products(whole_again(model, again)))
+        again = set(decomposed_in(model, self.form)) & self._wanted(layers_of(model))
         return whole_again(model, again) if again else model
 
     def _wanted(self, known: Iterable[str]) -> set[str]:
@@ -191,6 +190,10 @@ class LowRank:
         Raises:
             DeploykitError: it needs samples that there are not.
         """
+        from deploykit.low_rank.methods import ONE_SLICE
+
+        if self.slices > 1 and self.method in ONE_SLICE:
+            raise DeploykitError(f"low_rank: method '{self.method}' is of one slice; with slices use weights or data")
         samples = len(context.data["calibration"]) if "calibration" in context.data else 0
         if self.method == "auto":
             return "data" if samples >= LEAST_SAMPLES else "weights"
@@ -209,6 +212,7 @@ class LowRank:
         for name, why in whys.items():
             c = choice.get(name)
             if c is None or not c.ranks:
+                why = why or ("it is left out" if c is None else "the budget is met without it")
                 rows.append((name, "whole", None, None, 100.0, None, None, None, why))
                 continue
             k, ranks = (c.k, c.ranks[1:]) if self.form == "channel" else (None, c.ranks)
