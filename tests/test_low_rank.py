@@ -188,7 +188,7 @@ def test_what_a_table_counts_is_what_the_factors_cost(form: str) -> None:
     x = torch.randn(2, 6, 9, 12)
     runs = look(nn.Sequential(layer), {"input": x})["0"].runs
     found = table(layer, form, runs, 1)
-    assert len(found.factored) > 4
+    assert len(found.factored) >= 4
     for c in (found.whole, *found.factored):
         net = decomposed(layer, form, c.ranks) if c.ranks else layer
         counted = cost(nn.Sequential(net), {"input": x.numpy()})

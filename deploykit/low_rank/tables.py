@@ -99,18 +99,23 @@ def table(
     if form == "channel" and k:
         nearest = min(channel.slices(shape), key=lambda own: abs(own - k))
         choices = [ranks for ranks in choices if ranks[0] == nearest]
+
+    def counted(ranks: Ranks) -> tuple[int, int]:
+        sizes = made.weights(shape, ranks)
+        return sum(sizes), sum(size * runs[place] for size, place in zip(sizes, made.RUNS_AT, strict=True))
+
     decay: tuple[float, ...] = ()
     if form == "channel":
         s = singular_values(w, shape.g, 1, norm)
         decay = tuple((s.amax((0, 1)) / s.max().clamp_min(1e-300)).tolist())
         errors = _by_slices(w, shape.g, choices, norm, s)
-    else:
+    else:  # what saves nothing is not worth the time to find out what it loses
+        choices = [r for r in choices if counted(r)[0] < whole.params or counted(r)[1] < whole.macs]
         errors = _measured(layer, w, form, choices, norm)
     found = []
     for ranks, (lost, share, worst, bound) in zip(choices, errors, strict=True):
-        sizes = made.weights(shape, ranks)
-        macs = sum(size * runs[place] for size, place in zip(sizes, made.RUNS_AT, strict=True))
-        found.append(Candidate(ranks, sum(sizes), macs, sum(sizes) * each, lost, share, worst, bound))
+        params, macs = counted(ranks)
+        found.append(Candidate(ranks, params, macs, params * each, lost, share, worst, bound))
     return Table(whole, tuple(found), decay)
 
 
