@@ -55,7 +55,7 @@ def squeezenet() -> list[Row]:
     tensors = [own["data_offsets"] for name, own in json.loads(raw[8 : 8 + length]).items() if name != "__metadata__"]
     extents = [Extent(8 + length + start, (end - start) // 4, 4) for start, end in sorted(tensors)]
     file = File(SQUEEZENET, raw, extents)
-    values: dict[str, float] = {coder: len(pack([file], coder)) for coder in CODERS}  # type: ignore[arg-type]
+    values: dict[str, float] = {coder: len(pack([file], coder)) for coder in CODERS}
     container = pack([file])
     if opened(container)[SQUEEZENET] != raw:
         raise AssertionError("what was unpacked is not what was packed")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -74,3 +76,12 @@ def measuring_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no measuring data in {folder}; set DEPLOYKIT_DATA")
     return folder
+
+
+@pytest.fixture
+def here(desk: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The working directory: the `desk` that a module lays once. What a refused command wrote all the same is swept."""
+    monkeypatch.chdir(desk)
+    yield desk
+    for written in ("out", "full"):
+        shutil.rmtree(desk / written, ignore_errors=True)

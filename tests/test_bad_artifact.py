@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -27,14 +27,6 @@ from deploykit.hub.graph import Hub
 @pytest.fixture(scope="module")
 def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return lay_desk(tmp_path_factory.mktemp("desk"))
-
-
-@pytest.fixture
-def here(desk: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    monkeypatch.chdir(desk)
-    yield desk
-    for written in ("out", "full"):  # by a command that should have been refused
-        shutil.rmtree(desk / written, ignore_errors=True)
 
 
 # ------------------------------------------------------------------ truncated and foreign artifacts

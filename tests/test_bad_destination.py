@@ -8,7 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +20,6 @@ from commands import contents, enter
 @pytest.fixture(scope="module")
 def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return lay_desk(tmp_path_factory.mktemp("desk"))
-
-
-@pytest.fixture
-def here(desk: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    monkeypatch.chdir(desk)
-    yield desk
-    for written in ("out", "full"):  # by a command that should have been refused
-        shutil.rmtree(desk / written, ignore_errors=True)
 
 
 # ------------------------------------------------------------------ destinations

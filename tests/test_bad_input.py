@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -23,14 +21,6 @@ from deploykit.core.errors import DeploykitError
 @pytest.fixture(scope="module")
 def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return lay_desk(tmp_path_factory.mktemp("desk"))
-
-
-@pytest.fixture
-def here(desk: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    monkeypatch.chdir(desk)
-    yield desk
-    for written in ("out", "full"):  # by a command that should have been refused
-        shutil.rmtree(desk / written, ignore_errors=True)
 
 
 # what the user wrote behind `deploykit export`, and what is said

@@ -26,14 +26,8 @@ from deploykit.explain.page import render
 
 
 @pytest.fixture(scope="module")
-def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return lay_desk(tmp_path_factory.mktemp("explain"))
-
-
-@pytest.fixture
-def here(work: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(work)
-    return work
 
 
 # ------------------------------------------------------------------ from the artifact alone

@@ -17,14 +17,8 @@ from deploykit.hub.running import session
 
 
 @pytest.fixture(scope="module")
-def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return lay_desk(tmp_path_factory.mktemp("explain"))
-
-
-@pytest.fixture
-def here(work: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(work)
-    return work
 
 
 def test_the_hub_is_made_again_bit_by_bit(here: Path) -> None:

@@ -22,13 +22,9 @@ def pack(
     as_json: Json = False,
 ) -> None:
     """Make a model's file smaller without loss; `unpack` gives it back bit by bit."""
-    from deploykit.core.errors import unknown
-    from deploykit.dkz.container import CODERS
     from deploykit.dkz.files import pack_file
 
-    if coder is not None and coder not in CODERS:
-        raise unknown("coder", coder, CODERS)
-    _print(pack_file(model, out, overwrite, coder), as_json)  # type: ignore[arg-type]
+    _print(pack_file(model, out, overwrite, coder), as_json)
 
 
 def unpack(

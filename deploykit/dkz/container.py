@@ -22,7 +22,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from deploykit.core.errors import DeploykitError
+from deploykit.core.errors import DeploykitError, unknown
 from deploykit.dkz import huffman, rans
 from deploykit.dkz.symbols import MOST, Symbols, symbols, values
 
@@ -38,7 +38,6 @@ SETTINGS = ((3, 0, 2), (0, 0, 0), (4, 0, 0), (0, 2, 2))
 """Of LZMA: bits of context from the byte before, of the place of a literal, of the place of a match."""
 TRIED = 1 << 18
 """Bytes up to which all settings are tried."""
-Coder = Literal["rans", "huffman"]
 CODERS: dict[str, Any] = {"rans": rans, "huffman": huffman}
 
 
@@ -63,32 +62,47 @@ class File:
     """In order; they do not overlap."""
 
 
-def pack(files: Sequence[File], coder: Coder | None = None) -> bytes:
+Coded = Sequence[tuple[Extent, Symbols]]
+"""Weights of a file that are not left in the skeleton."""
+
+
+def pack(files: Sequence[File], coder: str | None = None) -> bytes:
     """The container of some files, the same bytes for the same files.
 
     Args:
         files: in order.
-        coder: of the streams; None: whatever is smaller, block by block.
+        coder: of the streams; None: whichever makes the smaller container.
+
+    Raises:
+        DeploykitError: no such coder.
     """
-    chosen: tuple[Coder, ...] = (coder,) if coder else ("rans", "huffman")
-    plain = [[8 * len(_lzma(_values(file, e).tobytes())) for e in file.extents] for file in files]
-    whole = [File(file.name, file.data, ()) for file in files]  # weights may be as good as random
-    return min(*(_packed(files, own, plain) for own in chosen), _packed(whole, chosen[0], plain), key=len)
+    if coder is not None and coder not in CODERS:
+        raise unknown("coder", coder, CODERS)
+    alone = [[8 * len(_lzma(_values(file, e).tobytes())) for e in file.extents] for file in files]
+    tries = [
+        _packed(files, [_coded(file, bits, name) for file, bits in zip(files, alone, strict=True)], name)
+        for name in ([coder] if coder else CODERS)
+    ]
+    return min(*tries, _packed(files, [()] * len(files), ""), key=len)  # weights may be as good as random
 
 
-def _packed(files: Sequence[File], coder: Coder, plain: Sequence[Sequence[int]]) -> bytes:
-    """With the weights coded for which that needs less than as many bits of LZMA2 alone."""
+def _coded(file: File, alone: Sequence[int], coder: str) -> Coded:
+    """The weights for which a coder needs less than the bits that LZMA2 needs ``alone``."""
+    found = [(e, symbols(_values(file, e), CODERS[coder])) for e in file.extents]
+    return [(e, s) for (e, s), bits in zip(found, alone, strict=True) if s.bits(CODERS[coder]) < bits]
+
+
+def _packed(files: Sequence[File], coded: Sequence[Coded], coder: str) -> bytes:
+    """The container that has some of the weights coded."""
     about, skeleton, weights = [], b"", list[tuple[Extent, Symbols]]()
-    for file, alone in zip(files, plain, strict=True):
-        found = [(e, symbols(_values(file, e), CODERS[coder])) for e in file.extents]
-        own = [(e, s) for (e, s), least in zip(found, alone, strict=False) if s.bits(CODERS[coder]) < least]
+    for file, own in zip(files, coded, strict=True):
         extents = [[e.start, e.count, e.size, s.gap_bits, len(s.streams[-1]), len(s.book)] for e, s in own]
         about.append([file.name, len(file.data), zlib.crc32(file.data), extents])
         skeleton += b"".join(_between(file, own))
         weights += own
     sections, blocks = [_squeezed(skeleton)], []
     for block in _blocks(weights):
-        side, words = _coded(block, coder)
+        side, words = _sections(block, coder)
         sections += [_squeezed(side), words]
         blocks.append([coder, len(block), len(side), len(sections[-2]), len(words)])
     told = [about, [len(skeleton), len(sections[0])], blocks]
@@ -107,7 +121,7 @@ def _values(file: File, extent: Extent) -> NDArray[Any]:
     return np.frombuffer(file.data, f"<u{extent.size}", extent.count, extent.start)
 
 
-def _between(file: File, own: list[tuple[Extent, Symbols]]) -> Iterator[bytes]:
+def _between(file: File, own: Coded) -> Iterator[bytes]:
     """What a file has around its weights."""
     at = 0
     for extent, _ in own:
@@ -116,7 +130,7 @@ def _between(file: File, own: list[tuple[Extent, Symbols]]) -> Iterator[bytes]:
     yield file.data[at:]
 
 
-def _blocks(weights: list[tuple[Extent, Symbols]]) -> Iterator[list[tuple[Extent, Symbols]]]:
+def _blocks(weights: Coded) -> Iterator[Coded]:
     """Weights one after the other until there are enough."""
     block: list[tuple[Extent, Symbols]] = []
     for pair in weights:
@@ -128,7 +142,7 @@ def _blocks(weights: list[tuple[Extent, Symbols]]) -> Iterator[list[tuple[Extent
         yield block
 
 
-def _coded(block: list[tuple[Extent, Symbols]], coder: str) -> tuple[bytes, bytes]:
+def _sections(block: Coded, coder: str) -> tuple[bytes, bytes]:
     """Side and words: codebooks and tables, then the streams."""
     module = CODERS[coder]
     streams = [stream for _, s in block for stream in s.streams]
@@ -206,7 +220,7 @@ class Told(NamedTuple):
 class Block(NamedTuple):
     """A block, as a front tells of it."""
 
-    coder: Coder
+    coder: Literal["rans", "huffman"]
     weights: int
     side: int
     """Bytes of the side."""

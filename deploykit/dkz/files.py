@@ -7,7 +7,7 @@ from pathlib import Path, PurePath
 
 from deploykit.core.errors import DeploykitError
 from deploykit.core.files import folder_in_place, no_such_file, write_in_place
-from deploykit.dkz.container import LIMIT, Coder, pack, unpack
+from deploykit.dkz.container import LIMIT, pack, unpack
 from deploykit.dkz.extents import files_of
 
 
@@ -30,7 +30,7 @@ class Packed:
         return f"{self.path}: {names}, {self.stored:,} of {self.whole:,} bytes ({times:.2f} times smaller)"
 
 
-def pack_file(model: Path, out: Path | None = None, overwrite: bool = False, coder: Coder | None = None) -> Packed:
+def pack_file(model: Path, out: Path | None = None, overwrite: bool = False, coder: str | None = None) -> Packed:
     """Packs a model's file and those that belong to it.
 
     Args:
@@ -40,7 +40,7 @@ def pack_file(model: Path, out: Path | None = None, overwrite: bool = False, cod
         coder: of the streams; None: whichever is shorter.
 
     Raises:
-        DeploykitError: no such file, one that cannot be read, or a container that is there already.
+        DeploykitError: no such file, one that cannot be read, or a container that is there already, no such coder.
     """
     out = out or model.with_name(f"{model.name}.dkz")
     if out.exists() and not overwrite:

@@ -80,8 +80,8 @@ def encode(streams: Sequence[NDArray[Any]], tables: Sequence[NDArray[np.uint8]])
     pairs = [(s, length.astype(np.int64), codes(length)) for s, length in zip(streams, tables, strict=True) if len(s)]
     bits = np.concatenate([length[s] for s, length, _ in pairs] or [NONE])
     code = np.concatenate([code[s] for s, _, code in pairs] or [NONE])
-    n, size = len(deal.stream), len(deal.active) * int(bits.max(initial=0)) // WORD + 3
-    laid, first = np.zeros(n * size, np.int64), np.arange(n) * size  # words of each lane, and where they begin
+    n, most = len(deal.stream), len(deal.active) * int(bits.max(initial=0)) // WORD + 3
+    laid, first = np.zeros(n * most, np.int64), np.arange(n) * most  # words of each lane, and where they begin
     before, loaded = np.zeros(n, np.int64), np.zeros(n, np.int64)  # bits that are written, words that are asked for
     asked: list[NDArray[np.int64]] = []
     for step, active in enumerate(deal.active):

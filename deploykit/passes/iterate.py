@@ -97,9 +97,10 @@ class Iterate:
         if self.step == "sparsify":
             return [Step("sparsify", {**self.options, "sparsity": amount}) for amount in self.amounts()]
         from deploykit.layerwise.budgets import size
+        from deploykit.low_rank.forms import form_of
 
-        form = self.options.get("form", "channel")
-        if self.step == "low_rank" and self.rounds > 1 and form in ("spatial", "cp"):
+        form = str(self.options.get("form", "channel"))
+        if self.step == "low_rank" and self.rounds > 1 and form_of(form).KERNEL is None:
             raise DeploykitError(
                 f"iterate: layers decomposed as {form} cannot be decomposed further; use channel or tucker"
             )

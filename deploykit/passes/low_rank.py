@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from deploykit.core.context import Context
 from deploykit.core.errors import DeploykitError, some
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from deploykit.low_rank.factored import Ranks
+    from deploykit.low_rank.methods import Method
     from deploykit.low_rank.select import Choice, Tables
 
 LEAST_SAMPLES = 32
@@ -184,7 +185,7 @@ class LowRank:
             raise DeploykitError(f"low_rank: no layer of this model can be decomposed ({reasons})")
         return found
 
-    def _method(self, context: Context) -> Any:
+    def _method(self, context: Context) -> Method:
         """The method, where it is left open by what there is.
 
         Raises:
