@@ -18,8 +18,10 @@ from benchmarks import data, road
 from benchmarks.choices import in_memory
 from benchmarks.rows import Row, main
 from deploykit.core.manifest import load_manifest
-from deploykit.dkz.container import CODERS, Extent, File, pack, unpack
+from deploykit.dkz.container import Extent, File, pack
 from deploykit.dkz.extents import files_of
+from deploykit.dkz.front import CODERS
+from deploykit.dkz.reading import unpack
 
 COMMAND = "python -m benchmarks.deep_compression"
 SQUEEZENET = "squeezenet10_deepcompressed_imagenet.safetensors"

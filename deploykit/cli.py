@@ -117,6 +117,9 @@ def export(
     uint8_input: Annotated[
         bool, typer.Option("--uint8-input", help="Files take raw uint8 images [n, h, w, c] and normalise themselves")
     ] = False,
+    pack: Annotated[
+        bool, typer.Option("--pack", help="Put a .dkz of it beside every file, smaller without loss")
+    ] = False,
     max_drop: Annotated[
         float | None,
         typer.Option(help="Gate: largest loss of accuracy, in points, plus one standard error of the samples"),
@@ -152,6 +155,7 @@ def export(
         benchmark=benchmark,
         threads=threads,
         uint8_input=uint8_input,
+        pack=pack,
     )
     folders = [out] if len(chosen) == 1 else [out / t.name for t in chosen]
     request = Request(
@@ -295,13 +299,14 @@ def plan(
     calib: Calib = None,
     train: Train = None,
     evaluation: Eval = None,
+    pack: Annotated[bool, typer.Option("--pack", help="Files will be packed")] = False,
     as_json: Json = False,
 ) -> None:
     """Show which steps apply on a target, in which order, and why the others do not."""
     from deploykit import passes, planning, targets
     from deploykit.models import load_model
 
-    chosen = targets.load(target)
+    chosen = planning.profiting(targets.load(target), pack)
     loaded = None if model is None else load_model(model)
     enters = "model" if loaded is None else loaded.enters
     given = [name for name, spec in (("data", calib), ("train", train), ("labels", evaluation)) if spec]

@@ -73,22 +73,44 @@ def distill_kl(temperature: float = 1.0) -> Loss:
     T² keeps the size of the gradients when T changes. Several outputs are summed.
 
     Raises:
-        DeploykitError: (the loss) there is no teacher, or it has another number of outputs.
+        DeploykitError: (the loss) as `pairs`.
     """
 
     def loss(outputs: Any, batch: TrainBatch) -> Tensor:
         import torch.nn.functional as F
 
-        student, teacher = tensors(outputs), tensors(batch.teacher)
-        if len(student) != len(teacher):
-            raise DeploykitError(f"the student has {len(student)} outputs, its teacher {len(teacher)}")
-        total = student[0].new_zeros(())
-        for z, v in zip(student, teacher, strict=True):
-            log_q, log_p = F.log_softmax(z / temperature, dim=1), F.log_softmax(v / temperature, dim=1)
-            total = total + F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
-        return total * temperature**2
+        divergences = [
+            F.kl_div(
+                F.log_softmax(z / temperature, dim=1), F.log_softmax(v / temperature, dim=1),
+                reduction="batchmean", log_target=True,
+            )
+            for z, v in pairs(outputs, batch)
+        ]  # fmt: skip
+        return sum(divergences[1:], divergences[0]) * temperature**2
 
     return loss
+
+
+def pairs(outputs: Any, batch: TrainBatch) -> list[tuple[Tensor, Tensor]]:
+    """What the student answered and what its teacher answered, output by output.
+
+    Raises:
+        DeploykitError: there is no teacher, or it has another number of outputs or outputs of another shape.
+    """
+    student, teacher = tensors(outputs), tensors(batch.teacher)
+    if not student or len(student) != len(teacher):
+        raise DeploykitError(f"the student has {len(student)} outputs, its teacher {len(teacher)}")
+    for z, v in zip(student, teacher, strict=True):
+        if z.shape[1:] != v.shape[1:]:
+            raise DeploykitError(f"{unlike(z, v)}; a loss compares them number by number")
+    return list(zip(student, teacher, strict=True))
+
+
+def unlike(z: Tensor, v: Tensor) -> str:
+    """How the outputs of a student ``[n, ...]`` and of its teacher ``[n, ...]`` differ."""
+    if z.ndim == v.ndim == 2:
+        return f"the student tells {z.shape[1]} classes apart, its teacher {v.shape[1]}"
+    return f"the student answers {list(z.shape[1:])} to a sample, its teacher {list(v.shape[1:])}"
 
 
 def as_tensors(arrays: Mapping[str, Any]) -> dict[str, Tensor]:

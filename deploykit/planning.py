@@ -11,7 +11,7 @@ from deploykit.core.data import DataSet
 from deploykit.core.errors import DeploykitError
 from deploykit.core.precision import Precision, integers, nearest, needs_calibration
 from deploykit.core.recipe import STAGES, Pass, Recipe, Stage, Step
-from deploykit.core.target import Need, QuantSpec, Target
+from deploykit.core.target import Need, Profit, QuantSpec, Target
 from deploykit.passes.fit_ranges import FitRanges
 from deploykit.passes.mixed import Mixed
 
@@ -43,6 +43,12 @@ class Planned:
     def left_out(self) -> bool:
         """Whether it does not run and nobody minds: it was not asked for, or only where it can run."""
         return bool(self.refusal) and (self.automatic or self.optional)
+
+
+def profiting(target: Target, packed: bool) -> Target:
+    """The target, with what makes files smaller among its profits if they are packed."""
+    added: tuple[Profit, ...] = ("codebook", "small_file") if packed else ()
+    return replace(target, profits=tuple(dict.fromkeys((*target.profits, *added))))
 
 
 def plan(

@@ -19,8 +19,9 @@ from deploykit.core.precision import Precision
 from deploykit.core.target import Target
 from deploykit.exporters import refuse_uncarried
 from deploykit.exporters.c99.budget import Footprint, require_fit
+from deploykit.exporters.c99.coded import with_coded_weights
 from deploykit.exporters.c99.compiled import PARTS, Compiled, compiler, compiler_version, open_runner
-from deploykit.exporters.c99.emit import SOURCE, emit, flash_note, ram_note, stored
+from deploykit.exporters.c99.emit import DECODER, SOURCE, emit, notes, stored
 from deploykit.exporters.c99.golden import golden
 from deploykit.exporters.c99.lower import Lowered, lower
 from deploykit.exporters.c99.memory import Plan, plan
@@ -61,9 +62,9 @@ def export(hubs: Mapping[Precision, Hub], target: Target, out_dir: Path) -> tupl
     lowered = _lowered(hub, target)
     arena, size = _fitted(lowered.program, target)
     emit(lowered.program, arena, golden(lowered.program, hub.samples), size, options(target), out_dir)
-    notes = flash_note(size), ram_note(size, arena)
     takes, gives = (tuple(map(stored, side)) for side in (lowered.program.inputs, lowered.program.outputs))
-    file = File(SOURCE, "int8", lowered.operators, (), notes, PARTS, bytes=size.flash, inputs=takes, outputs=gives)
+    said, parts = notes(size, arena, options(target)), (*PARTS, *([DECODER] if lowered.program.coded else []))
+    file = File(SOURCE, "int8", lowered.operators, (), said, parts, bytes=size.flash, inputs=takes, outputs=gives)
     return (file,)
 
 
@@ -127,4 +128,6 @@ def _lowered(hub: Hub, target: Target) -> Lowered:
     if hub.quantized is None:
         raise DeploykitError(f"target {target.name}: int8 needs calibration data; give --calib")
     reasons: Mapping[str, str] = {d.layer: d.why for d in hub.decisions if d.why}
-    return lower(hub.quantized, options(target).rounding, reasons)
+    settings = options(target)
+    found = lower(hub.quantized, settings.rounding, reasons)
+    return replace(found, program=with_coded_weights(found.program)) if settings.weights == "coded" else found

@@ -16,6 +16,7 @@ from deploykit.core.errors import DeploykitError
 from deploykit.core.precision import FORMATS, Precision, is_integer
 from deploykit.core.target import Target
 from deploykit.exporters import refuse_uncarried
+from deploykit.exporters.codebooks import store_codebooks
 from deploykit.exporters.half import bake_half
 from deploykit.exporters.int4 import OPSET as INT4_OPSET
 from deploykit.exporters.int4 import narrow_weights, store_int4
@@ -52,7 +53,8 @@ def export(hubs: Mapping[Precision, Hub], target: Target, out_dir: Path) -> tupl
             notes = bake_half(half)
             model = ir.to_proto(half)
         else:
-            model, notes = onnx.load_model_from_string(hub.graph.bytes), ()
+            model = onnx.load_model_from_string(hub.graph.bytes)
+            notes = store_codebooks(model, target.opset)
         _fit_opset(next(o.version for o in model.opset_import if o.domain == ""), target, precision)
         del model.graph.value_info[:]  # runtimes infer shapes again
         onnx.checker.check_model(model)

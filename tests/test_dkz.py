@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import lzma
+import math
+import tracemalloc
 import zlib
 from pathlib import Path
 from typing import Any
@@ -14,13 +16,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from deploykit.coding import huffman, rans
+from deploykit.coding.lanes import LENGTH, lanes
+from deploykit.coding.symbols import sparse, symbols, values
 from deploykit.core.errors import DeploykitError
-from deploykit.dkz import huffman, rans
-from deploykit.dkz.container import HEAD, Extent, File, pack, unpack
+from deploykit.dkz import lzma2
+from deploykit.dkz.container import STREAMS, Extent, File, pack, packed
 from deploykit.dkz.extents import files_of
 from deploykit.dkz.files import pack_file, unpack_file
-from deploykit.dkz.lanes import LENGTH, lanes
-from deploykit.dkz.symbols import sparse, symbols, values
+from deploykit.dkz.front import HEAD, front_of
+from deploykit.dkz.lzma2 import PIECE
+from deploykit.dkz.reading import peak, unpack
+from deploykit.dkz.stages import REST, Stage, stages
 from tests.commands import enter
 
 MANY = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -165,7 +172,7 @@ def shared(count: int, share: float, many: int, seed: int = 0) -> NDArray[np.flo
 def file_of(*weights: NDArray[Any], name: str = "net.bin") -> File:
     data, extents = b"begin", []
     for own in weights:
-        extents.append(Extent(len(data), own.size, own.itemsize))
+        extents.append(Extent(len(data), own.size, own.itemsize, f"w{len(extents)}"))
         data += own.tobytes() + b"between"
     return File(name, data, extents)
 
@@ -293,6 +300,120 @@ def test_what_is_no_container_is_refused(data: bytes, why: str) -> None:
         opened(data)
 
 
+# ------------------------------------------------------------------ memory
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """LZMA2 packs less well, but soon; a decoder does not see a difference."""
+    slow = lzma2._filters
+    monkeypatch.setattr(lzma2, "_filters", lambda size: [slow(size)[0] | {"preset": 0}])
+
+
+def memory(data: bytes) -> int:
+    """Bytes that unpacking takes, of those that Python's allocators and numpy know of; LZMA's dictionary is one."""
+    tracemalloc.start()
+    try:
+        for _, pieces in unpack(data):
+            for _ in pieces:
+                pass
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+LARGE: dict[str, list[NDArray[Any]]] = {
+    "dense": [np.random.default_rng(0).integers(0, 16, 600_000).astype(np.float32)],
+    "sparse": [shared(600_000, 0.02, 7)],
+    "bytes": [np.random.default_rng(0).normal(size=150_000).astype(np.float32)],
+    "narrow": [np.random.default_rng(0).normal(0, 9, 900_000).astype(np.int8)],
+    "many small ones": [np.random.default_rng(i).integers(0, 3, 1000).astype(np.int8) for i in range(200)],
+}
+
+
+@pytest.mark.parametrize("coder", ["rans", "huffman"])
+@pytest.mark.parametrize("kind", LARGE)
+@pytest.mark.usefixtures("quick")
+def test_decoding_takes_no_more_memory_than_is_told_and_not_much_less(coder: str, kind: str) -> None:
+    data = pack([file_of(*LARGE[kind])], coder)
+    assert front_of(data).blocks
+    assert memory(data) <= peak(front_of(data)) < 3 * memory(data)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_skeleton_is_read_in_pieces() -> None:
+    file = File("text", np.random.default_rng(0).integers(0, 3, 5 * PIECE // 2).astype(np.uint8).tobytes(), ())
+    data = pack([file])
+    found = [len(piece) for _, pieces in unpack(data) for piece in pieces]
+    assert max(found) <= PIECE and sum(found) == len(file.data)
+    assert memory(data) <= peak(front_of(data)) < 2 * memory(data)
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_largest_layer_decides_however_many_there_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("deploykit.dkz.container.BLOCK", 50_000)
+    layers = [np.random.default_rng(seed).integers(0, 4000, 50_000).astype(np.float32) for seed in range(15)]
+    one, all_ = pack([file_of(layers[0])], "rans"), pack([file_of(*layers)], "rans")
+    assert len(front_of(all_).blocks) == 15
+    assert peak(front_of(all_)) < 1.2 * peak(front_of(one))
+    (tmp_path / "net.dkz").write_bytes(all_)
+    tracemalloc.start()
+    unpack_file(tmp_path / "net.dkz", tmp_path / "out")
+    taken = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    whole = (tmp_path / "out" / "net.bin").stat().st_size
+    assert taken < 1.5 * memory(one) and taken < whole / 2 and taken < len(all_)  # not even the container is read whole
+
+
+def test_a_block_has_a_bounded_number_of_tables() -> None:
+    random = np.random.default_rng(0)
+    many = [random.integers(0, 3, 1000).astype(np.uint8) for _ in range(STREAMS + 1)]
+    front = front_of(pack([file_of(*many)], "rans"))
+    assert [block.weights for block in front.blocks] == [STREAMS, 1]
+
+
+# ------------------------------------------------------------------ stages
+
+
+@MANY
+@given(
+    counts=st.lists(st.integers(70, 4000), min_size=1, max_size=4), share=st.sampled_from([0.0, 0.05, 0.4, 1.0]),
+    many=st.sampled_from([1, 3, 30, 5000]), coder=st.sampled_from([None, "rans", "huffman"]), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_what_stages_tell_sums_to_the_container(
+    counts: list[int], share: float, many: int, coder: str | None, seed: int
+) -> None:
+    weights = [shared(count, share, many, seed + i) for i, count in enumerate(counts)]
+    files = [file_of(*weights), File("other", b"as it is", ())]
+    made = packed(files, coder)
+    rows = stages(files, made)
+    assert sum(row.coded for row in rows) == len(made.data) == len(pack(files, coder))
+    assert sum(row.before for row in rows) == sum(len(file.data) for file in files)
+    assert [row.name for row in rows] == [*(f"w{i}" for i in range(len(counts))), REST]
+    assert min(row.coded for row in rows) >= 0 and rows[-1].coded > HEAD.size
+    for row, own in zip(rows, weights, strict=False):
+        assert (row.count, row.kept) == (own.size, pytest.approx(100 * np.count_nonzero(own) / own.size))
+        assert row.before >= row.pruned >= row.shared
+        assert {row.coder} <= {"lzma", *([coder] if coder else ["rans", "huffman"])}
+        assert (row.coder == "lzma") == (row.streams == "")
+
+
+def test_stages_are_those_of_going_through_one_by_one() -> None:
+    """Gaps with fillers, codes of as many bits as tell the values apart, and the codebook, as the paper counts them."""
+    own = shared(3000, 0.1, 12)
+    files = [file_of(own)]
+    (row, rest) = stages(files, packed(files, "rans"))
+    book = np.unique(own)
+    codes = np.where(own == 0, 0, 1 + np.searchsorted(book, own))
+    bits = math.ceil(math.log2(len(book)))
+    sizes = {b: len(sparse_by_hand(codes.tolist(), b)) for b in range(1, 9)}
+    assert row.pruned == min(-(-n * (32 + b) // 8) for b, n in sizes.items())
+    assert row.shared == min(-(-n * (bits + b) // 8) for b, n in sizes.items()) + 4 * len(book)
+    assert (row.before, row.code_bits, row.coder) == (12_000, bits, "rans")
+    assert sizes[row.index_bits] * (bits + row.index_bits) == min(n * (bits + b) for b, n in sizes.items())
+    assert rest == Stage(REST, "", 0, 0.0, 12, 12, 0, 0, 12, rest.coded, "", "")
+
+
 # ------------------------------------------------------------------ files of the runtimes
 
 
@@ -318,7 +439,7 @@ def model(folder: Path, external: bool = False) -> Path:
 @pytest.mark.parametrize("external", [False, True])
 def test_an_onnx_file_comes_back_with_what_belongs_to_it(tmp_path: Path, external: bool) -> None:
     path = model(tmp_path, external)
-    assert sum(len(file.extents) for file in files_of(path)) >= 2
+    assert {e.name for file in files_of(path) for e in file.extents} >= {"a", "b"}
     packed = pack_file(path)
     unpack_file(packed.path, tmp_path / "again")
     for file in files_of(path):
@@ -328,10 +449,30 @@ def test_an_onnx_file_comes_back_with_what_belongs_to_it(tmp_path: Path, externa
 
 def test_the_command_line_packs_and_unpacks(tmp_path: Path) -> None:
     path = model(tmp_path)
-    assert "times smaller" in enter("pack", path, "-o", tmp_path / "net.dkz").out
+    said = enter("pack", path, "-o", tmp_path / "net.dkz").out
+    assert "times smaller), decoded in" in said and len(said.splitlines()) == 1
+    told = json.loads(enter("pack", path, "-o", tmp_path / "net.dkz", "--overwrite", "--json").out)
     found = json.loads(enter("unpack", tmp_path / "net.dkz", "-o", tmp_path / "out", "--json").out)
-    assert found["names"] == ["net.onnx"]
+    assert found["names"] == told["names"] == ["net.onnx"]
+    assert [found[key] for key in ("stored", "whole", "peak")] == [told[key] for key in ("stored", "whole", "peak")]
+    assert (tmp_path / "net.dkz").stat().st_size == sum(row["coded"] for row in told["layers"])
     assert (tmp_path / "out" / "net.onnx").read_bytes() == path.read_bytes()
+
+
+def test_layers_are_a_table_on_the_command_line(tmp_path: Path) -> None:
+    path = model(tmp_path)
+    said = enter("pack", path, "-o", tmp_path / "net.dkz", "--layers")
+    lines = [line.split() for line in said.out.splitlines()]
+    rows = stages(files_of(path), packed(files_of(path)))
+    assert "2,048" in next(line for line in lines if line[:1] == ["a"])
+    assert next(line for line in lines if line[:2] == REST.split())[-1] == f"{rows[-1].coded:,}"
+    assert f"{(tmp_path / 'net.dkz').stat().st_size:,}" in next(line for line in lines if line[:1] == ["all"])
+
+
+def test_an_empty_file_is_no_container(tmp_path: Path) -> None:
+    (tmp_path / "net.dkz").touch()
+    with pytest.raises(DeploykitError, match="too short"):
+        unpack_file(tmp_path / "net.dkz", tmp_path / "out")
 
 
 def test_what_is_there_is_not_replaced_and_nothing_half_written_is_left(tmp_path: Path) -> None:

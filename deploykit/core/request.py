@@ -31,6 +31,8 @@ class Settings:
     threads: int = 1
     uint8_input: bool = False
     """The files take raw pixels, uint8 ``[n, h, w, c]``, and scale and normalise themselves."""
+    pack: bool = False
+    """A .dkz beside every file. Then sparse and shared weights make files smaller, whatever the target."""
 
 
 MAX_DROP = 2.0

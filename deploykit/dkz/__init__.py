@@ -1,1 +1,1 @@
-"""Files made smaller without loss: entropy coders, streams of symbols, weights as sparse codes."""
+"""Files made smaller without loss: the container, packed and read, of files of any runtime."""

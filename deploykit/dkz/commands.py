@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,13 +19,21 @@ def pack(
     model: Annotated[Path, typer.Argument(help="A file: .onnx, .tflite, OpenVINO's .xml, or any other")],
     out: Annotated[Path | None, typer.Option("-o", "--out", help="The .dkz; default: beside the file")] = None,
     coder: Coder = None,
+    layers: Annotated[bool, typer.Option("--layers", help="What each step saved of each weight, too")] = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Make a model's file smaller without loss; `unpack` gives it back bit by bit."""
     from deploykit.dkz.files import pack_file
 
-    _print(pack_file(model, out, overwrite, coder), as_json)
+    found = pack_file(model, out, overwrite, coder)
+    _print(found, as_json)
+    if layers and not as_json:
+        from rich.console import Console
+
+        from deploykit.dkz.stages import table
+
+        Console(width=None if sys.stdout.isatty() else 140).print(table(found.layers))
 
 
 def unpack(

@@ -29,7 +29,7 @@ def files_of(path: Path) -> list[File]:
     if not path.is_file():
         raise no_such_file(path)
     try:
-        return {".onnx": _onnx, ".xml": _openvino, ".tflite": _tflite}.get(path.suffix, _other)(path)
+        return KNOWN.get(path.suffix, _other)(path)
     except DeploykitError:
         raise
     except Exception as error:  # parsers of other people's formats raise whatever they like
@@ -46,28 +46,28 @@ def _onnx(path: Path) -> list[File]:
 
     data = path.read_bytes()
     own, beside, at = list[Extent](), dict[str, list[Extent]](), 0
-    for tensor in _tensors(onnx.load_from_string(data).graph):
+    for name, tensor in _tensors(onnx.load_from_string(data).graph):
         size = _item(tensor.data_type)
         if uses_external_data(tensor):
             info = ExternalDataInfo(tensor)
             length = info.length or 0
-            beside.setdefault(info.location, []).append(Extent(info.offset or 0, length // size, size))
+            beside.setdefault(info.location, []).append(Extent(info.offset or 0, length // size, size, name))
         elif (found := data.find(tensor.raw_data, at)) >= 0 and len(tensor.raw_data) >= LEAST * size:
-            own.append(Extent(found, len(tensor.raw_data) // size, size))
+            own.append(Extent(found, len(tensor.raw_data) // size, size, name))
             at = found + len(tensor.raw_data)
-    others = [File(name, (path.parent / name).read_bytes(), _apart(places)) for name, places in sorted(beside.items())]
+    others = [File(file, (path.parent / file).read_bytes(), _apart(places)) for file, places in sorted(beside.items())]
     return [File(path.name, data, _apart(own)), *others]
 
 
-def _tensors(graph: Any) -> Iterator[Any]:
-    """Initializers, in the order in which they are written: what nodes hold comes first."""
+def _tensors(graph: Any) -> Iterator[tuple[str, Any]]:
+    """Initializers and their names, in the order in which they are written: what nodes hold comes first."""
     for node in graph.node:
         for attribute in node.attribute:
             if attribute.HasField("t"):
-                yield attribute.t
+                yield attribute.t.name or node.output[0], attribute.t
             for inner in [attribute.g] if attribute.HasField("g") else attribute.graphs:
                 yield from _tensors(inner)
-    yield from graph.initializer
+    yield from ((tensor.name, tensor) for tensor in graph.initializer)
 
 
 def _item(kind: int) -> int:
@@ -82,11 +82,13 @@ def _item(kind: int) -> int:
 def _openvino(path: Path) -> list[File]:
     data = path.with_suffix(".bin").read_bytes()
     places = []
-    for layer in ElementTree.parse(path).iter("data"):
-        if "offset" in layer.attrib and "element_type" in layer.attrib:
-            digits = "".join(c for c in layer.attrib["element_type"] if c.isdigit()) or "8"
+    for layer in ElementTree.parse(path).iter("layer"):
+        told = layer.find("data")
+        if told is not None and "offset" in told.attrib and "element_type" in told.attrib:
+            digits = "".join(c for c in told.attrib["element_type"] if c.isdigit()) or "8"
             size = min(4, max(1, int(digits) // 8))
-            places.append(Extent(int(layer.attrib["offset"]), int(layer.attrib["size"]) // size, size))
+            start, length = int(told.attrib["offset"]), int(told.attrib["size"])
+            places.append(Extent(start, length // size, size, layer.attrib.get("name", "")))
     return [File(path.name, path.read_bytes(), ()), File(path.with_suffix(".bin").name, data, _apart(places))]
 
 
@@ -95,20 +97,21 @@ def _tflite(path: Path) -> list[File]:
 
     data = path.read_bytes()
     model = schema.Model.GetRootAs(data, 0)
-    sizes = {}
+    held = {}
     for g in range(model.SubgraphsLength()):
         for t in range(model.Subgraphs(g).TensorsLength()):
             tensor = model.Subgraphs(g).Tensors(t)
-            sizes[tensor.Buffer()] = {
+            size = {
                 schema.TensorType.FLOAT32: 4, schema.TensorType.INT32: 4, schema.TensorType.INT64: 4,
                 schema.TensorType.FLOAT16: 2, schema.TensorType.INT16: 2,
             }.get(tensor.Type(), 1)  # fmt: skip
+            held[tensor.Buffer()] = size, (tensor.Name() or b"").decode()
     places = []
-    for i, size in sizes.items():
+    for i, (size, name) in held.items():
         table = model.Buffers(i)._tab
         vector = table.Offset(4)
         if vector:
-            places.append(Extent(table.Vector(vector), table.VectorLen(vector) // size, size))
+            places.append(Extent(table.Vector(vector), table.VectorLen(vector) // size, size, name))
     return [File(path.name, data, _apart(places))]
 
 
@@ -120,3 +123,7 @@ def _apart(places: list[Extent]) -> list[Extent]:
             found.append(extent)
             end = extent.start + extent.count * extent.size
     return found
+
+
+KNOWN = {".onnx": _onnx, ".xml": _openvino, ".tflite": _tflite}
+"""Suffixes of the files whose weights are known."""

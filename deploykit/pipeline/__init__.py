@@ -20,7 +20,7 @@ from deploykit.pipeline.judge import Judge
 from deploykit.pipeline.prepared import Prepared, prepare
 from deploykit.pipeline.road import Road
 from deploykit.pipeline.steps import calibrate, compress, float_graph, insist
-from deploykit.planning import plan, precisions
+from deploykit.planning import plan, precisions, profiting
 from deploykit.report.advice import mend
 from deploykit.trainer import require_accelerate
 from deploykit.trial import Exam
@@ -57,6 +57,7 @@ def export(
     """
     for folder in folders:
         refuse_existing(folder, settings.overwrite)
+    chosen = [profiting(target, settings.pack) for target in chosen]
     have = prepared.have
     calibrated = "calibration" in prepared.data or ranges is not None
     for target in chosen:

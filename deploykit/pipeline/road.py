@@ -204,6 +204,7 @@ class Road:
         """Everything for one target, into an empty folder."""
         from deploykit import bench
         from deploykit.check import shrink_notes
+        from deploykit.dkz.artifact import pack_artifact
         from deploykit.hub.analysis.sizes import described
         from deploykit.hub.graph import specs
         from deploykit.report import write_usage
@@ -216,6 +217,10 @@ class Road:
             files = tuple(
                 replace(file, steps=hub_steps[file.precision]) for file in exporter.export(hubs, target, folder)
             )
+        packed: tuple[Finding, ...] = ()
+        if self.settings.pack:
+            with self._phase(f"pack {target.name}"):
+                packed = pack_artifact(folder, files)
         with self._phase(f"check {target.name}"):
             scores, checks, operators = self.judge.evaluate(hubs, target, folder, files, self.reference is self.graph)
             self.judge.golden(hubs, target, folder, files).save(folder)
@@ -236,7 +241,11 @@ class Road:
             scores=tuple(scores),
             operators=tuple(operators),
             layers=tuple(dict.fromkeys(layer for hub in hubs.values() for layer in described(hub))),
-            findings=(*self.findings, *dict.fromkeys(found for hub in hubs.values() for found in hub.findings)),
+            findings=(
+                *self.findings,
+                *dict.fromkeys(found for hub in hubs.values() for found in hub.findings),
+                *packed,
+            ),
             classes=next((d.classes for d in self.prepared.data.values() if d.classes), ()),
             notes=(
                 *self.notes,

@@ -11,16 +11,17 @@ from dataclasses import dataclass
 
 from deploykit.core.errors import DeploykitError
 from deploykit.core.figures import file_size
+from deploykit.exporters.c99.coded import DECODE_BYTES, DECODER_BYTES
 from deploykit.exporters.c99.memory import Plan
 from deploykit.exporters.c99.options import Options
-from deploykit.exporters.c99.program import Operation, Program, constants, reads
+from deploykit.exporters.c99.program import Operation, Product, Program, constants, reads
 
 KERNEL_BYTES = {
-    "Conv": 526, "ConvTranspose": 550, "Dense": 260, "Add": 614, "Multiply": 384, "MaxPool": 264, "AveragePool": 340,
+    "Conv": 532, "ConvTranspose": 550, "Dense": 268, "Add": 614, "Multiply": 384, "MaxPool": 264, "AveragePool": 340,
     "Mean": 236, "Table": 104, "Softmax": 222, "Concat": 178, "Pad": 198, "Slice": 178, "Transpose": 178, "Resize": 114,
 }  # fmt: skip
 """Code of each operation's kernel."""
-DEPTHWISE_BYTES = 476
+DEPTHWISE_BYTES = 462
 CALL_BYTES = 24
 """Code of one call in model_run."""
 STRUCTURE_BYTES = 96
@@ -38,6 +39,12 @@ class Footprint:
     code: int
     arena: int
     stack: int
+    coded: int
+    """Of the constants, those that are coded weights."""
+    decoded: int
+    """What these weights take decoded, all together."""
+    largest: int
+    """And the largest of them, which the arena has room for; 0: there are none."""
 
     @property
     def flash(self) -> int:
@@ -52,14 +59,17 @@ class Footprint:
 
 def footprint(program: Program, plan: Plan, synthesis: bool) -> Footprint:
     """What a program takes; equal arrays are stored once. Logic has neither code nor a stack."""
-    distinct = {(a.dtype.str, a.tobytes()) for op in program.operations for _, a in constants(op)}
+    distinct = {(a.dtype.str, a.tobytes()) for op in program.operations for a in constants(program, op)}
     size = sum(len(data) for _, data in distinct)
+    coded = {data.tobytes(): op.weights.nbytes for op, data in program.coded.items()}
+    weights = sum(map(len, coded)), sum(coded.values()), max(coded.values(), default=0)
     if synthesis:
-        return Footprint(size, 0, plan.bytes, 0)
+        return Footprint(size, 0, plan.bytes, 0, *weights)
     kinds = {"Depthwise" if getattr(op, "depthwise", False) else type(op).__name__ for op in program.operations}
     kernels = sum(DEPTHWISE_BYTES if kind == "Depthwise" else KERNEL_BYTES[kind] for kind in kinds)
     calls = len(program.operations) * (CALL_BYTES + STRUCTURE_BYTES)
-    return Footprint(size, kernels + calls, plan.bytes, STACK_BYTES)
+    decoding = DECODER_BYTES + len(program.coded) * DECODE_BYTES if program.coded else 0
+    return Footprint(size, kernels + calls + decoding, plan.bytes, STACK_BYTES, *weights)
 
 
 def require_fit(program: Program, plan: Plan, settings: Options, target: str) -> Footprint:
@@ -74,17 +84,18 @@ def require_fit(program: Program, plan: Plan, settings: Options, target: str) ->
     if flash is not None and found.flash > flash:
         sizes = Counter[str]()
         for op in program.operations:
-            sizes[op.layer] += sum(a.nbytes for _, a in constants(op))
+            sizes[op.layer] += sum(a.nbytes for a in constants(program, op))
         layer, most = sizes.most_common(1)[0]
         complaints.append(
             f"flash: {file_size(found.flash)} of {file_size(flash)}, {file_size(found.flash - flash)} too much. Layer "
             f"{layer} needs most, {file_size(most)}. A network with fewer channels there helps"
         )
     if ram is not None and found.ram > ram:
+        plainly = ', and so does weights = "plain"' if program.coded else ""
         complaints.append(
             f"RAM: {file_size(found.ram)} of {file_size(ram)}, {file_size(found.ram - ram)} too much. Layer "
-            f"{plan.fullest.layer} needs most, {_alive(plan.fullest)}. A smaller input image, an earlier stride or "
-            "fewer channels there help"
+            f"{plan.fullest.layer} needs most, {_alive(program, plan.fullest)}. A smaller input image, an "
+            f"earlier stride or fewer channels there help{plainly}"
         )
     if complaints:
         listed = "\n  ".join(complaints)
@@ -95,6 +106,9 @@ def require_fit(program: Program, plan: Plan, settings: Options, target: str) ->
     return found
 
 
-def _alive(operation: Operation) -> str:
+def _alive(program: Program, operation: Operation) -> str:
     read = sum(t.size for t in reads(operation) if t.data is None)
-    return f"{file_size(read)} in and {file_size(operation.y.size)} out"
+    said = f"{file_size(read)} in and {file_size(operation.y.size)} out"
+    if isinstance(operation, Product) and operation in program.coded:
+        said += f", {file_size(operation.weights.nbytes)} of decoded weights"
+    return said

@@ -19,7 +19,7 @@ import numpy as np
 
 from deploykit.core.artifact import Arrays, Runner
 from deploykit.core.errors import DeploykitError
-from deploykit.exporters.c99.emit import ABOUT, FORMAT, SOURCE
+from deploykit.exporters.c99.emit import ABOUT, DECODER, FORMAT, SOURCE
 from deploykit.exporters.c99.golden import described, to_integers, to_reals
 
 if TYPE_CHECKING:
@@ -66,7 +66,8 @@ class Compiled:
         self.inputs = [(described(p), int(p["offset"])) for p in about["inputs"]]
         self.outputs = [(described(p), int(p["offset"])) for p in about["outputs"]]
         self.arena = np.zeros(int(about["arena_bytes"]), np.int8)
-        self._run = ctypes.CDLL(str(_library(path.parent))).model_run
+        decoder = (DECODER,) if about.get("coded_bytes") else ()
+        self._run = ctypes.CDLL(str(_library(path.parent, decoder))).model_run
         self._run.argtypes, self._run.restype = [ctypes.c_void_p], None
 
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[np.int8]]:
@@ -117,11 +118,11 @@ def _about(path: Path) -> Any:
     raise DeploykitError(f"{path.parent} does not hold {SOURCE} and {ABOUT} as the c99 exporter writes them")
 
 
-def _library(folder: Path) -> Path:
+def _library(folder: Path, decoder: tuple[str, ...]) -> Path:
     """The shared library of a folder, compiled in a place of this process."""
     cc, work = compiler(), _workplace()
     kernels = _compile(cc, folder, "dk_kernels.c", work, ("dk_kernels.c", "dk_kernels.h", "dk_rescale.h"))
-    model = _compile(cc, folder, SOURCE, work, (SOURCE, "model.h", "dk_kernels.h"))
+    model = _compile(cc, folder, SOURCE, work, (SOURCE, "model.h", "dk_kernels.h", *decoder))
     library = work / f"{model.stem}_{kernels.stem}.so"
     if not library.exists():
         _call([cc, "-shared", "-o", str(library), str(model), str(kernels)], folder)

@@ -2,7 +2,7 @@
 
 Greedy by size, as in Pisarchyk and Lee, "Efficient memory management for deep neural net inference" (2020, section
 5.2): the largest tensor first, each at the lowest gap that is free while it lives. Elementwise results take the place
-of an operand that nobody reads afterwards.
+of an operand that nobody reads afterwards. Coded weights get a place that lives as long as their operation.
 """
 
 from __future__ import annotations
@@ -10,14 +10,25 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from deploykit.exporters.c99.program import Add, Multiply, Operation, Program, Softmax, Table, Tensor, reads
+from deploykit.exporters.c99.program import (
+    Add,
+    Multiply,
+    Operation,
+    Product,
+    Program,
+    Softmax,
+    Table,
+    Tensor,
+    reads,
+)
 
 
 @dataclass(frozen=True)
 class Plan:
     """The arena of a program."""
 
-    offsets: Mapping[Tensor, int]
+    offsets: Mapping[Tensor | Operation, int]
+    """Of tensors, and of the decoded weights of operations."""
     bytes: int
     lower_bound: int
     """What is alive at once at the fullest moment; no plan can be smaller."""
@@ -40,10 +51,12 @@ def plan(program: Program) -> Plan:
     end = len(operations)
     last = {tensor: i for i, operation in enumerate(operations) for tensor in reads(operation)}
     last |= {port.tensor: end for port in program.outputs}
-    rooms: dict[Tensor, _Room] = {}
+    rooms: dict[Tensor | Operation, _Room] = {}
     for port in program.inputs:
         rooms[port.tensor] = _Room(port.tensor.size, -1, last.get(port.tensor, 0))
     for i, operation in enumerate(operations):
+        if isinstance(operation, Product) and operation in program.coded:
+            rooms[operation] = _Room(operation.weights.nbytes, i, i)
         y = operation.y
         reused = next((x for x in _in_place(operation) if last[x] == i and x.size == y.size), None)
         if reused is not None:
@@ -55,7 +68,7 @@ def plan(program: Program) -> Plan:
     places = _pack(separate)
     alive = [sum(r.size for r in separate if r.first <= i <= r.last) for i in range(end)]
     return Plan(
-        {tensor: places[id(room)] for tensor, room in rooms.items()},
+        {held: places[id(room)] for held, room in rooms.items()},
         max(places[id(room)] + room.size for room in separate),
         max(alive),
         operations[alive.index(max(alive))],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from deploykit.core.errors import DeploykitError
 from deploykit.core.tables import from_table
@@ -15,6 +16,8 @@ class Options:
     """How sums are rounded, and what there is room for."""
 
     rounding: Rounding
+    weights: Literal["plain", "coded"] = "plain"
+    """How they lie in flash; coded: entropy-coded where that is smaller, and decoded layer by layer into the arena."""
     flash_bytes: int | None = None
     """Read-only memory for weights and code; None: not limited."""
     ram_bytes: int | None = None

@@ -11,8 +11,8 @@ a result is clamped to: int8's own, or those of the Relu or Clip that was fused.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -305,6 +305,8 @@ Operation = (
     Conv | ConvTranspose | Dense | Add | Multiply | MaxPool | AveragePool | Mean | Table | Softmax | Concat | Pad
     | Slice | Transpose | Resize
 )  # fmt: skip
+Product = Conv | ConvTranspose | Dense
+"""With constant weights."""
 
 
 @dataclass(frozen=True)
@@ -332,6 +334,8 @@ class Program:
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
     rounding: Rounding
+    coded: Mapping[Product, NDArray[np.uint8]] = field(default_factory=dict)
+    """Weights that are stored coded and decoded right before their operation; see `coded`."""
 
 
 def reads(operation: Operation) -> tuple[Tensor, ...]:
@@ -343,18 +347,20 @@ def reads(operation: Operation) -> tuple[Tensor, ...]:
     return (operation.x,)
 
 
-def constants(operation: Operation) -> Iterator[tuple[str, NDArray[Any]]]:
-    """What an operation holds in read-only memory: the name of the field and the array."""
-    for field in fields(operation):
-        value = getattr(operation, field.name)
-        if isinstance(value, np.ndarray):
-            yield field.name, value
+def constants(program: Program, operation: Operation) -> Iterator[NDArray[Any]]:
+    """What an operation holds in read-only memory."""
+    for part in fields(operation):
+        value = getattr(operation, part.name)
+        if part.name == "weights" and isinstance(operation, Product) and operation in program.coded:
+            yield program.coded[operation]
+        elif isinstance(value, np.ndarray):
+            yield value
         elif isinstance(value, Rescale):
             if value.multiplier is not None:
-                yield f"{field.name}_multiplier", value.multiplier
-            yield f"{field.name}_shift", value.shift
+                yield value.multiplier
+            yield value.shift
         elif isinstance(value, Tensor) and value.data is not None:
-            yield field.name, value.data
+            yield value.data
     if isinstance(operation, Resize):
-        yield "rows", np.asarray(operation.rows, np.uint16)
-        yield "columns", np.asarray(operation.columns, np.uint16)
+        yield np.asarray(operation.rows, np.uint16)
+        yield np.asarray(operation.columns, np.uint16)

@@ -23,6 +23,7 @@ from deploykit.exporters.c99.program import (
     Operation,
     Pad,
     Port,
+    Product,
     Program,
     Resize,
     Shape,
@@ -139,6 +140,7 @@ class _Source:
         head = [
             "/* Written by deploykit; the kernels and what they compute are in dk_kernels.h. */",
             '#include "model.h"',
+            *(['#include "dk_decode.h"'] if self.program.coded else []),
             '#include "dk_kernels.h"',
             "",
         ]
@@ -148,12 +150,13 @@ class _Source:
     def spell(self, op: Operation, name: str) -> list[str]:
         """The calls of one operation."""
         y = self.at(op.y)
-        if isinstance(op, (Conv, ConvTranspose)):
-            kernel = "dk_conv_transpose" if isinstance(op, ConvTranspose) else "dk_conv"
+        if isinstance(op, Product):
+            decode, weights = self.weights(op, name)
+            kernel = "dk_dense" if isinstance(op, Dense) else "dk_conv"
+            kernel = "dk_conv_transpose" if isinstance(op, ConvTranspose) else kernel
             kernel = "dk_depthwise" if isinstance(op, Conv) and op.depthwise else kernel
-            return [f"{kernel}(&{self.conv(op, name)}, {self.at(op.x)}, {y})"]
-        if isinstance(op, Dense):
-            return [f"dk_dense(&{self.dense(op, name)}, {self.at(op.x)}, {y})"]
+            made = self.dense(op, name) if isinstance(op, Dense) else self.conv(op, name)
+            return [*decode, f"{kernel}(&{made}, {weights}, {self.at(op.x)}, {y})"]
         if isinstance(op, (Add, Multiply)):
             made = self.add(op, name) if isinstance(op, Add) else self.multiply(op, name)
             kernel = "dk_add" if isinstance(op, Add) else "dk_multiply"
@@ -203,11 +206,10 @@ class _Source:
         out, ins = op.weights.shape
         return self.structure("dk_dense_t", name, {"rows": op.rows, "in": ins, "out": out} | self.product(op, name))
 
-    def product(self, op: Conv | ConvTranspose | Dense, name: str) -> dict[str, Any]:
+    def product(self, op: Product, name: str) -> dict[str, Any]:
         return {
-            "weights": self.array(f"{name}_weights", op.weights), "bias": self.array(f"{name}_bias", op.bias),
-            "rescale": self.rescale(f"{name}_rescale", op.rescale), "x_zero": op.x.quant.zero_point,
-            "y_zero": op.y.quant.zero_point, "low": op.low, "high": op.high,
+            "bias": self.array(f"{name}_bias", op.bias), "rescale": self.rescale(f"{name}_rescale", op.rescale),
+            "x_zero": op.x.quant.zero_point, "y_zero": op.y.quant.zero_point, "low": op.low, "high": op.high,
         }  # fmt: skip
 
     def add(self, op: Add, name: str) -> str:
@@ -287,6 +289,14 @@ class _Source:
         return f"dk_copy(&{made}, {self.at(x, x_start)}, {self.at(y, y_start)})"
 
     # ------------------------------------------------------------------ words
+
+    def weights(self, op: Product, name: str) -> tuple[list[str], str]:
+        """The call that decodes an operation's weights, if they are coded, and where they lie."""
+        if op not in self.program.coded:
+            return [], self.array(f"{name}_weights", op.weights)
+        held, place = self.array(f"{name}_coded", self.program.coded[op]), f"arena + {self.plan.offsets[op]}"
+        # damage goes as unnoticed as in plain weights: what is in flash was compared when the self-test ran there
+        return [f"(void)dk_decode({held}, sizeof {held}, {op.weights.size}, {place})"], place
 
     def at(self, tensor: Tensor, start: int = 0) -> str:
         """Where a tensor lies: in the arena, or a constant."""

@@ -13,7 +13,7 @@ static inline int32_t dk_is_inside(int32_t position, int32_t size)
 }
 
 /* y[i][j][o] = bias[o] + sum of (x - zero) * weights[o]; what lies outside the image adds nothing. */
-void dk_conv(const dk_conv_t *p, const int8_t *x, int8_t *y)
+void dk_conv(const dk_conv_t *p, const int8_t *weights, const int8_t *x, int8_t *y)
 {
     const int32_t part = p->channels / p->groups;
     const int32_t share = p->out_channels / p->groups;
@@ -22,20 +22,20 @@ void dk_conv(const dk_conv_t *p, const int8_t *x, int8_t *y)
         for (int32_t j = 0; j < p->out_width; j++) {
             const int32_t top = i * p->stride_y - p->pad_top;
             const int32_t left = j * p->stride_x - p->pad_left;
-            const int8_t *weights = p->weights;
+            const int8_t *filter = weights;
             for (int32_t o = 0; o < p->out_channels; o++) {
                 const int8_t *group = x + o / share * part;
                 int32_t sum = p->bias[o];
                 for (int32_t ky = 0; ky < p->kernel_height; ky++) {
                     const int32_t row = top + ky * p->dilation_y;
-                    for (int32_t kx = 0; kx < p->kernel_width; kx++, weights += part) {
+                    for (int32_t kx = 0; kx < p->kernel_width; kx++, filter += part) {
                         const int32_t column = left + kx * p->dilation_x;
                         if (!dk_is_inside(row, p->height) || !dk_is_inside(column, p->width)) {
                             continue;
                         }
                         const int8_t *pixel = group + (row * p->width + column) * p->channels;
                         for (int32_t c = 0; c < part; c++) {
-                            sum += (pixel[c] - x_zero) * weights[c];
+                            sum += (pixel[c] - x_zero) * filter[c];
                         }
                     }
                 }
@@ -46,7 +46,7 @@ void dk_conv(const dk_conv_t *p, const int8_t *x, int8_t *y)
 }
 
 /* dk_conv where every output channel reads one input channel. */
-void dk_depthwise(const dk_conv_t *p, const int8_t *x, int8_t *y)
+void dk_depthwise(const dk_conv_t *p, const int8_t *weights, const int8_t *x, int8_t *y)
 {
     const int32_t repeat = p->out_channels / p->channels;
     const int32_t taps = p->kernel_height * p->kernel_width;
@@ -55,15 +55,15 @@ void dk_depthwise(const dk_conv_t *p, const int8_t *x, int8_t *y)
             const int32_t top = i * p->stride_y - p->pad_top;
             const int32_t left = j * p->stride_x - p->pad_left;
             for (int32_t o = 0; o < p->out_channels; o++) {
-                const int8_t *weights = p->weights + o * taps;
+                const int8_t *filter = weights + o * taps;
                 const int8_t *channel = x + o / repeat;
                 int32_t sum = p->bias[o];
                 for (int32_t ky = 0; ky < p->kernel_height; ky++) {
                     const int32_t row = top + ky * p->dilation_y;
-                    for (int32_t kx = 0; kx < p->kernel_width; kx++, weights++) {
+                    for (int32_t kx = 0; kx < p->kernel_width; kx++, filter++) {
                         const int32_t column = left + kx * p->dilation_x;
                         if (dk_is_inside(row, p->height) && dk_is_inside(column, p->width)) {
-                            sum += (channel[(row * p->width + column) * p->channels] - p->x_zero) * *weights;
+                            sum += (channel[(row * p->width + column) * p->channels] - p->x_zero) * *filter;
                         }
                     }
                 }
@@ -74,20 +74,20 @@ void dk_depthwise(const dk_conv_t *p, const int8_t *x, int8_t *y)
 }
 
 /* y[i][j] gathers what x[(i + pad - k * dilation) / stride] would have scattered, where the division is exact. */
-void dk_conv_transpose(const dk_conv_t *p, const int8_t *x, int8_t *y)
+void dk_conv_transpose(const dk_conv_t *p, const int8_t *weights, const int8_t *x, int8_t *y)
 {
     const int32_t part = p->channels / p->groups;
     const int32_t share = p->out_channels / p->groups;
     for (int32_t i = 0; i < p->out_height; i++) {
         for (int32_t j = 0; j < p->out_width; j++) {
-            const int8_t *weights = p->weights;
+            const int8_t *filter = weights;
             for (int32_t o = 0; o < p->out_channels; o++) {
                 const int8_t *group = x + o / share * part;
                 int32_t sum = p->bias[o];
                 for (int32_t ky = 0; ky < p->kernel_height; ky++) {
                     const int32_t down = i + p->pad_top - ky * p->dilation_y;
                     const int32_t row = down / p->stride_y;
-                    for (int32_t kx = 0; kx < p->kernel_width; kx++, weights += part) {
+                    for (int32_t kx = 0; kx < p->kernel_width; kx++, filter += part) {
                         const int32_t across = j + p->pad_left - kx * p->dilation_x;
                         const int32_t column = across / p->stride_x;
                         if (down < 0 || across < 0 || row * p->stride_y != down || column * p->stride_x != across
@@ -96,7 +96,7 @@ void dk_conv_transpose(const dk_conv_t *p, const int8_t *x, int8_t *y)
                         }
                         const int8_t *pixel = group + (row * p->width + column) * p->channels;
                         for (int32_t c = 0; c < part; c++) {
-                            sum += (pixel[c] - p->x_zero) * weights[c];
+                            sum += (pixel[c] - p->x_zero) * filter[c];
                         }
                     }
                 }
@@ -106,14 +106,14 @@ void dk_conv_transpose(const dk_conv_t *p, const int8_t *x, int8_t *y)
     }
 }
 
-void dk_dense(const dk_dense_t *p, const int8_t *x, int8_t *y)
+void dk_dense(const dk_dense_t *p, const int8_t *weights, const int8_t *x, int8_t *y)
 {
     for (int32_t row = 0; row < p->rows; row++, x += p->in) {
-        const int8_t *weights = p->weights;
-        for (int32_t o = 0; o < p->out; o++, weights += p->in) {
+        const int8_t *filter = weights;
+        for (int32_t o = 0; o < p->out; o++, filter += p->in) {
             int32_t sum = p->bias[o];
             for (int32_t i = 0; i < p->in; i++) {
-                sum += (x[i] - p->x_zero) * weights[i];
+                sum += (x[i] - p->x_zero) * filter[i];
             }
             *y++ = dk_clamp(dk_rescale(sum, &p->rescale, o) + p->y_zero, p->low, p->high);
         }

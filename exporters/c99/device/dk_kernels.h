@@ -1,6 +1,6 @@
 /* Integer kernels of deploykit. C99, no heap, no floating point, no library calls.
  *
- * Tensors are runs of int8_t; images are [height][width][channels]. Everything constant about an operation is in one
+ * Tensors are runs of int8_t; images are [height][width][channels]. What is constant about an operation is in one
  * structure, so a call is kernel(&constants, input, output). Sums are 32 bits wide: deploykit has proven, from the
  * actual weights, that they stay within. */
 #ifndef DK_KERNELS_H
@@ -26,15 +26,13 @@ typedef struct {
     int32_t kernel_height, kernel_width;
     int32_t stride_y, stride_x, dilation_y, dilation_x, pad_top, pad_left;
     int32_t groups;
-    const int8_t *weights; /* [out][kernel_height][kernel_width][channels / groups] */
-    const int32_t *bias;   /* [out] */
+    const int32_t *bias; /* [out] */
     dk_rescale_t rescale;
     int32_t x_zero, y_zero, low, high;
 } dk_conv_t;
 
 typedef struct {
     int32_t rows, in, out;
-    const int8_t *weights; /* [out][in] */
     const int32_t *bias;
     dk_rescale_t rescale;
     int32_t x_zero, y_zero, low, high;
@@ -93,10 +91,12 @@ typedef struct {
     const uint16_t *columns; /* [out_width] */
 } dk_resize_t;
 
-void dk_conv(const dk_conv_t *p, const int8_t *x, int8_t *y);
-void dk_depthwise(const dk_conv_t *p, const int8_t *x, int8_t *y);
-void dk_conv_transpose(const dk_conv_t *p, const int8_t *x, int8_t *y);
-void dk_dense(const dk_dense_t *p, const int8_t *x, int8_t *y);
+/* weights are [out][kernel_height][kernel_width][channels / groups]; of dk_dense: [out][in]. They come by themselves
+ * because they may lie in the arena, where dk_decode.h has put them. */
+void dk_conv(const dk_conv_t *p, const int8_t *weights, const int8_t *x, int8_t *y);
+void dk_depthwise(const dk_conv_t *p, const int8_t *weights, const int8_t *x, int8_t *y);
+void dk_conv_transpose(const dk_conv_t *p, const int8_t *weights, const int8_t *x, int8_t *y);
+void dk_dense(const dk_dense_t *p, const int8_t *weights, const int8_t *x, int8_t *y);
 void dk_add(const dk_add_t *p, const int8_t *a, const int8_t *b, int8_t *y);
 void dk_multiply(const dk_multiply_t *p, const int8_t *a, const int8_t *b, int8_t *y);
 void dk_max_pool(const dk_pool_t *p, const int8_t *x, int8_t *y);

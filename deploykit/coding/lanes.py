@@ -39,9 +39,14 @@ class Lanes:
         return self.start[:n] + step * self.stride[:n]
 
 
-def lanes(counts: Sequence[int]) -> Lanes:
-    """The lanes of streams with so many symbols."""
-    many = [-(-count // LENGTH) for count in counts]
+def lanes(counts: Sequence[int], length: int = LENGTH) -> Lanes:
+    """The lanes of streams.
+
+    Args:
+        counts: of the symbols of each.
+        length: symbols of a lane, at most; a container has `LENGTH`.
+    """
+    many = [-(-count // length) for count in counts]
     stream = np.repeat(np.arange(len(counts)), many)
     number = np.concatenate([np.arange(n) for n in many] or [np.arange(0)])
     stride = np.asarray(many, np.int64)[stream]

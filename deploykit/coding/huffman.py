@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from deploykit.coding.lanes import LENGTH, WORD, lanes
 from deploykit.core.errors import DeploykitError
-from deploykit.dkz.lanes import WORD, lanes
 
 LONGEST = 12
 NONE = np.zeros(0, np.int64)
@@ -69,32 +69,30 @@ def codes(length: NDArray[np.uint8]) -> NDArray[np.int64]:
     return found
 
 
-def encode(streams: Sequence[NDArray[Any]], tables: Sequence[NDArray[np.uint8]]) -> bytes:
+def encode(streams: Sequence[NDArray[Any]], tables: Sequence[NDArray[np.uint8]], length: int = LENGTH) -> bytes:
     """The words, little-endian uint16, in the order in which `decode` asks for them.
 
     Args:
         streams: symbols, ``[n]`` each.
         tables: of `table`, for each.
+        length: symbols of a lane, at most.
     """
-    deal = lanes([len(s) for s in streams])
-    pairs = [(s, length.astype(np.int64), codes(length)) for s, length in zip(streams, tables, strict=True) if len(s)]
-    bits = np.concatenate([length[s] for s, length, _ in pairs] or [NONE])
+    deal = lanes([len(s) for s in streams], length)
+    pairs = [(s, own.astype(np.int64), codes(own)) for s, own in zip(streams, tables, strict=True) if len(s)]
+    bits = np.concatenate([own[s] for s, own, _ in pairs] or [NONE])
     code = np.concatenate([code[s] for s, _, code in pairs] or [NONE])
-    n, most = len(deal.stream), len(deal.active) * int(bits.max(initial=0)) // WORD + 3
-    laid, first = np.zeros(n * most, np.int64), np.arange(n) * most  # words of each lane, and where they begin
-    before, loaded = np.zeros(n, np.int64), np.zeros(n, np.int64)  # bits that are written, words that are asked for
-    asked: list[NDArray[np.int64]] = []
-    for step, active in enumerate(deal.active):
-        at = deal.at(step)
-        low = np.flatnonzero(WORD * loaded[:active] - before[:active] < WORD)
-        asked.append(first[low] + loaded[low])
-        loaded[low] += 1
-        shifted = code[at] << (2 * WORD - bits[at] - before[:active] % WORD)
-        place = first[:active] + before[:active] // WORD
-        laid[place] |= shifted >> WORD
-        laid[place + 1] |= shifted & ((1 << WORD) - 1)
-        before[:active] += bits[at]
-    return laid[np.concatenate(asked or [NONE])].astype("<u2").tobytes()
+    words, steps = [NONE], [NONE]  # of one lane after the other
+    for lane, (start, stride) in enumerate(zip(deal.start, deal.stride, strict=True)):
+        at = start + stride * np.arange(np.count_nonzero(deal.active > lane))
+        before = np.cumsum(bits[at]) - bits[at]
+        place, shifted = before // WORD, code[at] << (2 * WORD - bits[at] - before % WORD)
+        laid = np.bincount(place, shifted >> WORD, place[-1] + 2)  # bits that lie beside each other add up
+        laid += np.bincount(place + 1, shifted & ((1 << WORD) - 1))
+        asked = -(-before // WORD)  # the last word a lane has: with it, there are 16 bits or more
+        steps.append(np.flatnonzero(np.diff(asked, prepend=-1)))
+        words.append(laid[asked[steps[-1]]].astype(np.int64))
+    order = np.argsort(np.concatenate(steps), kind="stable")
+    return np.concatenate(words)[order].astype("<u2").tobytes()
 
 
 def decode(

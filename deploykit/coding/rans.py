@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from deploykit.coding.lanes import WORD, lanes
 from deploykit.core.errors import DeploykitError
-from deploykit.dkz.lanes import WORD, lanes
 
 PRECISION = 12
 M = 1 << PRECISION

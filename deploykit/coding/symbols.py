@@ -18,7 +18,7 @@ from deploykit.core.errors import DeploykitError
 MOST = 4096
 """Symbols of a stream, at most."""
 TABLE = 8.0
-"""Bits that a symbol's entry in table and codebook costs, about."""
+"""Bits of a symbol's entry in a table."""
 
 
 @dataclass(frozen=True)
@@ -33,13 +33,14 @@ class Symbols:
     """b; 0: not sparse."""
 
     def bits(self, coder: Any) -> float:
-        """What a coder needs, about.
+        """What a coder needs, about, with tables and codebook.
 
         Args:
-            coder: `deploykit.dkz.rans` or `deploykit.dkz.huffman`.
+            coder: `deploykit.coding.rans` or `deploykit.coding.huffman`.
         """
         counts = [np.bincount(stream) for stream in self.streams]
-        return sum(float(coder.size(own)) + TABLE * np.count_nonzero(own) for own in counts)
+        codes = sum(float(coder.size(own)) + TABLE * len(own) for own in counts)
+        return codes + 8.0 * self.book.itemsize * len(self.book)
 
 
 def symbols(values: NDArray[Any], coder: Any) -> Symbols:
@@ -47,7 +48,7 @@ def symbols(values: NDArray[Any], coder: Any) -> Symbols:
 
     Args:
         values: unsigned integers ``[n]``, the bits of the weights.
-        coder: `deploykit.dkz.rans` or `deploykit.dkz.huffman`.
+        coder: `deploykit.coding.rans` or `deploykit.coding.huffman`.
     """
     book, codes = np.unique(values, return_inverse=True)
     if len(book) > MOST:

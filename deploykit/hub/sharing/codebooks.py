@@ -1,0 +1,158 @@
+"""Codebooks of a float graph's weights: shared values are made here, and found again in whatever graph has them.
+
+A weight whose values are few is a shared one. Nothing else is kept beside it, so that exporters, containers and later
+steps need no record of how it came about. Zero, where it occurs, is code 0 and stays zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx_ir as ir
+
+from deploykit.core.errors import DeploykitError
+from deploykit.core.patterns import matching
+from deploykit.hub.graph import FloatGraph, constant
+from deploykit.hub.operators import PRODUCTS
+from deploykit.hub.plan import name_of
+from deploykit.hub.sharing.kmeans import Start, cluster, nearest
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Floats = NDArray[np.float32]
+
+LEAST = 64
+"""Weights; fewer are left as they are: the codebook would be no smaller."""
+MOST_BITS = 12
+"""Of a code."""
+HELD_AT = {"LSTM": (1, 2), "GRU": (1, 2)}
+"""Positions of a recurrent layer's weights; products have theirs at 1."""
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A weight of the graph."""
+
+    name: str
+    """Of its initializer."""
+    layer: str
+    """Of the first node that reads it."""
+    y: str
+    """That node's first output."""
+    values: Floats
+
+
+@dataclass(frozen=True)
+class Codebook:
+    """A weight as its values and a code for each."""
+
+    book: Floats
+    """``[k]``, zero first where it occurs, then ascending."""
+    codes: NDArray[np.int64]
+    """Of the weight's shape."""
+
+    @property
+    def has_zero(self) -> bool:
+        """Whether code 0 is zero."""
+        return bool(self.book[0] == 0)
+
+    @property
+    def bits(self) -> int:
+        """Of a code that is not coded any further."""
+        return max(1, int(len(self.book) - 1).bit_length())
+
+    @property
+    def weight(self) -> Floats:
+        """What was shared."""
+        return self.book[self.codes]
+
+
+def weights(graph: FloatGraph, skip: Iterable[str] = ()) -> list[Weight]:
+    """Weights of products and recurrent layers, in order; one that several read counts once.
+
+    Args:
+        graph: not changed.
+        skip: layers whose weights are left out, by name or pattern.
+
+    Raises:
+        DeploykitError: a pattern that matches nothing.
+    """
+    found: dict[str, Weight] = {}
+    for node in graph.model.graph:
+        positions = (1,) if node.op_type in PRODUCTS else HELD_AT.get(node.op_type, ())
+        for value in (node.inputs[i] for i in positions):
+            array = constant(value)
+            if value is not None and array is not None and array.dtype == np.float32 and array.size >= LEAST:
+                own = Weight(value.name or "", name_of(node), node.outputs[0].name or "", array)
+                found.setdefault(own.name, own)
+    left_out = matching("layer", skip, {own.layer for own in found.values()})
+    return [own for own in found.values() if own.layer not in left_out]
+
+
+def share(weight: Floats, bits: int, start: Start = "optimal", h: Floats | None = None, seed: int = 0) -> Codebook:
+    """The 2^bits values that come nearest to a weight's, zero among them where it occurs.
+
+    Args:
+        weight: any shape; finite.
+        bits: of a code, 1 to `MOST_BITS`.
+        start: see `deploykit.hub.sharing.kmeans.cluster`.
+        h: how much an error counts, of the weight's shape; None: all the same.
+        seed: of ``random``.
+
+    Raises:
+        DeploykitError: NaN or infinity among the values.
+    """
+    if not np.isfinite(weight).all():
+        raise DeploykitError("weights with NaN or infinity cannot be shared")
+    x = weight.astype(np.float64)
+    kept = x != 0
+    if not kept.any():
+        return Codebook(np.zeros(1, np.float32), np.zeros(weight.shape, np.int64))
+    zeros = 0 if kept.all() else 1
+    c = cluster(x[kept], 2**bits - zeros, start, None if h is None else h[kept].astype(np.float64), seed)
+    c = np.unique(c.astype(np.float32)).astype(np.float64)
+    codes = np.zeros(weight.shape, np.int64)
+    codes[kept] = nearest(x[kept], c) + zeros
+    return Codebook(np.concatenate([np.zeros(zeros), c]).astype(np.float32), codes)
+
+
+def codebook(weight: Floats) -> Codebook | None:
+    """The codebook of a weight that shares its values; None: it has more than 2^`MOST_BITS`, or half as many as there
+    are weights."""
+    most = min(2**MOST_BITS, weight.size // 2)
+    if len(np.unique(weight.reshape(-1)[: 2 * most + 2])) > most:  # a look at some spares sorting the others
+        return None
+    book, codes = np.unique(weight, return_inverse=True)
+    if len(book) > most:
+        return None
+    zero_first = np.argsort(book != 0, kind="stable")
+    rank = np.empty(len(book), np.int64)
+    rank[zero_first] = np.arange(len(book))
+    return Codebook(book[zero_first], rank[codes].reshape(weight.shape))
+
+
+def with_weights(graph: FloatGraph, arrays: Mapping[str, Floats]) -> FloatGraph:
+    """The graph with other values in some initializers.
+
+    Args:
+        graph: not changed.
+        arrays: by initializer, of the same shape.
+    """
+    model = graph.copy()
+    for name, array in arrays.items():
+        model.graph.initializers[name].const_value = ir.Tensor(np.ascontiguousarray(array), name=name)
+    return FloatGraph(model, graph.masks, graph.notes)
+
+
+def coded_bits(found: Codebook) -> float:
+    """What a weight takes, about: the entropy of its codes, and the codebook.
+
+    With independent codes that is also what gaps between weights that are not zero cost together with their codes.
+    """
+    counts = np.bincount(found.codes.reshape(-1))
+    share_ = counts[counts > 0] / found.codes.size
+    return float(-(share_ * np.log2(share_)).sum()) * found.codes.size + 32.0 * len(found.book)
