@@ -55,8 +55,8 @@ def export(
         train: like ``calibration``, for steps that train.
         evaluation: like ``calibration``, with labels: ``(inputs, labels)`` batches.
         weights: for a factory.
-        recipe: a `Recipe`, a TOML file, or the name of one that ships: ``"prune"``, ``"dsd"``, ``"sparse_2_4"``;
-            ``"default"`` is the target's own.
+        recipe: a `Recipe`, a TOML file, or the name of one that ships: ``"prune"``, ``"dsd"``, ``"sparse_2_4"``,
+            ``"deep_compression"``; ``"default"`` is the target's own.
         preprocess: what is done to images read from files.
         example: arrays ``[n, ...]`` by input name, where there is no sample data.
         metric: ``metric(outputs, labels) -> percent``, higher is better; default: top-1 accuracy.

@@ -48,7 +48,8 @@ def parameters(model: nn.Module) -> int:
 def test_every_shipped_recipe_builds_and_says_in_comments_what_it_needs(name: str) -> None:
     recipe = recipes.load(name)
     every = ["data", "train", "labels", "teacher"]
-    planned = planning.plan(recipe, targets.load("jetson-orin-nano"), every, automatic=False)
+    packed = planning.profiting(targets.load("jetson-orin-nano"), name == "deep_compression")
+    planned = planning.plan(recipe, packed, every, automatic=False)
     assert planned and all(not p.refusal for p in planned)
     text = (Path(recipes.__file__).parent / f"{name}.toml").read_text()
     assert text.startswith("# ") and "Needs" in text
@@ -68,7 +69,7 @@ def test_a_board_inherits_its_bases_recipe_and_may_have_none(tmp_path: Path) -> 
     board.write_text('extends = "x86"\ntitle = "Mine"\n')
     assert targets.load(str(board)).recipe == "prune"
     board.write_text('extends = "x86"\ntitle = "Mine"\nrecipe = ""\n')
-    with pytest.raises(DeploykitError, match=r"target 'board' has no default recipe.*dsd, prune, sparse_2_4"):
+    with pytest.raises(DeploykitError, match=r"target 'board' has no default recipe.*deep_compression, dsd, prune, sparse_2_4"):
         recipes.load("default", [targets.load(str(board))])
 
 
