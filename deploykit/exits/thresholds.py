@@ -1,0 +1,201 @@
+"""When a sample may leave: a threshold per exit, chosen on samples that were held out.
+
+A sample leaves by the first exit whose confidence is above the exit's threshold, and by the last one in any case. So a
+threshold of 1 lets nobody leave, and one of 0 everybody.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from deploykit.core.errors import DeploykitError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+WORK = 4096
+"""Combinations of all thresholds but the last that are tried."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What becomes of samples under some thresholds."""
+
+    thresholds: tuple[float, ...]
+    """Of all exits but the last, each within [0, 1]."""
+    accuracy: float
+    """Percent of samples that leave with a right answer."""
+    cost: float
+    """Mean over samples, in the unit of the costs."""
+    shares: tuple[float, ...]
+    """Of the samples, that leave by each exit."""
+
+
+def outcome(
+    confidence: NDArray[Any], right: NDArray[Any], costs: Sequence[float], thresholds: Sequence[float]
+) -> Outcome:
+    """What thresholds do to samples.
+
+    Args:
+        confidence: ``[exits, n]``: the largest probability of each exit's answer.
+        right: ``[exits, n]`` bool: whether that answer is right (or, without labels, the deepest's).
+        costs: ``[exits]``: of everything that was computed when a sample leaves by an exit.
+        thresholds: ``[exits - 1]``.
+
+    Raises:
+        DeploykitError: thresholds or costs that are not one per exit, or thresholds outside [0, 1].
+    """
+    check(thresholds, len(confidence))
+    _same_lengths(confidence, right, costs)
+    left = leaves(confidence, thresholds)
+    shares = np.bincount(left, minlength=len(costs)) / len(left)
+    correct = np.asarray(right, bool)[left, np.arange(len(left))]
+    return Outcome(
+        tuple(float(t) for t in thresholds), 100.0 * float(correct.mean()), float(shares @ np.asarray(costs)),
+        tuple(float(s) for s in shares),
+    )  # fmt: skip
+
+
+def leaves(confidence: NDArray[Any], thresholds: Sequence[float]) -> NDArray[np.int64]:
+    """The exit ``[n]`` that each sample leaves by, counted from 0; confidence ``[exits, n]``."""
+    bounds = np.asarray([*thresholds, -np.inf], np.float64)[:, None]
+    return np.asarray(np.argmax(confidence > bounds, axis=0), np.int64)
+
+
+def check(thresholds: Sequence[float], exits: int) -> None:
+    """Refuses thresholds outside [0, 1], and another number of them than there are exits in front of the last."""
+    for t in thresholds:
+        if not 0.0 <= t <= 1.0:
+            raise DeploykitError(f"a threshold is a probability between 0 (all leave) and 1 (nobody does); given {t:g}")
+    if len(thresholds) != exits - 1:
+        raise DeploykitError(
+            f"{len(thresholds)} thresholds are given, and {exits - 1} exits stand in front of the last: one for each, "
+            "first to last"
+        )
+
+
+def cheapest(confidence: NDArray[Any], right: NDArray[Any], costs: Sequence[float], allowed: float) -> Outcome:
+    """The thresholds of least mean cost that lose no more than ``allowed`` percentage points against the last exit.
+
+    All combinations of thresholds are compared, as far as samples tell them apart: exactly with up to three exits and
+    4,096 samples; beyond that, thresholds in front of the last one are tried at evenly spaced ranks, 64 of them with
+    four exits, 16 with five.
+
+    Args:
+        confidence: ``[exits, n]``.
+        right: ``[exits, n]`` bool.
+        costs: ``[exits]``: of everything that was computed when a sample leaves by an exit.
+        allowed: points of accuracy.
+
+    Raises:
+        DeploykitError: ``allowed`` is below 0.
+    """
+    if not allowed >= 0:
+        raise DeploykitError(f"the accuracy that may be lost is 0 points or more; given {allowed:g}")
+    least = np.asarray(right, bool)[-1].sum() - allowed / 100.0 * right.shape[1] - 1e-9
+
+    def rank(correct: NDArray[Any], cost: NDArray[Any]) -> NDArray[Any]:
+        return np.where(correct >= least, -cost, -np.inf)
+
+    found = _best(confidence, right, costs, rank, lambda correct, cost: correct)
+    assert found is not None  # nobody leaves: nothing is lost
+    return found
+
+
+def most_accurate(confidence: NDArray[Any], right: NDArray[Any], costs: Sequence[float], budget: float) -> Outcome:
+    """The thresholds of highest accuracy whose mean cost is ``budget`` at most; searched as in `cheapest`.
+
+    Raises:
+        DeploykitError: the first exit alone costs more.
+    """
+    most = budget * confidence.shape[1] * (1 + 1e-12)
+
+    def rank(correct: NDArray[Any], cost: NDArray[Any]) -> NDArray[Any]:
+        return np.where(cost <= most, correct, -np.inf)
+
+    found = _best(confidence, right, costs, rank, lambda correct, cost: -cost)
+    if found is None:
+        raise DeploykitError(f"a mean cost of {budget:g} cannot be reached: leaving by the first exit costs {costs[0]:g}")
+    return found
+
+
+Rank = Callable[["NDArray[Any]", "NDArray[Any]"], "NDArray[Any]"]
+
+
+def _best(
+    confidence: NDArray[Any], right: NDArray[Any], costs: Sequence[float], rank: Rank, tie: Rank
+) -> Outcome | None:
+    """The thresholds of highest rank, and among equals of the highest tie; None where every rank is -inf.
+
+    Ranks are of the number of right answers and the summed cost. The last threshold is always exact: with samples in
+    order of confidence, all its values are sums over a first and a last part.
+    """
+    _same_lengths(confidence, right, costs)
+    confidence, right = np.asarray(confidence, np.float64), np.asarray(right, np.int64)
+    early = len(confidence) - 2
+    levels = max(2, int(WORK ** (1 / early) + 1e-9)) if early > 0 else 0
+    best: tuple[float, float, tuple[float, ...]] | None = None
+    for taken, alive, correct, cost in _fixed(confidence, right, costs, early, levels):
+        order = alive[np.argsort(-confidence[early, alive], kind="stable")]
+        stay = right[-1, order].sum() - np.cumsum([0, *right[-1, order]])
+        total = correct + np.cumsum([0, *right[early, order]]) + stay
+        count = np.arange(len(order) + 1)
+        spent = cost + count * costs[early] + (len(order) - count) * costs[-1]
+        ends = _ends(confidence[early, order])
+        ranks, ties = rank(total[ends], spent[ends]), tie(total[ends], spent[ends])
+        top = int(np.lexsort((ties, ranks))[-1])
+        key = (float(ranks[top]), float(ties[top]))
+        if np.isfinite(key[0]) and (best is None or key > best[:2]):
+            best = (*key, (*taken, _between(confidence[early, order], int(ends[top]))))
+    return None if best is None else outcome(confidence, right, costs, best[2])
+
+
+def _fixed(
+    confidence: NDArray[Any], right: NDArray[Any], costs: Sequence[float], early: int, levels: int
+) -> Iterator[tuple[tuple[float, ...], NDArray[np.int64], int, float]]:
+    """Every choice of the first ``early`` thresholds: these, who is still there, right answers and cost of the rest."""
+    open_: list[tuple[tuple[float, ...], NDArray[np.int64], int, float]] = [
+        ((), np.arange(confidence.shape[1]), 0, 0.0)
+    ]
+    while open_:
+        taken, alive, correct, cost = open_.pop()
+        k = len(taken)
+        if k == early:
+            yield taken, alive, correct, cost
+            continue
+        order = alive[np.argsort(-confidence[k, alive], kind="stable")]
+        ends = _ends(confidence[k, order])
+        ends = ends[np.unique(np.linspace(0, len(ends) - 1, min(levels, len(ends))).round().astype(int))]
+        for end in ends:
+            gone = right[k, order[:end]].sum()
+            at = _between(confidence[k, order], int(end))
+            open_.append(((*taken, at), order[end:], correct + int(gone), cost + int(end) * costs[k]))
+
+
+def _ends(descending: NDArray[Any]) -> NDArray[np.int64]:
+    """How many may leave together: equally sure samples cannot be told apart."""
+    inner = np.flatnonzero(descending[1:] < descending[:-1]) + 1
+    return np.unique([0, *inner, len(descending)]).astype(np.int64)
+
+
+def _between(descending: NDArray[Any], count: int) -> float:
+    """A threshold that the first ``count`` are above and the others not: halfway, so that rounding decides nothing."""
+    if count == 0:
+        return 1.0
+    if count == len(descending):
+        return 0.0
+    above, below = float(descending[count - 1]), float(descending[count])
+    middle = (above + below) / 2
+    return middle if below <= middle < above else below
+
+
+def _same_lengths(confidence: NDArray[Any], right: NDArray[Any], costs: Sequence[float]) -> None:
+    if confidence.shape != right.shape or len(costs) != len(confidence):
+        raise DeploykitError(
+            f"confidences {list(confidence.shape)}, answers {list(right.shape)} and costs [{len(costs)}] are not of "
+            "the same exits and samples"
+        )
