@@ -39,10 +39,17 @@ def bars(shown: Bars) -> str:
     return _drawn(720, height, shapes)
 
 
-def lines(title: str, curves: Mapping[str, Points]) -> str:
-    """A curve per name over one x, in percent on both axes; the legend in the order of the last values."""
+def lines(title: str, curves: Mapping[str, Points], unit: str = "%", ticks: Sequence[float] = ()) -> str:
+    """A curve per name over one x, percent on the y-axis; the legend in the order of the best values.
+
+    Args:
+        title: above it.
+        curves: points by name; a single one is a dot.
+        unit: of x.
+        ticks: on the x-axis; every x, where there are none.
+    """
     left, top, wide, high = 50, 44, 500, 300
-    xs = sorted({x for points in curves.values() for x, _ in points})
+    xs = sorted(ticks or {x for points in curves.values() for x, _ in points})
     ys = [y for points in curves.values() for _, y in points]
     low, span = 10 * (min(ys) // 10), 10 * (max(ys) // 10 + 1) - 10 * (min(ys) // 10)
 
@@ -52,7 +59,7 @@ def lines(title: str, curves: Mapping[str, Points]) -> str:
     shapes = [f'<text x="16" y="24" font-size="16">{escape(title)}</text>']
     for x in xs:
         px, py = at(x, low)
-        shapes.append(f'<text x="{px:.0f}" y="{py + 20:.0f}" text-anchor="middle">{x:g} %</text>')
+        shapes.append(f'<text x="{px:.0f}" y="{py + 20:.0f}" text-anchor="middle">{x:g} {unit}</text>')
     for tick in range(int(low), int(low + span) + 1, 10 if span <= 60 else 20):
         px, py = at(xs[0], tick)
         shapes += [
@@ -64,6 +71,8 @@ def lines(title: str, curves: Mapping[str, Points]) -> str:
         colour = COLOURS[i % len(COLOURS)]
         path = "L".join("{:.1f} {:.1f}".format(*at(x, y)) for x, y in sorted(curves[name]))
         y = top + 12 + 22 * i
+        shapes += [f'<circle cx="{px:.1f}" cy="{py:.1f}" r="3" fill="{colour}"/>'
+                   for px, py in (at(x, y_) for x, y_ in curves[name])]  # fmt: skip
         shapes += [
             f'<path d="M{path}" fill="none" stroke="{colour}" stroke-width="2"/>',
             f'<path d="M{left + wide + 20} {y}h22" stroke="{colour}" stroke-width="3"/>',

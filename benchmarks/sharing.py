@@ -40,8 +40,8 @@ COMMAND = "python -m benchmarks.sharing"
 X86 = targets.load("x86")
 BITS = (2, 3, 4, 5)
 STEPS = 300
-KEPT = ((0.0, 6), (0.0, 5), (0.0, 4), (0.5, 5), (0.5, 4), (0.7, 5), (0.7, 4), (0.8, 5), (0.8, 4))
-"""Zeros and bits of the curves."""
+KEPT = {0.0: (6, 5, 4), 0.3: (6, 5, 4), 0.5: (6, 5, 4), 0.7: (5, 4), 0.8: (5, 4)}
+"""Zeros of the curves, and bits."""
 WITHIN = 1.0
 """Points that a file may lose to be compared by its bytes."""
 
@@ -89,10 +89,10 @@ def shared(graph: FloatGraph, here: Context, bits: int, start: str) -> bytes:
     return made.bytes
 
 
-def beside(name: str, net: nn.Module, here: Context, evaluation: DataSet) -> dict[str, float]:
+def beside(name: str, net: nn.Module, here: Context, evaluation: DataSet, about: str) -> Row:
     """Accuracy of all four at every number of bits."""
     graph = lower(net, here.example)
-    values = {f"{name}, fp32": top1(graph.bytes, evaluation)}
+    values: dict[str, float] = {}
     for bits in BITS:
         ways = {
             "codebook": lambda b: shared(graph, here, b, "optimal"),
@@ -101,9 +101,14 @@ def beside(name: str, net: nn.Module, here: Context, evaluation: DataSet) -> dic
             "a scale per channel": lambda b: linear(graph, here, b, "channel"),
         }
         for what, way in ways.items():
-            values[f"{name}, {bits} bits, {what}"] = top1(way(bits), evaluation)
-            print(f"{name}, {bits} bits, {what}", values[f"{name}, {bits} bits, {what}"], flush=True)
-    return values
+            values[f"{what}: {bits}"] = top1(way(bits), evaluation)
+            print(f"{name}, {bits} bits, {what}", values[f"{what}: {bits}"], flush=True)
+    gains = [values[f"codebook: {bits}"] - values[f"one scale: {bits}"] for bits in BITS]
+    return Row(
+        f"{name}: codebooks above linear quantization, one scale a layer, 2 to 5 bits, both fine-tuned (points, mean)",
+        sum(gains) / len(gains), 0.0, "higher", f"{about}; {STEPS} steps each, without labels", f"{COMMAND} codebooks",
+        [0], values, note=f"fp32 {top1(graph.bytes, evaluation):.2f}",
+    )  # fmt: skip
 
 
 def codebooks() -> list[Row]:
@@ -111,21 +116,12 @@ def codebooks() -> list[Row]:
     train, test = lenets.images("train"), lenets.images("test")
     net = lenets.reference(lenets.NETS[1], 0, train)
     some = train.pick(np.arange(0, len(train), 120))
-    values = beside("LeNet-5", net, context(net, some, train, batch=100), test)
     resnet, images = data.resnet20(), in_memory(data.cifar("train", 20_000))
     here = context(resnet, images.pick(np.arange(512)), images, batch=64, augment=("flip", "crop"))
-    values |= beside("ResNet-20", resnet, here, in_memory(data.cifar("test", 2000)))
-    gains = [
-        values[f"{name}, {bits} bits, codebook"] - values[f"{name}, {bits} bits, one scale"]
-        for name in ("LeNet-5", "ResNet-20")
-        for bits in BITS
-    ]
     return [
-        Row("Codebooks above linear quantization with one scale a layer, 2 to 5 bits, both fine-tuned (points, mean)",
-            sum(gains) / len(gains), 0.0, "higher",
-            f"LeNet-5 on MNIST, ResNet-20 on JPEG CIFAR-10 (2,000 test images); {STEPS} steps each, without labels",
-            f"{COMMAND} codebooks", [0], values, note="reported as measured")
-    ]  # fmt: skip
+        beside("LeNet-5", net, context(net, some, train, batch=100), test, "MNIST"),
+        beside("ResNet-20", resnet, here, in_memory(data.cifar("test", 2000)), "JPEG CIFAR-10, 2,000 test images"),
+    ]
 
 
 def sizes(model: onnx.ModelProto) -> dict[str, float]:
@@ -137,62 +133,56 @@ def sizes(model: onnx.ModelProto) -> dict[str, float]:
         return {"file": path.stat().st_size, "xz": xz(files), "dkz": len(pack(files))}
 
 
-def curve(name: str, net: nn.Module, here: Context, evaluation: DataSet) -> dict[str, float]:
-    """Accuracy, agreement and bytes of int8 and of what is pruned and shared, from calibration samples alone."""
+def curve(name: str, net: nn.Module, here: Context, evaluation: DataSet, about: str) -> list[Row]:
+    """Accuracy and agreement over kilobytes of int8 and of what is pruned and shared, from samples alone."""
     graph = lower(net, here.example)
-    exact = classes(graph.bytes, evaluation)
-    values: dict[str, float] = {}
+    exact, bar = classes(graph.bytes, evaluation), top1(graph.bytes, evaluation) - WITHIN
+    accuracy: dict[str, float] = {}
+    agreement: dict[str, float] = {}
 
-    def add(what: str, stored: onnx.ModelProto) -> None:
-        model = stored.SerializeToString()
-        found = {
-            "accuracy": top1(model, evaluation),
-            "agreement": 100 * float((classes(model, evaluation) == exact).mean()),
-        }
-        for key, value in (found | sizes(stored)).items():
-            values[f"{name}, {what}: {key}"] = value
-        print(name, what, found, flush=True)
+    def add(line: str, stored: onnx.ModelProto, kinds: Mapping[str, str]) -> None:
+        found, taken = classes(stored.SerializeToString(), evaluation), sizes(stored)
+        for kind, what in kinds.items():
+            key = f"{line}{what}: {taken[kind] / 1000:.1f}"
+            accuracy[key] = 100 * float((found == evaluation.labels).mean())
+            agreement[key] = 100 * float((found == exact).mean())
+            print(name, key, accuracy[key], agreement[key], flush=True)
 
-    add("fp32", onnx.load_model_from_string(graph.bytes))
     hub = quantize(graph, pipeline.calibrate(graph, here.data["calibration"]), X86.quant)
     corrected: Hub = run(hub, here, Step("weight_correct"))
-    add("int8", onnx.load_model_from_string(corrected.bytes))
-    sparse: dict[float, FloatGraph] = {0.0: graph}
-    for zeros, bits in KEPT:
-        if zeros not in sparse:
-            pruned: nn.Module = run(net, here, Step("sparsify", {"sparsity": zeros}), Step("refit"))
-            sparse[zeros] = lower(pruned, here.example)
-        made: FloatGraph = run(sparse[zeros], here, Step("share", {"bits": bits}))
-        stored = onnx.load_model_from_string(made.bytes)
-        store_codebooks(stored, X86.opset)
-        add(f"{zeros:.0%} zeros, {bits} bits", stored)
-    return values
+    add("int8", onnx.load_model_from_string(corrected.bytes), {"file": "", "xz": " with xz", "dkz": " packed"})
+    for zeros, every in KEPT.items():
+        pruned = run(net, here, Step("sparsify", {"sparsity": zeros}), Step("refit")) if zeros else net
+        sparse = lower(pruned, here.example)
+        for bits in every:
+            made: FloatGraph = run(sparse, here, Step("share", {"bits": bits}))
+            stored = onnx.load_model_from_string(made.bytes)
+            store_codebooks(stored, X86.opset)
+            add(f"{zeros:.0%} zeros, shared", stored, {"dkz": ", packed"})
 
+    def smallest(what: str) -> float:
+        return min(float(key.split(": ")[1]) for key, top in accuracy.items() if what in key and top >= bar)
 
-def smallest(name: str, values: Mapping[str, float], what: str, key: str) -> float:
-    """Bytes of the smallest file that loses little enough."""
-    bar = values[f"{name}, fp32: accuracy"] - WITHIN
-    them = {
-        k.removesuffix(": accuracy") for k in values if k.startswith(name) and k.endswith(": accuracy") and what in k
-    }
-    return min(values[f"{k}: {key}"] for k in them if values[f"{k}: accuracy"] >= bar)
+    command = f"{COMMAND} curves"
+    return [
+        Row(f"{name}: pruned, shared and coded, at most {WITHIN:g} point lost: bytes, of int8 with xz",
+            smallest("shared, packed") / smallest("int8 with xz"), 1.0, "lower", about, command, [0], accuracy,
+            "xz -9e of the int8 .onnx", "not trained; values are top-1 % at kilobytes"),
+        Row(f"{name}: int8 packed, bytes, of int8 with xz", smallest("int8 packed") / smallest("int8 with xz"), 1.0,
+            "lower", about, command, [0], agreement, "xz -9e of the int8 .onnx",
+            "values are agreement with fp32 in % at kilobytes"),
+    ]  # fmt: skip
 
 
 def curves() -> list[Row]:
     """Pruned, shared and coded beside int8 and its xz."""
     resnet, cifar = data.resnet20(), in_memory(data.cifar("train", 512))
-    values = curve("ResNet-20", resnet, context(resnet, cifar), in_memory(data.cifar("test", 2000)))
     mobile, photographs = data.mobilenetv1(), in_memory(data.imagenet(True))
-    values |= curve("MobileNetV1", mobile, context(mobile, photographs), data.imagenet(False))
-    shares = {
-        name: smallest(name, values, "zeros", "dkz") / values[f"{name}, int8: xz"]
-        for name in ("ResNet-20", "MobileNetV1")
-    }
     return [
-        Row(f"Pruned, shared and coded without training, at most {WITHIN:g} point lost: bytes, of int8 with xz (worst)",
-            max(shares.values()), 1.0, "lower",
-            "ResNet-20 (512 images calibrate, 2,000 evaluate) and MobileNetV1 0.75 (200 and 800)", f"{COMMAND} curves",
-            [0], values | shares, "xz -9e of the int8 .onnx")
+        *curve("ResNet-20", resnet, context(resnet, cifar), in_memory(data.cifar("test", 2000)),
+               "JPEG CIFAR-10, 512 training images calibrate, 2,000 test images evaluate"),
+        *curve("MobileNetV1 0.75", mobile, context(mobile, photographs), data.imagenet(False),
+               "200 sample images calibrate, 800 evaluate"),
     ]  # fmt: skip
 
 

@@ -4,7 +4,8 @@
 * ``docs/support.md``: every cell of ``results/support.json``;
 * ``<!-- results -->`` … ``<!-- /results -->`` in the README: the rows about two trained networks;
 * ``<!-- row: NAME/CLAIM -->`` … ``<!-- /row -->`` on any page: the values of one row, the claim cut short at will;
-* ``docs/images/``: int8 beside fp32, accuracy over the budget of pruning.
+* ``docs/images/``: int8 beside fp32, accuracy over the budget of pruning, codebooks beside linear weights, accuracy
+  over the bytes of files.
 """
 
 from __future__ import annotations
@@ -173,6 +174,23 @@ def by_line(row: Mapping[str, Any]) -> dict[str, list[tuple[float, float]]]:
     return lines
 
 
+def sharing(rows: Rows) -> dict[str, str]:
+    """What `benchmarks.sharing` measured, net by net."""
+    made = {}
+    for net in ("LeNet-5", "ResNet-20", "MobileNetV1 0.75"):
+        slug = net.split()[0].lower()
+        for row in rows:
+            if row["claim"].startswith(f"{net}: codebooks"):
+                made[f"codebooks-{slug}.svg"] = charts.lines(f"{net}: top-1 % over bits", by_line(row), "bits")
+            if row["claim"].startswith(f"{net}: pruned, shared and coded"):
+                curves = by_line(row)
+                most = max(x for points in curves.values() for x, _ in points)
+                step = next(s for s in (50, 100, 250, 500, 1000) if most / s <= 8)
+                ticks = [step * i for i in range(int(most // step) + 2)]
+                made[f"bytes-{slug}.svg"] = charts.lines(f"{net}: top-1 % over kilobytes", curves, "kB", ticks)
+    return made
+
+
 def find(rows: Rows, claim: str) -> Mapping[str, Any]:
     """The only row whose claim begins like that."""
     (row,) = [row for row in rows if row["claim"].startswith(claim)]
@@ -187,6 +205,7 @@ def written(found: Mapping[str, Rows]) -> dict[Path, str]:
         made[images / "prune.svg"] = charts.lines(
             "ResNet-20: top-1 % over the share of the multiply-accumulates removed", by_line(over[0])
         )
+    made |= {images / name: text for name, text in sharing(found["deep_compression"]).items()}
     made[ROOT / "docs" / "support.md"] = support_page.page(support_page.load())
     return made | {path: refreshed(path.read_text(encoding="utf-8"), found) for path in PAGES if path not in made}
 
