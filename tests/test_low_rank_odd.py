@@ -158,6 +158,20 @@ def test_methods_of_one_slice_refuse_slices() -> None:
         run(Two().eval(), rows(), amount=0.1, method="l_rank", slices=4)
 
 
+@pytest.mark.parametrize("step", ["low_rank", "prune"])
+def test_a_budget_that_rounds_cannot_reach_is_refused_before_anything_trains(step: str) -> None:
+    options = {"method": "weights"} if step == "low_rank" else {"criterion": "l1"}
+    with pytest.raises(DeploykitError, match="cannot be saved"):  # there is no trainer, and none is missed
+        run(Two().eval(), rows(), "iterate", amount=0.999, step=step, options=options, dense=5)
+
+
+def test_a_frozen_bias_is_not_fitted() -> None:
+    model = Two().eval()
+    model.b.bias.requires_grad_(False)
+    made = run(model, rows(), amount=0.1)
+    assert torch.equal(made.b.bias, model.b.bias)
+
+
 @pytest.mark.parametrize("form", ["spatial", "cp"])
 def test_iterating_a_form_that_cannot_be_taken_up_again_is_refused_before_training(form: str) -> None:
     with pytest.raises(DeploykitError, match="cannot be decomposed further"):

@@ -181,7 +181,12 @@ def test_the_ranks_of_every_layer_are_noted_with_the_reason_where_there_are_none
             weight: Any = model.get_submodule(name).weight
             assert row["weights left (%)"] == pytest.approx(100 * factors / weight.numel())
             assert row["error"] <= row["bound"]  # type: ignore[operator]
-    assert decay.heat == decay.columns and ("stem", 0.0, 100.0) in decay.rows
+    assert decay.heat == decay.columns
+    cut = {str(row[0]): row[2] for row in decay.rows if row[1] == 0.0}  # the largest value, and where the layer is cut
+    for name, row in rows.items():
+        if row["form"] != "whole":
+            assert any(c.startswith(f"{name} (k = {row['slices k']}, j = {row['rank j']} of") for c in cut)
+    assert set(cut.values()) == {100.0}
     assert "CR-P" in ranks.summary and "CR-F" in ranks.summary
 
 

@@ -105,8 +105,8 @@ def untouchable(model: nn.Module) -> dict[str, str]:
             found[name] = f"its weight is shared with {', '.join(sorted(others))}"
         elif parametrize.is_parametrized(layer) and mask_of(layer, "weight") is None:
             found[name] = "its weight is parametrized (weight norm or the like)"
-        elif not weight.requires_grad:
-            found[name] = "its weight is frozen"
+        elif not all(p.requires_grad for p in layer.parameters()):
+            found[name] = "its weight or bias is frozen"
     return found
 
 

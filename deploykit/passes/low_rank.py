@@ -146,7 +146,7 @@ class LowRank:
         assert_runs(made, inputs)
         context.note(self._ranks(choice, tables, whys, _removed(given, made, context)))
         if self.form == "channel":
-            context.note(_decay(repr(self), tables))
+            context.note(_decay(repr(self), tables, choice))
         return made
 
     def _whole_again(self, model: nn.Module) -> nn.Module:
@@ -237,12 +237,17 @@ def _removed(model: nn.Module, made: nn.Module, context: Context) -> str:
     )
 
 
-def _decay(step: str, tables: Tables) -> Finding:
-    """How singular values fall, as a map."""
+def _decay(step: str, tables: Tables, choice: Choice) -> Finding:
+    """How singular values fall, as a map, and where each layer is cut."""
     rows = []
     for name, table in tables.items():
+        ranks = choice[name].ranks if name in choice else ()
+        cut = f"{name} (whole)"
+        if ranks:
+            k, j = ranks
+            cut = f"{name} (k = {k}, j = {j} of {len(table.decay)})"
         for tenth in range(10):
             value = table.decay[len(table.decay) * tenth // 10]
-            rows.append((name, 10.0 * tenth, 100.0 * value))
+            rows.append((cut, 10.0 * tenth, 100.0 * value))
     columns = ("layer", "of the ranks (%)", "singular value, of the largest (%)")
     return Finding(step, "How singular values fall", columns, tuple(rows), heat=columns)
