@@ -139,9 +139,11 @@ def curve(name: str, net: nn.Module, here: Context, evaluation: DataSet, about: 
     exact, bar = classes(graph.bytes, evaluation), top1(graph.bytes, evaluation) - WITHIN
     accuracy: dict[str, float] = {}
     agreement: dict[str, float] = {}
+    of_xz: dict[str, float] = {}
 
     def add(line: str, stored: onnx.ModelProto, kinds: Mapping[str, str]) -> None:
         found, taken = classes(stored.SerializeToString(), evaluation), sizes(stored)
+        of_xz[line] = taken["dkz"] / taken["xz"]
         for kind, what in kinds.items():
             key = f"{line}{what}: {taken[kind] / 1000:.1f}"
             accuracy[key] = 100 * float((found == evaluation.labels).mean())
@@ -159,6 +161,7 @@ def curve(name: str, net: nn.Module, here: Context, evaluation: DataSet, about: 
             stored = onnx.load_model_from_string(made.bytes)
             store_codebooks(stored, X86.opset)
             add(f"{zeros:.0%} zeros, shared", stored, {"dkz": ", packed"})
+            of_xz[f"{zeros:.0%} zeros, {bits} bits"] = of_xz.pop(f"{zeros:.0%} zeros, shared")
 
     def smallest(what: str) -> float:
         return min(float(key.split(": ")[1]) for key, top in accuracy.items() if what in key and top >= bar)
@@ -171,6 +174,9 @@ def curve(name: str, net: nn.Module, here: Context, evaluation: DataSet, about: 
         Row(f"{name}: int8 packed, bytes, of int8 with xz", smallest("int8 packed") / smallest("int8 with xz"), 1.0,
             "lower", about, command, [0], agreement, "xz -9e of the int8 .onnx",
             "values are agreement with fp32 in % at kilobytes"),
+        Row(f"{name}: pruned or shared, container / xz of the same file (worst)",
+            max(share for line, share in of_xz.items() if line != "int8"), 0.85, "lower", about, command, [0], of_xz,
+            "xz -9e"),
     ]  # fmt: skip
 
 
