@@ -39,7 +39,7 @@ from deploykit.trainer import Trainer
 COMMAND = "python -m benchmarks.sharing"
 X86 = targets.load("x86")
 BITS = (2, 3, 4, 5)
-STEPS = 300
+STEPS = 200
 KEPT = {0.0: (6, 5, 4), 0.3: (6, 5, 4), 0.5: (6, 5, 4), 0.7: (5, 4), 0.8: (5, 4)}
 """Zeros of the curves, and bits."""
 WITHIN = 1.0
@@ -133,7 +133,9 @@ def sizes(model: onnx.ModelProto) -> dict[str, float]:
         return {"file": path.stat().st_size, "xz": xz(files), "dkz": len(pack(files))}
 
 
-def curve(name: str, net: nn.Module, here: Context, evaluation: DataSet, about: str) -> list[Row]:
+def curve(
+    name: str, net: nn.Module, here: Context, evaluation: DataSet, about: str, criterion: str = "auto"
+) -> list[Row]:
     """Accuracy and agreement over kilobytes of int8 and of what is pruned and shared, from samples alone."""
     graph = lower(net, here.example)
     exact, bar = classes(graph.bytes, evaluation), top1(graph.bytes, evaluation) - WITHIN
@@ -154,7 +156,11 @@ def curve(name: str, net: nn.Module, here: Context, evaluation: DataSet, about: 
     corrected: Hub = run(hub, here, Step("weight_correct"))
     add("int8", onnx.load_model_from_string(corrected.bytes), {"file": "", "xz": " with xz", "dkz": " packed"})
     for zeros, every in KEPT.items():
-        pruned = run(net, here, Step("sparsify", {"sparsity": zeros}), Step("refit")) if zeros else net
+        pruned = (
+            run(net, here, Step("sparsify", {"sparsity": zeros, "criterion": criterion}), Step("refit"))
+            if zeros
+            else net
+        )
         sparse = lower(pruned, here.example)
         for bits in every:
             made: FloatGraph = run(sparse, here, Step("share", {"bits": bits}))
@@ -188,7 +194,7 @@ def curves() -> list[Row]:
         *curve("ResNet-20", resnet, context(resnet, cifar), in_memory(data.cifar("test", 2000)),
                "JPEG CIFAR-10, 512 training images calibrate, 2,000 test images evaluate"),
         *curve("MobileNetV1 0.75", mobile, context(mobile, photographs), data.imagenet(False),
-               "200 sample images calibrate, 800 evaluate"),
+               "200 sample images calibrate, 800 evaluate", "activation"),
     ]  # fmt: skip
 
 

@@ -1,0 +1,281 @@
+"""Self-distillation on CIFAR-10: every exit against plain training and deep supervision, why, and what exits save.
+
+A ResNet-8 (16, 32 and 64 channels, one block a stage, an exit behind the first two stages) on JPEG CIFAR-10 for a few
+epochs, the same number with every method. What the paper claims for ResNet-18 and 200 epochs is the part ``paper``,
+which wants a GPU.
+
+    python -m benchmarks.self_distillation accuracy reasons chain
+    python -m benchmarks.self_distillation paper
+"""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Literal, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from benchmarks import data
+from benchmarks.choices import in_memory
+from benchmarks.nets import BasicBlock
+from benchmarks.rows import Row, main
+from deploykit import exporters, pipeline, targets
+from deploykit.chain.chain import load_chain, open_chain
+from deploykit.chain.write import Wanted, write_chain
+from deploykit.core.context import Context
+from deploykit.core.data import DataSet
+from deploykit.core.errors import GateFailed
+from deploykit.core.recipe import TrainSettings
+from deploykit.core.request import Gate, Settings
+from deploykit.exits.explanations import accuracy as top1
+from deploykit.exits.explanations import features_of, gradient_sizes, spread, under_noise
+from deploykit.exits.losses import self_distillation
+from deploykit.exits.network import InTraining, WithExits
+from deploykit.losses import Loss, cross_entropy
+from deploykit.models import Model, accept_module
+from deploykit.passes.self_distill import SelfDistill
+from deploykit.trainer import Trainer
+
+COMMAND = "python -m benchmarks.self_distillation"
+SEEDS = (0, 1, 2)
+TRAIN, TEST, CALIBRATION = 20_000, 10_000, 256
+EPOCHS, BATCH, RATE = 8, 128, 4e-3
+NOISE = (0.0, 0.05, 0.1, 0.2)
+"""Of the standard deviation of each weight tensor."""
+DROP = 0.5
+"""Points that leaving early may cost."""
+TIMED = 500
+"""Test images that chains answer one by one, in turns with the network without exits."""
+PRECISION = "int8"
+PAPER_EPOCHS, PAPER_TRAIN = 200, 50_000
+
+Method = Literal["self", "dsn", "plain"]
+METHODS: tuple[Method, ...] = ("plain", "dsn", "self")
+
+
+class ResNet(nn.Module):
+    """He et al. 2015, section 4.2, for 32 x 32 images, with a layer per stage."""
+
+    def __init__(self, widths: Sequence[int], blocks: int) -> None:
+        """Random weights."""
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, widths[0], 3, 1, 1, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU())
+        inputs = [widths[0], *widths]
+        for k, width in enumerate(widths, 1):
+            first = BasicBlock(inputs[k - 1], width, 1 if k == 1 else 2)
+            stage = nn.Sequential(first, *[BasicBlock(width, width, 1) for _ in range(blocks - 1)])
+            self.add_module(f"layer{k}", stage)
+        self.stages = [f"layer{k}" for k in range(1, len(widths) + 1)]
+        self.fc = nn.Linear(widths[-1], 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[n, 3, 32, 32]`` -> logits ``[n, 10]``."""
+        x = self.stem(x)
+        for stage in self.stages:
+            x = self.get_submodule(stage)(x)
+        logits: Tensor = self.fc(x.mean((2, 3)))
+        return logits
+
+
+def resnet8(seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    return ResNet((16, 32, 64), 1).eval()
+
+
+def resnet18(seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    return ResNet((64, 128, 256, 512), 2).eval()
+
+
+@functools.cache
+def images(split: str, count: int) -> DataSet:
+    return in_memory(data.cifar(split, count))
+
+
+@functools.cache
+def trained(method: Method, seed: int, build: Callable[[int], nn.Module], count: int, epochs: int) -> nn.Module:
+    """A network trained by a method; with its exits, where there are some."""
+    torch.set_num_threads(2)
+    train = images("train", count)
+    settings = TrainSettings(batch=BATCH, weight_decay=5e-4, augment=("flip", "crop"))
+    context = Context(
+        targets.load("x86"), {"train": train}, next(train.batches(2)).inputs, trainer=Trainer(settings, seed), seed=seed
+    )
+    steps = max(1, epochs * count // BATCH)
+    step = SelfDistill(method=method, keep_exits=method != "plain", steps=steps, learning_rate=RATE)
+    started = time.perf_counter()
+    net = step(build(seed), context).eval().cpu()
+    print(f"{method}, seed {seed}: {time.perf_counter() - started:.0f} s", flush=True)
+    return net
+
+
+def every_exit(net: nn.Module, test: DataSet) -> list[float]:
+    """Top-1 of every exit, first to last, and of the mean of their probabilities."""
+    assert test.labels is not None
+    right = np.zeros(0)
+    with torch.no_grad():
+        for batch in test.batches(250):
+            x = torch.from_numpy(batch.inputs["x"])
+            logits = net.look(x).logits if isinstance(net, WithExits) else (net(x),)
+            together = torch.stack([z.softmax(1) for z in logits]).mean(0)
+            found = [int((z.argmax(1).numpy() == batch.labels).sum()) for z in (*logits, together)]
+            right = np.asarray(found) if not len(right) else right + found
+    return [100 * float(r) / len(test) for r in right]
+
+
+def compared(build: Callable[[int], nn.Module], name: str, count: int, epochs: int) -> list[Row]:
+    """Every exit of every method, means over seeds; the deepest against plain training."""
+    test = images("test", TEST)
+    scores: dict[Method, list[list[float]]] = {
+        method: [every_exit(trained(method, seed, build, count, epochs), test) for seed in SEEDS] for method in METHODS
+    }
+    gain = [s[-2] - p[0] for s, p in zip(scores["self"], scores["plain"], strict=True)]
+    values = {f"plain, seed {seed}": p[0] for seed, p in zip(SEEDS, scores["plain"], strict=True)}
+    for method in ("dsn", "self"):
+        for k, each in enumerate(zip(*scores[cast(Method, method)], strict=True)):
+            exits = len(scores[cast(Method, method)][0]) - 1
+            what = "ensemble" if k == exits else f"exit {k + 1} of {exits}"
+            values[f"{method}, {what}"] = statistics.mean(each)
+            values[f"{method}, {what}, deviation"] = statistics.stdev(each) if len(each) > 1 else 0.0
+    about = f"{count:,} JPEG CIFAR-10 training images, {epochs} epochs; {TEST:,} test images"
+    control = [d[-2] - p[0] for d, p in zip(scores["dsn"], scores["plain"], strict=True)]
+    return [
+        Row(
+            f"{name}, self-distilled: the deepest exit against plain training, points (mean)", statistics.mean(gain),
+            0.0, "higher", about, f"{COMMAND} {'accuracy' if build is resnet8 else 'paper'}", list(SEEDS), values,
+            f"deep supervision (labels alone teach the exits) gains {statistics.mean(control):.2f}",
+        )
+    ]  # fmt: skip
+
+
+def accuracy() -> list[Row]:
+    """Every exit of three methods."""
+    return compared(resnet8, "ResNet-8", TRAIN, EPOCHS)
+
+
+def paper() -> list[Row]:
+    """The paper's network and length."""
+    if not torch.cuda.is_available():
+        print("the part 'paper' trains a ResNet-18 for 200 epochs nine times: run it where there is a GPU", flush=True)
+        return []
+    return compared(resnet18, "ResNet-18", PAPER_TRAIN, PAPER_EPOCHS)
+
+
+def reasons() -> list[Row]:
+    """The paper's three explanations, on the networks of ``accuracy``: self-distilled against plain."""
+    test, few = images("test", TEST), images("train", TRAIN)
+    about = f"ResNet-8, {TRAIN:,} JPEG CIFAR-10 training images, {EPOCHS} epochs"
+    noise: list[dict[Method, dict[float, float]]] = []
+    gradients: list[dict[Method, dict[str, float]]] = []
+    spreads: list[list[float]] = []
+    labels: Mapping[Method, Loss] = {"plain": cross_entropy, "self": self_distillation(0.1, 3.0, 1e-4, cross_entropy)}
+    for seed in SEEDS:
+        nets = {m: trained(m, seed, resnet8, TRAIN, EPOCHS) for m in labels}
+        whole = nets["self"]
+        assert isinstance(whole, WithExits)
+        noise.append(
+            {m: under_noise(n, test, NOISE, seed=seed) for m, n in (("plain", nets["plain"]), ("self", whole.network))}
+        )
+        stages = [stage.path for stage in whole.places.stages]
+        inside = [f"inner.network.{path}" for path in stages]
+        own = gradient_sizes(InTraining(whole), labels["self"], few, inside)
+        gradients.append(
+            {
+                "plain": gradient_sizes(nets["plain"], labels["plain"], few, stages),
+                "self": dict(zip(stages, own.values(), strict=True)),
+            }
+        )
+        assert test.labels is not None
+        spreads.append([spread(f, test.labels).ratio for f in features_of(InTraining(whole), test)])
+    worst = max(NOISE)
+    lost = {m: statistics.mean(n[m][0.0] - n[m][worst] for n in noise) for m in labels}
+    first = next(iter(gradients[0]["plain"]))
+    grown = statistics.mean(g["self"][first] / g["plain"][first] for g in gradients)
+    ratios = [statistics.mean(each) for each in zip(*spreads, strict=True)]
+    command = f"{COMMAND} reasons"
+    return [
+        Row(
+            f"noise of {worst:g} deviations on all weights: points lost, self-distilled less plain (mean)",
+            lost["self"] - lost["plain"], 0.0, "lower", about, command, list(SEEDS),
+            {f"{m} at {s:g}": statistics.mean(n[m][s] for n in noise) for m in labels for s in NOISE},
+        ),
+        Row(
+            "gradients of the first stage, self-distilled / plain (mean)", grown, 1.0, "higher", about, command,
+            list(SEEDS),
+            {f"{m} {p}": statistics.mean(g[m][p] for g in gradients) for m in labels for p in gradients[0]["plain"]},
+        ),
+        Row(
+            "SSE/SSB of the features, the deepest exit / the first (mean)", ratios[-1] / ratios[0], 1.0, "lower",
+            about, command, list(SEEDS), {f"exit {k}": r for k, r in enumerate(ratios, 1)},
+        ),
+    ]  # fmt: skip
+
+
+def chain() -> list[Row]:
+    """What leaving early saves, in ONNX Runtime and LiteRT: the files themselves, image by image."""
+    rows = []
+    for target, runtime in (("x86", "ONNX Runtime"), ("mobile-arm", "LiteRT")):
+        times, lost, values = [], [], {}
+        for seed in SEEDS:
+            net = trained("self", seed, resnet8, TRAIN, EPOCHS)
+            found = timed(net, target)
+            times.append(found["ms"] / found["ms without exits"])
+            lost.append(found["lost"])
+            values |= {f"seed {seed}: {name}": value for name, value in found.items()}
+        about = f"ResNet-8, {PRECISION}, {TEST // 2:,} JPEG CIFAR-10 test images choose thresholds, the others score"
+        command = f"{COMMAND} chain"
+        rows += [
+            Row(
+                f"early exits in {runtime}: mean time / network without exits (mean)", statistics.mean(times), 1.0,
+                "lower", about, command, list(SEEDS), values, note=f"{TIMED} images one by one, one thread",
+            ),
+            Row(
+                f"early exits in {runtime}: points lost (mean)", statistics.mean(lost), DROP, "lower", about, command,
+                list(SEEDS), {f"seed {seed}": v for seed, v in zip(SEEDS, lost, strict=True)},
+            ),
+        ]  # fmt: skip
+    return rows
+
+
+def timed(net: nn.Module, target: str) -> dict[str, float]:
+    """A chain and the network without exits, written, and run in turns image by image."""
+    assert isinstance(net, WithExits)
+    device, test = targets.load(target), images("test", TEST)
+    roles = {"calibration": images("train", CALIBRATION), "eval": test}
+    settings = Settings(precisions=(PRECISION,), benchmark=False)
+    with tempfile.TemporaryDirectory() as folder:
+        to = Path(folder)
+        whole = pipeline.prepare(Model("ResNet-8", module=net), roles, None)  # type: ignore[arg-type]
+        alone = pipeline.prepare(accept_module(net.network), roles, None)  # type: ignore[arg-type]
+        try:
+            write_chain(whole, device, to / "chain", settings, Wanted(max_drop=DROP))
+            pipeline.export(alone, [device], [to / "alone"], settings, Gate())
+        except GateFailed as error:  # the files are there all the same, and the rows tell
+            print(error, flush=True)
+        variant = load_chain(to / "chain").variants[PRECISION]
+        early, without = open_chain(to / "chain"), exporters.open_artifact(to / "alone").runner(PRECISION)
+        spent = [0.0, 0.0]
+        singles = [b.inputs for b in test.pick(np.arange(1, len(test), 2)).spread(TIMED).batches(1)]
+        for run in (early, without):  # warm
+            run(singles[0])
+        for x in singles:
+            for i, run in enumerate((early, without)):
+                started = time.perf_counter()
+                run(x)
+                spent[i] += 1000 * (time.perf_counter() - started) / len(singles)
+    shares = {f"% leave by exit {k}": 100 * share for k, share in enumerate(variant.shares, 1)}
+    return {
+        "ms": spent[0], "ms without exits": spent[1], "lost": variant.last_accuracy - variant.accuracy,
+        "accuracy": variant.accuracy, "accuracy in float, without exits": top1(net.network, test), **shares,
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    main(__doc__ or "", "distill", [accuracy, reasons, chain, paper])
