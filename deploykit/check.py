@@ -235,7 +235,8 @@ def score(answers: Answers, reference: Answers, precision: str, data: str, metri
         saturated = 100.0 * float((np.sort(logits, axis=1)[:, -2] == top).mean())
     if metric is not None:
         value = _measured(metric, answers)
-    sqnr = {name: sqnr_db(reference.outputs[name], array) for name, array in answers.outputs.items()}
+    known = reference.outputs  # what a step added (early exits) the original does not answer
+    sqnr = {name: sqnr_db(known[name], array) for name, array in answers.outputs.items() if name in known}
     count = len(next(iter(answers.outputs.values())))
     return Score(precision, count, data, value, agreement, cross_entropy, sqnr, saturated)
 

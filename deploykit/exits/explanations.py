@@ -58,7 +58,7 @@ def under_noise(
                 for weight in disturbed.parameters():
                     if weight.ndim > 1:
                         xi = torch.randn(weight.shape, generator=random)
-                        weight += sigma * weight.std() * xi.to(weight)
+                        weight.add_(xi.to(weight) * weight.std(), alpha=sigma)
             scores.append(accuracy(disturbed, data))
         found[float(sigma)] = float(np.mean(scores))
     return found
@@ -102,7 +102,7 @@ def gradient_sizes(
     inputs = as_tensors(batch.inputs)
     labels = None if batch.labels is None else torch.from_numpy(batch.labels)
     with _own_gradients(network), evaluating(network):
-        loss(network(**inputs), TrainBatch(inputs, labels)).backward()
+        torch.autograd.backward(loss(network(**inputs), TrainBatch(inputs, labels)))
         counted: set[int] = set()
         found = {}
         for path in stages:
@@ -171,4 +171,3 @@ def features_of(network: nn.Module, data: DataSet) -> tuple[NDArray[np.float32],
             _, features = network(**as_tensors(batch.inputs))
             parts.append([f.numpy() for f in features])
     return tuple(np.concatenate(each) for each in zip(*parts, strict=True))
-

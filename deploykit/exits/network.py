@@ -12,23 +12,9 @@ from torch import Tensor, nn
 
 from deploykit.core.errors import DeploykitError
 from deploykit.exits.heads import Exit, pooled
-from deploykit.exits.stages import Stage
+from deploykit.exits.places import OUTPUT, Places, cut_name, exit_name
 from deploykit.layerwise.watching import evaluating, hooked
 from deploykit.losses import tensors
-
-OUTPUT = "output"
-"""What the answer of a network that returns one tensor is called in a file."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Where the exits of a network stand: enough to attach them again."""
-
-    stages: tuple[Stage, ...]
-    """First to last. All but the last have an exit; the last one's features are the deepest."""
-    classes: int
-    output: str = OUTPUT
-    """What the network's own answer is called."""
 
 
 @dataclass(frozen=True)
@@ -49,12 +35,12 @@ class WithExits(nn.Module):
     The network's own comes first, so that whoever reads one answer reads that one.
     """
 
-    def __init__(self, network: nn.Module, plan: Plan) -> None:
+    def __init__(self, network: nn.Module, places: Places) -> None:
         """Exits get random weights; the network is shared, not copied."""
         super().__init__()
-        self.network, self.plan = network, plan
-        *early, deepest = plan.stages
-        self.exits = nn.ModuleList(Exit(stage.shape, deepest.shape, plan.classes) for stage in early)
+        self.network, self.places = network, places
+        *early, deepest = places.stages
+        self.exits = nn.ModuleList(Exit(stage.shape, deepest.shape, places.classes) for stage in early)
 
     def look(self, *given: Tensor, **named: Tensor) -> Seen:
         """All that it computes; inputs as the network takes them.
@@ -70,12 +56,12 @@ class WithExits(nn.Module):
 
             return self.network.get_submodule(path).register_forward_hook(note)
 
-        with hooked(watch(stage.path) for stage in self.plan.stages):
+        with hooked(watch(stage.path) for stage in self.places.stages):
             (answer,) = tensors(self.network(*given, **named))
-        missing = [stage.path for stage in self.plan.stages if stage.path not in seen]
+        missing = [stage.path for stage in self.places.stages if stage.path not in seen]
         if missing:
             raise DeploykitError(f"stage '{missing[0]}' does not run any more: its exit has nothing to read")
-        *early, deepest = (seen[stage.path] for stage in self.plan.stages)
+        *early, deepest = (seen[stage.path] for stage in self.places.stages)
         left = [leave(x) for leave, x in zip(self.exits, early, strict=True)]
         return Seen(
             (*(logits for _, logits in left), answer),
@@ -86,21 +72,11 @@ class WithExits(nn.Module):
     def by_name(self, seen: Seen) -> dict[str, Tensor]:
         """The answers as a file names them."""
         *early, own = seen.logits
-        return {self.plan.output: own} | {exit_name(k): z for k, z in enumerate(early, 1)}
+        return {self.places.output: own} | {exit_name(k): z for k, z in enumerate(early, 1)}
 
 
-def exit_name(k: int) -> str:
-    """What the answer of exit k, from 1, is called."""
-    return f"exit_{k}"
-
-
-def cut_name(k: int) -> str:
-    """What stage k, from 1, hands on."""
-    return f"cut_{k}"
-
-
-def attach(network: nn.Module, plan: Plan) -> WithExits:
-    """The network with exits where the plan says; their weights are random.
+def attach(network: nn.Module, places: Places) -> WithExits:
+    """The network with exits at these places; their weights are random.
 
     The module takes what the network takes, under the same names, so it has a class of its own, as modules with
     parametrizations have in torch.
@@ -109,7 +85,8 @@ def attach(network: nn.Module, plan: Plan) -> WithExits:
     def forward(self: WithExits, *given: Tensor, **named: Tensor) -> dict[str, Tensor]:
         return self.by_name(self.look(*given, **named))
 
-    return _like(network, forward, WithExits)(network, plan)
+    made: WithExits = _like(network, forward, WithExits)(network, places)
+    return made
 
 
 class WithCuts(nn.Module):

@@ -15,7 +15,7 @@ import onnx
 import onnx_ir as ir
 
 from deploykit.core.errors import DeploykitError
-from deploykit.exits.network import cut_name, exit_name
+from deploykit.exits.places import cut_name, exit_name
 from deploykit.hub.graph import FloatGraph, Hub, constant
 from deploykit.hub.operators import role
 from deploykit.hub.slices import Slicer
@@ -85,29 +85,36 @@ def _piece(model: onnx.ModelProto, port: Port) -> onnx.ModelProto:
     foreign = [name for name in read if name not in known]
     if foreign:
         raise DeploykitError(
-            f"stage {port.takes[0].removeprefix('cut_')} does not cut the network in two: what lies behind it also reads "
-            f"'{foreign[0]}'. Name stages whose output is all that is read behind them: stages = [...]"
+            f"stage {port.takes[0].removeprefix('cut_')} does not cut the network in two: what lies behind it also "
+            f"reads '{foreign[0]}'. Name stages whose output is all that is read behind them: stages = [...]"
         )
     piece = slicer.cut(port.gives, known)
-    held = {tensor.name for tensor in piece.graph.initializer}
-    for i, entered in enumerate(piece.graph.input):
-        for name, quantizer in quantizers.items():
-            if entered.name != quantizer.output[0]:
-                continue
-            for node in piece.graph.node:  # the dequantized value has the cut's name, which the input gets
-                node.input[:] = [f"{name}_dq" if read == name else read for read in node.input]
-                node.output[:] = [f"{name}_dq" if written == name else written for written in node.output]
-            kept = [info for info in piece.graph.value_info if info.name not in (name, entered.name)]
-            for info in (*kept, entered):
-                if info is entered:
-                    piece.graph.value_info.append(entered)
-            piece.graph.node.insert(0, quantizer)
-            added = [slicer.initializers[n] for n in quantizer.input[1:] if n not in held]
-            piece.graph.initializer.extend(added)
-            held |= {tensor.name for tensor in added}
-            piece.graph.node[0].input[0] = name
-            piece.graph.input[i].CopyFrom(slicer.info[name])
+    for name, quantizer in quantizers.items():
+        _enter(piece, name, quantizer, slicer)
     return piece
+
+
+def _enter(piece: onnx.ModelProto, name: str, quantizer: onnx.NodeProto, slicer: Slicer) -> None:
+    """Puts a cut's QuantizeLinear in front of a piece that begins with its integers."""
+    graph, integers = piece.graph, quantizer.output[0]
+    inside = f"{name}_dq"  # the dequantized value has the cut's name, which the input gets
+    for node in graph.node:
+        node.input[:] = [inside if value == name else value for value in node.input]
+        node.output[:] = [inside if value == name else value for value in node.output]
+    infos = [info for info in graph.value_info if info.name != name]
+    dequantized = onnx.ValueInfoProto()
+    dequantized.CopyFrom(slicer.info[name])
+    dequantized.name = inside
+    (entered,) = (info for info in graph.input if info.name == integers)
+    stored = onnx.ValueInfoProto()
+    stored.CopyFrom(entered)
+    entered.CopyFrom(slicer.info[name])
+    del graph.value_info[:]
+    graph.value_info.extend([*infos, dequantized, stored])
+    graph.node.insert(0, quantizer)
+    graph.node[0].input[0] = name
+    held = {tensor.name for tensor in graph.initializer}
+    graph.initializer.extend(slicer.initializers[n] for n in quantizer.input[1:] if n not in held)
 
 
 def _quantizer(slicer: Slicer, name: str) -> onnx.NodeProto | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,19 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from deploykit.core.errors import DeploykitError, some, unknown
+from deploykit.exits.places import Stage
 from deploykit.layerwise.watching import evaluating, hooked
 
 FEWEST = 2
 """Stages: one to leave behind, and the one that is the deepest."""
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A module whose output is everything that what lies behind it reads."""
-
-    path: str
-    shape: tuple[int, ...]
-    """Of what it writes for one sample: ``(channels, height, width)`` or ``(channels,)``."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +84,7 @@ def named(network: nn.Module, example: Mapping[str, Tensor], paths: Sequence[str
     for path in paths:
         if order.count(path) != 1:
             raise DeploykitError(f"stage '{path}' runs {order.count(path)} times in the network; a stage runs once")
-    for before, behind in zip(paths, paths[1:], strict=False):
+    for before, behind in itertools.pairwise(paths):
         if order.index(before) >= order.index(behind):
             raise DeploykitError(f"stages are named first to last: '{behind}' does not end behind '{before}'")
     return tuple(_stage(calls[order.index(path)]) for path in paths)

@@ -78,6 +78,12 @@ def check(thresholds: Sequence[float], exits: int) -> None:
         )
 
 
+def check_allowed(points: float) -> None:
+    """Refuses a loss of accuracy below 0."""
+    if not points >= 0:
+        raise DeploykitError(f"the accuracy that may be lost is 0 points or more; given {points:g}")
+
+
 def cheapest(confidence: NDArray[Any], right: NDArray[Any], costs: Sequence[float], allowed: float) -> Outcome:
     """The thresholds of least mean cost that lose no more than ``allowed`` percentage points against the last exit.
 
@@ -94,8 +100,7 @@ def cheapest(confidence: NDArray[Any], right: NDArray[Any], costs: Sequence[floa
     Raises:
         DeploykitError: ``allowed`` is below 0.
     """
-    if not allowed >= 0:
-        raise DeploykitError(f"the accuracy that may be lost is 0 points or more; given {allowed:g}")
+    check_allowed(allowed)
     least = np.asarray(right, bool)[-1].sum() - allowed / 100.0 * right.shape[1] - 1e-9
 
     def rank(correct: NDArray[Any], cost: NDArray[Any]) -> NDArray[Any]:
@@ -119,7 +124,9 @@ def most_accurate(confidence: NDArray[Any], right: NDArray[Any], costs: Sequence
 
     found = _best(confidence, right, costs, rank, lambda correct, cost: -cost)
     if found is None:
-        raise DeploykitError(f"a mean cost of {budget:g} cannot be reached: leaving by the first exit costs {costs[0]:g}")
+        raise DeploykitError(
+            f"a mean cost of {budget:g} cannot be reached: leaving by the first exit costs {costs[0]:g}"
+        )
     return found
 
 
@@ -183,11 +190,14 @@ def _ends(descending: NDArray[Any]) -> NDArray[np.int64]:
 
 
 def _between(descending: NDArray[Any], count: int) -> float:
-    """A threshold that the first ``count`` are above and the others not: halfway, so that rounding decides nothing."""
+    """A threshold that the first ``count`` are above and the others not: halfway, so that rounding decides nothing.
+
+    Where all may leave, samples that are less sure than any seen still go on.
+    """
     if count == 0:
         return 1.0
     if count == len(descending):
-        return 0.0
+        return float(np.nextafter(descending[-1], 0.0))
     above, below = float(descending[count - 1]), float(descending[count])
     middle = (above + below) / 2
     return middle if below <= middle < above else below

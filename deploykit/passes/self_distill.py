@@ -28,7 +28,7 @@ from deploykit.core.target import Need, Profit
 if TYPE_CHECKING:
     from torch import nn
 
-    from deploykit.exits.network import Plan
+    from deploykit.exits.places import Places
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class SelfDistill:
         """Refuses data without labels, and stages that are not there."""
         self._refuse_unlabelled(context)
         if context.original is not None and self.method != "plain":
-            self._plan(context.original, context)
+            self._places(context.original, context)
 
     def __call__(self, model: nn.Module, context: Context) -> nn.Module:
         """A trained copy of the model; with ``keep_exits`` a `WithExits` around it.
@@ -92,7 +92,7 @@ class SelfDistill:
             )
             return trained
         with seeded(context.seed):
-            whole = attach(trained, self._plan(trained, context))
+            whole = attach(trained, self._places(trained, context))
         alpha, hint = (self.alpha, self.hint) if self.method == "self" else (0.0, 0.0)
         context.trainer.fit(
             InTraining(whole), data, self_distillation(alpha, self.temperature, hint, labels), holdout=holdout,
@@ -100,8 +100,9 @@ class SelfDistill:
         )  # fmt: skip
         return whole.eval() if self.keep_exits else trained
 
-    def _plan(self, model: nn.Module, context: Context) -> Plan:
-        from deploykit.exits.network import Plan, WithExits, classes_of
+    def _places(self, model: nn.Module, context: Context) -> Places:
+        from deploykit.exits.network import WithExits, classes_of
+        from deploykit.exits.places import Places
         from deploykit.exits.stages import found, named
         from deploykit.losses import as_tensors
 
@@ -113,7 +114,7 @@ class SelfDistill:
             stages = named(model, few, self.stages) if self.stages else found(model, few)
         except DeploykitError as error:
             raise DeploykitError(f"self_distill: {error}") from None
-        return Plan(stages, classes, output)
+        return Places(stages, classes, output)
 
     def _refuse_unlabelled(self, context: Context) -> None:
         data = context.need("train", "self_distill")
