@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,9 @@ from deploykit.trial import Exam, Trial
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+FUNCTION = re.compile(r"(.+\.py|[^\W\d]\w*(\.[^\W\d]\w*)*):[^\W\d]\w*")
+"""``file.py:function`` or ``package.module:function``."""
 
 
 def prepare(request: Request, hold_out: bool = True) -> Prepared:
@@ -152,6 +156,7 @@ def _as_taken(data: DataSet, manifest: Manifest) -> DataSet:
 def files_read(request: Request) -> dict[str, str]:
     """The files that a request names, and the user's Python that it leads to, with their hashes.
 
+    Options of steps count: whatever text among them is a file, or names a function, as `distill` names its teachers.
     Sample data is not among them: what came out of it is hashed. Files that are not there are left out.
     """
     loss = request.settings.recipe.train.loss
@@ -159,14 +164,30 @@ def files_read(request: Request) -> dict[str, str]:
     compressed = (folder / "structure.json").is_file()
     model = factory_of(folder) if compressed else request.model
     functions = [model, *request.data.values(), request.metric or "", loss]
-    named = [request.model, request.weights, request.ranges, request.target]
-    found = {path: Path(path) for path in named if path is not None}
+    options = [text for step in request.settings.recipe.steps for text in _texts(step.options)]
+    named = [request.model, request.weights, request.ranges, request.target, *options]
+    found = {path: Path(path) for path in named if path}
     if compressed:
         found |= {f"{request.model}/{name}": folder / name for name in ("structure.json", "model.safetensors")}
     for spec in functions:
         if ":" in spec and not Path(spec).exists():
             found |= source_files(spec)
+    for text in options:
+        if FUNCTION.fullmatch(text):
+            with contextlib.suppress(DeploykitError):  # the step says what is wrong with it, if it is a function
+                found |= source_files(text)
     return {name: file_hash(path) for name, path in sorted(found.items()) if path.is_file()}
+
+
+def _texts(options: Any) -> Iterator[str]:
+    """All texts among the options of a step, however deep."""
+    if isinstance(options, str):
+        yield options
+    elif isinstance(options, Mapping):
+        yield from _texts(list(options.values()))
+    elif isinstance(options, (list, tuple)):
+        for option in options:
+            yield from _texts(option)
 
 
 def file_hash(path: Path) -> str:

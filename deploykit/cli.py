@@ -13,6 +13,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from deploykit.chain.commands import exits
 from deploykit.core.errors import DeploykitError
 from deploykit.core.precision import PRECISIONS
 from deploykit.dkz.commands import pack, unpack
@@ -474,6 +475,7 @@ def demo(out: Out = Path("demo"), device: Device = None, overwrite: Overwrite = 
 
 app.command()(pack)
 app.command()(unpack)
+app.command()(exits)
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:

@@ -20,7 +20,9 @@ from deploykit.core.errors import DeploykitError, some
 from deploykit.core.files import no_such_file
 from deploykit.core.progress import say
 from deploykit.core.recipe import Stage
+from deploykit.core.seeds import seeded
 from deploykit.core.user_code import call, load_function
+from deploykit.exits.places import Places
 
 if TYPE_CHECKING:
     import torch
@@ -71,6 +73,8 @@ class Structure:
     """By layer, how many channels it has where that is not what the factory makes."""
     factors: dict[str, Factors] = field(default_factory=dict)
     """Layers that were decomposed; their parts have sizes of their own where they were pruned afterwards."""
+    exits: Places | None = None
+    """Early exits that `deploykit.exits.network.attach` gave it; its layers are then those of the whole."""
 
 
 def load_model(spec: str, weights: Path | None = None) -> Model:
@@ -198,19 +202,21 @@ def save_compressed(module: nn.Module, folder: Path, origin_spec: str) -> None:
     """
     from safetensors.torch import save
 
+    from deploykit.exits.network import WithExits
     from deploykit.low_rank.surgery import factors_of, give_factors
     from deploykit.pruning.sizes import changed_sizes, resize
 
     state, masked = _plain_state(module)
     spec = _portable(origin_spec, folder.resolve())
-    made = _build(_absolute(spec, folder))
+    places = module.places if isinstance(module, WithExits) else None
+    made = _whole(_build(_absolute(spec, folder)), places)
     sizes, factors = changed_sizes(module, made), factors_of(module)
     if factors:  # their parts may have been narrowed in turn
         resize(made, sizes, state)
         give_factors(made, factors)
         sizes |= changed_sizes(module, made)
     noted = {name: Factors(form, ranks) for name, (form, ranks) in factors.items()}
-    structure = Structure(FORMAT, spec, dict.fromkeys(masked, "mask"), sizes, noted)
+    structure = Structure(FORMAT, spec, dict.fromkeys(masked, "mask"), sizes, noted, places)
     # bytes, not save_file: a full disk is then an OSError like any other
     (folder / "model.safetensors").write_bytes(save({k: v.cpu().contiguous().clone() for k, v in state.items()}))
     (folder / "structure.json").write_bytes(msgspec.json.format(msgspec.json.encode(structure), indent=1) + b"\n")
@@ -232,7 +238,7 @@ def _load_compressed(folder: Path) -> nn.Module:
                 f"Put it back, or change 'model' in {folder / 'structure.json'}."
             )
         spec = f"{file}:{name}"
-    module = _build(spec)
+    module = _whole(_build(spec), structure.exits)
     file = folder / "model.safetensors"
     weights = _read_weights(file)
     own = {name: sizes for name, sizes in structure.sizes.items() if name.rpartition(".")[0] not in structure.factors}
@@ -251,6 +257,16 @@ def _load_compressed(folder: Path) -> nn.Module:
             raise DeploykitError(f"{folder / 'structure.json'}: {spec} has no parameter '{parameter}'") from None
         attach_mask(module.get_submodule(owner), leaf, weight != 0)
     return module.eval()
+
+
+def _whole(network: nn.Module, places: Places | None) -> nn.Module:
+    """The network with its exits, where it has some."""
+    from deploykit.exits.network import attach
+
+    try:
+        return network if places is None else attach(network, places)
+    except DeploykitError as error:
+        raise DeploykitError(f"the exits in structure.json do not fit the model: {error}") from None
 
 
 def _read_structure(folder: Path) -> Structure:
@@ -318,7 +334,7 @@ def _plain_state(module: nn.Module) -> tuple[dict[str, torch.Tensor], list[str]]
 
 
 def _build(spec: str) -> nn.Module:
-    """Calls the factory."""
+    """Calls the factory, which draws the same weights every time unless it sets a seed of its own."""
     from torch import nn
 
     factory = load_function(spec, "factory")
@@ -335,7 +351,8 @@ def _build(spec: str) -> nn.Module:
             f"factory {spec} needs arguments ({', '.join(needed)}); "
             f"write a function without any: def build(): return {name}({needed[0]}=...)"
         )
-    module = call(f"factory {spec}", factory)
+    with seeded(0):
+        module = call(f"factory {spec}", factory)
     if not isinstance(module, nn.Module):
         raise DeploykitError(f"factory {spec} returned {_kind(module)}, no nn.Module")
     return module

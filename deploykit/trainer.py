@@ -1,19 +1,29 @@
-"""`Trainer`: fits a module to a loss. Built on accelerate: ``accelerate launch`` spreads it over devices unchanged."""
+"""`Trainer`: fits a module to a loss. Built on accelerate: ``accelerate launch`` spreads it over devices unchanged.
+
+Where it is given a journal, a training that was killed goes on where it was. From time to time it notes all that
+changes while it trains; whoever calls `Trainer.fit` again in the same way gets the same weights as without the kill.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+import io
 import math
-from collections.abc import Callable, Iterator
+import random
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import islice
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from deploykit.core.data import Batch, DataSet
 from deploykit.core.errors import DeploykitError, MissingExtra
-from deploykit.core.progress import say, track
+from deploykit.core.journal import NOTHING_KEPT, Journal, Pace
+from deploykit.core.progress import say
 from deploykit.core.recipe import TrainSettings
 from deploykit.core.seeds import seeded
 from deploykit.losses import Loss, TrainBatch
@@ -31,6 +41,8 @@ EVALUATIONS = 10
 """How often a state is judged on held-out data, in equal intervals; the last time after the last step."""
 DIVERGED = 10.0
 """Training stops where the held-out loss is this many times what it was before."""
+SAME = 1e-5
+"""Relative difference of two first losses of one training: other threads add up in another order."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +55,10 @@ class Trainer:
 
     settings: TrainSettings = field(default_factory=TrainSettings)
     seed: int = 0
+    journal: Journal = NOTHING_KEPT
+    """Of the step that trains: where its trainings are, one after the other."""
+    number: Iterator[int] = field(default_factory=count, init=False, repr=False, compare=False)
+    """Of the next training in this journal."""
 
     def fit(
         self,
@@ -61,12 +77,14 @@ class Trainer:
         Args:
             module: called with the inputs by forward-argument name.
             data: shuffled anew in every epoch; an incomplete last batch is left out.
-            loss: ``loss(outputs, batch) -> scalar``.
+            loss: ``loss(outputs, batch) -> scalar``. Random numbers that it draws are to come from torch's, NumPy's or
+                Python's own generators, whose states are noted.
             teacher: its outputs for the same (augmented) inputs are ``batch.teacher``.
             holdout: the state that does best on it by the same loss is kept, the one before training counted. If the
                 loss grows beyond all bounds, training stops with a line on stderr and that state is kept too.
             steps: optimizer steps; without it, what ``epochs`` comes to.
-            on_step: called after every step with its number (from 0) and loss.
+            on_step: called after every step with its number (from 0) and loss. What it remembers cannot be noted: such
+                a training begins again unless it was finished.
             settings: fields of `TrainSettings` that differ from the trainer's for this run, e.g. ``learning_rate``.
 
         Returns:
@@ -86,55 +104,78 @@ class Trainer:
         rank, world = accelerator.process_index, accelerator.num_processes
         total = steps or max(1, round(chosen.epochs * len(data) / (chosen.batch * world)))
         layout = data.preprocess.layout if data.preprocess else "NCHW"
-        random = torch.Generator().manual_seed(self.seed + rank)
+        drawn = torch.Generator().manual_seed(self.seed + rank)
+        journal = self.journal.of(next(self.number), repr(chosen), total, self.seed, world)
         before = [_State.of(m) for m in (module, teacher) if m is not None]
         with seeded(self.seed + rank):
             try:
+                notes = _Notes(journal, module, accelerator)
                 module.train()
                 model = accelerator.prepare(module)
                 if teacher is not None:
                     teacher.eval().to(accelerator.device)
                 optimizer = accelerator.prepare(_optimizer(model, chosen))
                 best = _Best(module, holdout, loss, teacher, chosen.batch, accelerator)
-                losses: list[float] = []
-                batches = islice(_shuffled(data, chosen.batch, rank, world, self.seed), total)
-                for step, arrays in enumerate(track(batches, "training", total)):
-                    inputs, labels = _to_device(arrays, accelerator.device)
-                    inputs = augment(inputs, chosen.augment, layout, random)
-                    for group in optimizer.param_groups:
-                        group["lr"] = chosen.learning_rate * schedule(step, total)
-                    value = loss(model(**inputs), TrainBatch(inputs, labels, _answers(teacher, inputs)))
-                    if not isinstance(value, torch.Tensor) or value.numel() != 1:
-                        raise DeploykitError(f"a loss must return a scalar tensor; it returned {_kind(value)}")
-                    accelerator.backward(value)
-                    accelerator.clip_grad_norm_(model.parameters(), CLIP)
-                    optimizer.step()
-                    optimizer.zero_grad()
-                    losses.append(float(accelerator.reduce(value.detach(), "mean")))
-                    if on_step is not None:
-                        on_step(step, losses[-1])
-                    judged = (step + 1) % max(1, total // EVALUATIONS) == 0 or step + 1 == total
-                    went_wrong = best.went_wrong(step + 1, losses[-1], judged)
-                    if went_wrong:
-                        hint = f"{went_wrong} at step {step + 1} of {total}; try a learning_rate below "
-                        hint += f"{chosen.learning_rate:g}"
-                        if not best.is_good:
-                            raise DeploykitError(hint)
-                        say(f"training stopped: {hint}. {best.said}")
-                        break
+                run = _Run(module, optimizer, best, drawn, accelerator.scaler)
+                batches = _shuffled(data, chosen.batch, rank, world, self.seed)
+                with _shown(total, accelerator.is_main_process) as show:
+                    while (step := len(run.losses)) < total:
+                        inputs, labels = _to_device(next(batches), accelerator.device)
+                        inputs = augment(inputs, chosen.augment, layout, drawn)
+                        for group in optimizer.param_groups:
+                            group["lr"] = chosen.learning_rate * schedule(step, total)
+                        value = loss(model(**inputs), TrainBatch(inputs, labels, _answers(teacher, inputs)))
+                        if not isinstance(value, torch.Tensor) or value.numel() != 1:
+                            raise DeploykitError(f"a loss must return a scalar tensor; it returned {_kind(value)}")
+                        accelerator.backward(value)
+                        accelerator.clip_grad_norm_(model.parameters(), CLIP)
+                        optimizer.step()
+                        optimizer.zero_grad()
+                        run.losses.append(float(accelerator.reduce(value.detach(), "mean")))
+                        if step == 0 and (found := notes.found(run.losses[0], total)):
+                            run.go_on(found)
+                            batches = _shuffled(data, chosen.batch, rank, world, self.seed, done=len(run.losses))
+                            show(len(run.losses), run.losses[-1])
+                            continue
+                        show(step + 1, run.losses[-1])
+                        if on_step is not None:
+                            on_step(step, run.losses[-1])
+                        judged = (step + 1) % max(1, total // EVALUATIONS) == 0 or step + 1 == total
+                        went_wrong = best.went_wrong(step + 1, run.losses[-1], judged)
+                        if went_wrong:
+                            hint = f"{went_wrong} at step {step + 1} of {total}; try a learning_rate below "
+                            hint += f"{chosen.learning_rate:g}"
+                            if not best.is_good:
+                                raise DeploykitError(hint)
+                            say(f"training stopped: {hint}. {best.said}")
+                            break
+                        if notes.due(finished=step + 1 == total, only_finished=on_step is not None):
+                            notes.take(run)
                 best.restore()
             finally:
                 accelerator.unwrap_model(module, keep_fp32_wrapper=False)
                 accelerator.free_memory()
                 for state in before:
                     state.restore()
-        return losses
+        return run.losses
 
 
 def require_accelerate() -> None:
     """Raises MissingExtra where nothing can be trained; called before any long work."""
     if importlib.util.find_spec("accelerate") is None:
         raise MissingExtra("training", "train")
+
+
+def weights_hash(module: nn.Module) -> str:
+    """Tells modules apart by the names, shapes and values of what they hold."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name, held in module.state_dict().items():
+        if isinstance(held, torch.Tensor):
+            digest.update(f"{name} {held.dtype} {tuple(held.shape)}".encode())
+            digest.update(held.detach().cpu().flatten().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def schedule(step: int, total: int) -> float:
@@ -180,6 +221,116 @@ def augment(
         padded = torch.nn.functional.pad(x, (0, 0, w // 8, w // 8, h // 8, h // 8))
         x = padded[torch.arange(n)[:, None, None], rows[:, :, None], columns[:, None, :]]
     return {**inputs, images[0]: (x if layout == "NHWC" else x.permute(0, 3, 1, 2)).contiguous()}
+
+
+class _Run:
+    """All that changes while a module is trained."""
+
+    def __init__(self, module: nn.Module, optimizer: Any, best: _Best, drawn: torch.Generator, scaler: Any) -> None:
+        """At its beginning, of a module that is not wrapped; ``drawn``: what augmentation draws from."""
+        self.module, self.optimizer, self.best, self.drawn, self.scaler = module, optimizer, best, drawn, scaler
+        self.losses: list[float] = []
+        """Of all processes together, step by step."""
+
+    def state(self) -> dict[str, Any]:
+        """All of it."""
+        return {
+            "module": self.module.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": None if self.scaler is None else self.scaler.state_dict(),
+            "best": (self.best.step, self.best.value, self.best.state),
+            "losses": self.losses,
+        }
+
+    def random(self) -> dict[str, Any]:
+        """States of the generators of this process."""
+        import torch
+
+        kind, words, *rest = np.random.get_state()
+        return {
+            "python": random.getstate(),
+            "numpy": (kind, torch.from_numpy(np.asarray(words, np.int64)), *rest),
+            "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+            "drawn": self.drawn.get_state(),
+        }
+
+    def go_on(self, noted: Mapping[str, Any]) -> None:
+        """Where a run was, in place; ``noted``: `state`, with this process's `random`."""
+        import torch
+
+        self.module.load_state_dict(noted["module"])
+        self.optimizer.load_state_dict(noted["optimizer"])
+        if self.scaler is not None:
+            self.scaler.load_state_dict(noted["scaler"])
+        self.best.step, self.best.value, self.best.state = noted["best"]
+        self.losses[:] = noted["losses"]
+        states = noted["random"]
+        random.setstate(states["python"])
+        kind, words, *rest = states["numpy"]
+        np.random.set_state((kind, words.numpy().astype(np.uint32), *rest))
+        torch.set_rng_state(states["torch"])
+        if states["cuda"] is not None:
+            torch.cuda.set_rng_state(states["cuda"])
+        self.drawn.set_state(states["drawn"])
+
+
+class _Notes:
+    """Where a training is, in a journal: one note, which takes the place of the one before."""
+
+    def __init__(self, journal: Journal, module: nn.Module, accelerator: Accelerator) -> None:
+        """Of the training of a module that is as it came."""
+        self.journal = journal if journal.folder is None else journal.of(weights_hash(module))
+        self.accelerator, self.pace = accelerator, Pace()
+
+    def found(self, first: float, total: int) -> dict[str, Any] | None:
+        """The note of this training, if a run was cut.
+
+        Args:
+            first: the loss of the first step. It depends on the weights, samples, labels, on what teachers answer and
+                on the loss itself: where it is another one, so is the training.
+            total: optimizer steps.
+        """
+        import torch
+        from accelerate.utils import broadcast_object_list
+
+        noted: list[Any] = [None]
+        content = self.journal.noted("training") if self.accelerator.is_main_process else None
+        if content is not None:
+            try:
+                noted[0] = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+            except Exception:  # damaged; torch raises what it likes
+                content = None
+        if self.accelerator.num_processes > 1 and self.journal.folder is not None:
+            broadcast_object_list(noted)
+        if noted[0] is None or not math.isclose(noted[0]["losses"][0], first, rel_tol=SAME):
+            return None
+        if self.accelerator.is_main_process:
+            say(f"training goes on after step {len(noted[0]['losses'])} of {total}")
+        return {**noted[0], "random": noted[0]["random"][self.accelerator.process_index]}
+
+    def due(self, finished: bool, only_finished: bool) -> bool:
+        """Whether it is time for a note, of which some are of use only at the end; all processes say the same."""
+        if self.journal.folder is None or (only_finished and not finished):
+            return False
+        told = [self.pace.due]
+        if self.accelerator.num_processes > 1:
+            from accelerate.utils import broadcast_object_list
+
+            broadcast_object_list(told)
+        return told[0]
+
+    def take(self, run: _Run) -> None:
+        """Notes where it is. All processes come here together; the first one writes."""
+        import torch
+        from accelerate.utils import gather_object
+
+        with self.pace.working():
+            states = gather_object([run.random()])
+            if self.accelerator.is_main_process:
+                held = io.BytesIO()
+                torch.save({**run.state(), "random": states}, held)
+                self.journal.note("training", held.getvalue())
 
 
 class _Best:
@@ -294,15 +445,40 @@ def _optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.Optimiz
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=settings.learning_rate)
 
 
-def _shuffled(data: DataSet, size: int, rank: int, world: int, seed: int) -> Iterator[Batch]:
-    """This process's share of full batches, epoch after epoch; all processes draw the same order."""
-    random = np.random.default_rng(seed)
+def _shuffled(data: DataSet, size: int, rank: int, world: int, seed: int, done: int = 0) -> Iterator[Batch]:
+    """This process's share of full batches, epoch after epoch; all processes draw the same order.
+
+    ``done``: how many are passed over; their samples are not asked for.
+    """
+    orders = np.random.default_rng(seed)
     together = min(size * world, len(data) - len(data) % world)
     while True:
-        order = random.permutation(len(data))
+        order = orders.permutation(len(data))
         for start in range(0, len(data) - together + 1, together):
+            if done > 0:
+                done -= 1
+                continue
             mine = order[start : start + together][rank::world]
             yield from data.batches(len(mine), mine)
+
+
+@contextmanager
+def _shown(total: int, visible: bool) -> Iterator[Callable[[int, float], None]]:
+    """Shows on stderr how far training is, its loss and how long it will take; nothing where that is no terminal.
+
+    Yields:
+        what is to be called with the number of steps done and the last loss.
+    """
+    if not visible or not sys.stderr.isatty():
+        yield lambda done, loss: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress, TextColumn
+
+    columns = (*Progress.get_default_columns(), TextColumn("loss {task.fields[loss]:.4g}"))
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("training", total=total, loss=math.nan)
+        yield lambda done, loss: bar.update(task, completed=done, loss=loss)
 
 
 def _to_device(batch: Batch, device: torch.device) -> tuple[dict[str, Tensor], Tensor | None]:

@@ -9,9 +9,9 @@ matrix of its own, W[:, c] ``[f, taps]``, and of it the first singular pair is k
 with m up to ``multiplier``, 1 in the paper. That is the form ``channel`` of `deploykit.low_rank.channel` with a slice
 for every input channel, so folders, later steps and exporters know the result.
 
-Nothing is between the two: MobileNetV1 has batch norm and ReLU there, which would bend what the start approximates,
-and without them such layers learn faster and better (Chollet 2017, "Xception", section 4.7, figure 10). What came behind
-the convolution (its batch norm, its ReLU) comes behind the 1 x 1.
+Nothing is between the two: MobileNetV1 has batch norm and ReLU there, which would bend what the start approximates.
+Without an activation such layers learn faster and better (Chollet 2017, "Xception", section 4.7, figure 10). What came
+behind the convolution (its batch norm, its ReLU) comes behind the 1 x 1.
 
 It is a start for training: answers are worth little until `distill` or `finetune` has run. Convolutions that would not
 become smaller stay, and so does the one that runs first, as in MobileNetV1: few channels of an image share few kernels.
@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from deploykit.core.context import Context
 from deploykit.core.errors import DeploykitError, some
@@ -76,7 +76,9 @@ class Compact:
             made = replaced(model, "channel", self._chosen(model, whys))
             assert_runs(made, inputs)
         except DeploykitError as error:  # the form's own checks speak for the step that usually asks them
-            raise DeploykitError(f"compact: {str(error).removeprefix('low_rank: ').removeprefix('compact: ')}") from None
+            raise DeploykitError(
+                f"compact: {str(error).removeprefix('low_rank: ').removeprefix('compact: ')}"
+            ) from None
         context.note(self._finding(model, made, whys, context))
         return made
 
@@ -128,7 +130,9 @@ class Compact:
         """
         from deploykit.low_rank.factored import shape_of
 
-        found = {n: (shape_of(model.get_submodule(n)).c, self.multiplier) for n, why in whys.items() if not why}
+        found: dict[str, Ranks] = {
+            name: (shape_of(model.get_submodule(name)).c, self.multiplier) for name, why in whys.items() if not why
+        }
         if not found:
             reasons = some([f"'{name}': {why}" for name, why in whys.items()], 4) or "it has none with a kernel"
             raise DeploykitError(f"no convolution of this model can become smaller ({reasons})")
@@ -149,9 +153,10 @@ class Compact:
             if why:
                 rows.append((name, 100.0, None, why))
                 continue
-            layer, own = model.get_submodule(name), made.get_submodule(name)
-            w, found = (m.weight.detach().double() for m in (layer, merged(own)))  # type: ignore[arg-type,union-attr,operator]
-            left = sum(p.numel() for n, p in own.named_parameters() if n.endswith("weight")) / w.numel()
+            own: Any = made.get_submodule(name)
+            layers: tuple[Any, Any] = model.get_submodule(name), merged(own)
+            w, found = (layer.weight.detach().double() for layer in layers)
+            left = sum(factor.weight.numel() for factor in own) / w.numel()
             rows.append((name, 100.0 * left, 100.0 * float((w - found).square().sum() / w.square().sum()), ""))
         columns = ("layer", "weights left (%)", "energy lost (%)", "whole because")
         return Finding(repr(self), f"Depthwise-separable convolutions: {saved}", columns, tuple(rows), summary=saved)

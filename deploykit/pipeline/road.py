@@ -36,7 +36,7 @@ from deploykit.pipeline import steps
 from deploykit.pipeline.draft import stand_in
 from deploykit.pipeline.judge import HUB_SAMPLES, NOT_EVALUATED, Judge
 from deploykit.pipeline.prepared import Prepared
-from deploykit.pipeline.steps import step_context
+from deploykit.pipeline.steps import remembering, step_context
 from deploykit.planning import Planned, plan, precisions, refusal
 
 if TYPE_CHECKING:
@@ -332,12 +332,9 @@ class Road:
         for p in chosen:
             if not p.automatic:
                 say(f"running {p.step!r} for {target.name} {precision}")
-            read = [(role, d.origin, len(d)) for role, d in self.prepared.data.items()]
-            journal = self.journal.of(
-                hub.bytes, self.graph.hash, self.ranges.data, repr(read), repr(p.step), context.seed
-            )
+            journal = self.journal.of(hub.bytes, self.graph.hash, self.ranges.data)
             with self._phase(f"{type(p.step).__name__} {target.name}"):
-                hub = p.step(hub, replace(context, journal=journal))
+                hub = p.step(hub, remembering(context, journal, p.step))
         self.hubs[key] = hub
         return hub, done
 
@@ -380,8 +377,11 @@ class Road:
         return [name for name, array in self.fed.example.items() if array.dtype == np.uint8 and array.ndim == 4]
 
     def _run(self, step: Pass, subject: Any, context: Context) -> Any:
+        from deploykit.trainer import weights_hash
+
         say(f"running {step!r}")
-        result = step(subject, context)
+        journal = self.journal.of(weights_hash(subject) if step.stage == "model" else subject.hash)
+        result = step(subject, remembering(context, journal, step))
         self.early_steps.append(repr(step))
         return result
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -15,6 +15,7 @@ from deploykit.core.context import Context, Cost
 from deploykit.core.data import DataSet
 from deploykit.core.errors import DeploykitError, MissingExtra, unknown
 from deploykit.core.files import folder_in_place, refuse_existing
+from deploykit.core.journal import Journal, beside
 from deploykit.core.manifest import Finding
 from deploykit.core.progress import say
 from deploykit.core.ranges import Ranges
@@ -130,6 +131,7 @@ def compress(prepared: Prepared, settings: Settings, target: Target | None, fold
     """
     from deploykit.cost import cost
     from deploykit.models import save_compressed
+    from deploykit.trainer import weights_hash
 
     refuse_existing(folder, settings.overwrite)
     module = prepared.model.module
@@ -155,9 +157,10 @@ def compress(prepared: Prepared, settings: Settings, target: Target | None, fold
         if isinstance(step, Foresees):
             step.foresee(context)
     before = cost(module, prepared.example)
-    for step in steps:
-        say(f"running {step!r}")
-        module = step(module, context)
+    with beside(folder) as journal:
+        for step in steps:
+            say(f"running {step!r}")
+            module = step(module, remembering(context, journal.of(weights_hash(module)), step))
     with folder_in_place(folder, settings.overwrite) as work:
         save_compressed(module, work, prepared.model.origin)
         after = cost(module, prepared.example)
@@ -209,6 +212,22 @@ def step_context(
         note=(findings if findings is not None else []).append,
         seed=settings.seed,
     )
+
+
+def remembering(context: Context, journal: Journal, step: Pass) -> Context:
+    """What one step may ask for, with what it found, and where its trainings were, before a run like this was cut.
+
+    Args:
+        context: of all steps.
+        journal: of what the step works on.
+        step: which tells with its options what it does.
+    """
+    from deploykit.trainer import Trainer
+
+    own = journal.of(repr(step), context.seed, *(partial(getattr, data, "hash") for data in context.data.values()))
+    trainer = context.trainer
+    assert isinstance(trainer, Trainer)
+    return replace(context, journal=own, trainer=replace(trainer, journal=own))
 
 
 def _teacher(model: Model) -> nn.Module | None:
