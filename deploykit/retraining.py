@@ -27,7 +27,7 @@ def train(
     steps: int,
     learning_rate: float,
     temperature: float = 1.0,
-    keep: Callable[[], None] | None = None,
+    keep: Callable[[int], None] | None = None,
     penalty: Callable[[], Tensor] | None = None,
 ) -> None:
     """Trains in place, by the recipe's loss or by what the original answers.
@@ -39,7 +39,7 @@ def train(
         steps: optimizer steps.
         learning_rate: the highest.
         temperature: of the distillation.
-        keep: called after every optimizer step: sees to it that what has to hold still holds.
+        keep: called after every optimizer step with its number, from 0: sees to it that what has to hold still holds.
         penalty: what is added to the loss.
     """
     data, holdout = split(context.need("train", who), context.data.get("holdout"))
@@ -49,7 +49,7 @@ def train(
     whole = loss if penalty is None else lambda outputs, batch: loss(outputs, batch) + penalty()
     context.trainer.fit(
         model, data, whole, teacher=context.original, holdout=holdout, steps=steps,
-        learning_rate=learning_rate, on_step=(lambda _step, _loss: keep()) if keep is not None else None,
+        learning_rate=learning_rate, on_step=(lambda step, _loss: keep(step)) if keep is not None else None,
     )  # fmt: skip
 
 

@@ -40,7 +40,8 @@ CLIP = 1.0
 EVALUATIONS = 10
 """How often a state is judged on held-out data, in equal intervals; the last time after the last step."""
 DIVERGED = 10.0
-"""Training stops where the held-out loss is this many times what it was before."""
+"""Training stops where the held-out loss is this many times what it was before, in its first half the square of that: a
+network that is nearly right gets worse at first, until the learning rate falls."""
 SAME = 1e-5
 """Relative difference of two first losses of one training: other threads add up in another order."""
 
@@ -83,8 +84,7 @@ class Trainer:
             holdout: the state that does best on it by the same loss is kept, the one before training counted. If the
                 loss grows beyond all bounds, training stops with a line on stderr and that state is kept too.
             steps: optimizer steps; without it, what ``epochs`` comes to.
-            on_step: called after every step with its number (from 0) and loss. What it remembers cannot be noted: such
-                a training begins again unless it was finished.
+            on_step: called after every step with its number (from 0) and loss. What it may remember is not noted.
             settings: fields of `TrainSettings` that differ from the trainer's for this run, e.g. ``learning_rate``.
 
         Returns:
@@ -141,7 +141,7 @@ class Trainer:
                         if on_step is not None:
                             on_step(step, run.losses[-1])
                         judged = (step + 1) % max(1, total // EVALUATIONS) == 0 or step + 1 == total
-                        went_wrong = best.went_wrong(step + 1, run.losses[-1], judged)
+                        went_wrong = best.went_wrong(step + 1, total, run.losses[-1], judged)
                         if went_wrong:
                             hint = f"{went_wrong} at step {step + 1} of {total}; try a learning_rate below "
                             hint += f"{chosen.learning_rate:g}"
@@ -149,7 +149,7 @@ class Trainer:
                                 raise DeploykitError(hint)
                             say(f"training stopped: {hint}. {best.said}")
                             break
-                        if notes.due(finished=step + 1 == total, only_finished=on_step is not None):
+                        if notes.due():
                             notes.take(run)
                 best.restore()
             finally:
@@ -309,9 +309,9 @@ class _Notes:
             say(f"training goes on after step {len(noted[0]['losses'])} of {total}")
         return {**noted[0], "random": noted[0]["random"][self.accelerator.process_index]}
 
-    def due(self, finished: bool, only_finished: bool) -> bool:
-        """Whether it is time for a note, of which some are of use only at the end; all processes say the same."""
-        if self.journal.folder is None or (only_finished and not finished):
+    def due(self) -> bool:
+        """Whether it is time for a note; all processes say the same."""
+        if self.journal.folder is None:
             return False
         told = [self.pace.due]
         if self.accelerator.num_processes > 1:
@@ -365,7 +365,7 @@ class _Best:
         when = f"after step {self.step}" if self.step else "before training"
         return f"The state {when} is kept: it did best on held-out samples."
 
-    def went_wrong(self, step: int, loss: float, judged: bool) -> str:
+    def went_wrong(self, step: int, total: int, loss: float, judged: bool) -> str:
         """What is wrong with the training, if anything; at a step that is to be judged, judges it."""
         if not math.isfinite(loss):
             return f"the loss became {loss}"
@@ -373,7 +373,8 @@ class _Best:
             return ""
         found = self._judge()
         self._keep_if_better(step, found)
-        grew = 0 < self.start * DIVERGED < found
+        late = 2 * step > total
+        grew = 0 < self.start * DIVERGED * (1 if late else DIVERGED) < found
         return f"the held-out loss went from {self.start:.4g} to {found:.4g}" if grew or math.isnan(found) else ""
 
     def restore(self) -> None:

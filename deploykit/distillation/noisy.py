@@ -12,11 +12,10 @@ from deploykit.distillation.logits import half_square
 from deploykit.losses import Loss, TrainBatch, pairs
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 
-def noisy(sigma: float, fraction: float, seed: int) -> Loss:
+def noisy(sigma: float, fraction: float) -> Loss:
     """Regression on logits, some of which were disturbed.
 
         L = 1/(2n) · sum over n of  ‖g - z'‖²,    z' = (1 + ξ) · z,   ξ ~ N(0, σ²)
@@ -26,19 +25,17 @@ def noisy(sigma: float, fraction: float, seed: int) -> Loss:
 
     Args:
         sigma: σ, above 0.
-        fraction: how probable it is for a sample to be disturbed.
-        seed: of the noise, which the same loss draws in the same order.
+        fraction: how probable it is for a sample to be disturbed. Draws are torch's own: a trainer seeds them, and
+            notes where they are.
 
     Raises:
         DeploykitError: (the loss) there is no teacher, or its answers have another shape.
     """
     import torch
 
-    random = torch.Generator().manual_seed(seed)
-
     def loss(outputs: Any, batch: TrainBatch) -> Tensor:
         squares = [
-            half_square(g, disturbed(z, sigma, fraction, random) if torch.is_grad_enabled() else z)
+            half_square(g, disturbed(z, sigma, fraction) if torch.is_grad_enabled() else z)
             for g, z in pairs(outputs, batch)
         ]
         return sum(squares[1:], squares[0])
@@ -46,17 +43,16 @@ def noisy(sigma: float, fraction: float, seed: int) -> Loss:
     return loss
 
 
-def disturbed(z: Tensor, sigma: float, fraction: float, random: torch.Generator) -> Tensor:
+def disturbed(z: Tensor, sigma: float, fraction: float) -> Tensor:
     """Logits ``[n, ...]`` of which a fraction of the samples was multiplied by 1 + ξ, ξ ~ N(0, σ²) for each logit.
 
     Args:
         z: the teacher's logits.
         sigma: σ.
-        fraction: how probable it is for a sample to be disturbed.
-        random: a generator on the CPU, so that devices do not differ.
+        fraction: how probable it is for a sample to be disturbed. Draws are made on the CPU: devices do not differ.
     """
     import torch
 
-    chosen = torch.rand(len(z), generator=random).to(z.device) < fraction
-    xi = sigma * torch.randn(z.shape, generator=random).to(z)
+    chosen = torch.rand(len(z)).to(z.device) < fraction
+    xi = sigma * torch.randn(z.shape).to(z)
     return torch.where(chosen.reshape(-1, *[1] * (z.ndim - 1)), (1 + xi) * z, z)

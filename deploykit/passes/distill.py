@@ -212,5 +212,5 @@ class Distill:
         if context.loss is not None:
             return context.loss
         if self.loss == "noisy":
-            return noisy(self.sigma, self.fraction, context.seed)
+            return noisy(self.sigma, self.fraction)
         return logits if self.loss == "logits" else soft(self.temperature, self.alpha)

@@ -55,7 +55,7 @@ class Dsd:
         if not held:
             raise DeploykitError("dsd: the model has no weights of two or more dimensions")
         clear(held)
-        train(trained, context, "dsd", self.steps, self.learning_rate, keep=lambda: clear(held))
+        train(trained, context, "dsd", self.steps, self.learning_rate, keep=lambda _step: clear(held))
         train(trained, context, "dsd", self.steps, AGAIN * self.learning_rate)
         return trained
 

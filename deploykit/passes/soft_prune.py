@@ -74,12 +74,8 @@ class SoftPrune:
             order = ranked(trained, groups, scores, context.target.channel_multiple, self.amount)
             return chosen(order, 1.0, "layer")
 
-        done = 0
-
-        def soften() -> None:
-            nonlocal done
-            done += 1
-            if done % self.every == 0:
+        def soften(step: int) -> None:
+            if (step + 1) % self.every == 0:
                 silence(trained, weakest())
 
         train(trained, context, "soft_prune", self.steps, self.learning_rate, keep=soften)
