@@ -145,8 +145,8 @@ def headline(rows: Rows) -> str:
 
 
 def values(row: Mapping[str, Any]) -> str:
-    """One row's values as a table of their own. Keys are ``LINE: COLUMN``."""
-    cells = {tuple(key.split(": ")): number(value) for key, value in row["values"].items()}
+    """One row's values as a table of their own. Keys are ``LINE: COLUMN``; others have no place in it."""
+    cells = {tuple(key.split(": ")): number(value) for key, value in row["values"].items() if ": " in key}
     columns = list(dict.fromkeys(column for _, column in cells))
     lines = [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     for line in dict.fromkeys(line for line, _ in cells):

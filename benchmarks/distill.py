@@ -1,0 +1,218 @@
+"""Distillation on MNIST and on the digits of scikit-learn: students beside the same students without a teacher.
+
+The teacher has two layers of 1,200 units, dropout, and images shifted by a pixel; the students see the images
+as they are. Temperature and the teacher's share are chosen on the last 10,000 training images, which students train on
+only afterwards.
+
+    python -m benchmarks.distill
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.datasets import load_digits
+from torch import nn
+
+from benchmarks.lenets import images, torch_error
+from benchmarks.prune import seeded
+from benchmarks.rows import Row, main
+from deploykit import passes, targets
+from deploykit.core.context import Context
+from deploykit.core.data import DataSet
+from deploykit.core.recipe import Step, TrainSettings
+from deploykit.losses import cross_entropy
+from deploykit.trainer import Trainer
+
+COMMAND = "python -m benchmarks.distill"
+ABOUT = "MNIST, 60,000 images train, 10,000 test"
+SEEDS = (0, 1, 2)
+SHIFTS = list(itertools.product((-1, 0, 1), (-1, 0, 1)))
+BATCH = 100
+EPOCHS = 20
+"""Of every student."""
+TRIED = [(t, a) for t in (2.0, 4.0, 8.0, 20.0) for a in (0.5, 0.9, 1.0)]
+"""Temperatures and shares of the teacher."""
+THREE = 3
+
+
+def layers(units: int, dropped: float = 0.0) -> nn.Module:
+    """784 - units - units - 10."""
+    dropout = [nn.Dropout(dropped)] if dropped else []
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(784, units), nn.ReLU(), *dropout, nn.Linear(units, units), nn.ReLU(), *dropout,
+        nn.Linear(units, 10),
+    )  # fmt: skip
+
+
+def context(
+    train: DataSet, seed: int, teacher: nn.Module | None = None, loss: Any = None, batch: int = BATCH
+) -> Context:
+    """What steps may ask for."""
+    return Context(
+        targets.load("mobile-arm"), {"train": train}, original=teacher, loss=loss, seed=seed,
+        trainer=Trainer(TrainSettings(batch=batch), seed=seed),
+    )  # fmt: skip
+
+
+def plain(student: nn.Module, train: DataSet, seed: int, steps: int, batch: int = BATCH) -> nn.Module:
+    """From labels alone."""
+    here = context(train, seed, student, cross_entropy, batch)
+    made: nn.Module = passes.build(Step("finetune", {"steps": steps, "learning_rate": 2e-3}))(student, here)
+    return made
+
+
+def distilled(
+    student: nn.Module, teacher: nn.Module, train: DataSet, seed: int, steps: int, batch: int = BATCH, **options: Any
+) -> nn.Module:
+    """From a teacher."""
+    step = passes.build(Step("distill", {"steps": steps, "learning_rate": 2e-3, **options}))
+    made: nn.Module = step(student, context(train, seed, teacher, batch=batch))
+    return made
+
+
+@cache
+def teacher() -> nn.Module:
+    """2 x 1200, for ten passes over shifted images."""
+    net = seeded(lambda: layers(1200, 0.5), 0)
+    wide = images("train", SHIFTS)
+    Trainer(TrainSettings(batch=200), seed=0).fit(net, wide, cross_entropy, steps=10 * 300 * 2, learning_rate=1e-3)
+    return net.eval()
+
+
+@cache
+def chosen() -> tuple[float, float]:
+    """Temperature and share of the teacher with the fewest errors on held-out training images."""
+    train = images("train")
+    seen, held = train.pick(np.arange(50_000)), train.pick(np.arange(50_000, 60_000))
+    errors = {}
+    for t, a in TRIED:
+        student = seeded(lambda: layers(30), 7)
+        made = distilled(student, teacher(), seen, 7, 5 * 500, temperature=t, alpha=a)
+        errors[t, a] = torch_error(made, held)
+        print("T, alpha", t, a, errors[t, a], flush=True)
+    return min(errors, key=lambda key: errors[key])
+
+
+def steps(train: DataSet) -> int:
+    return EPOCHS * len(train) // BATCH
+
+
+def small() -> list[Row]:
+    """2 x 30 and 2 x 800 units, with and without the teacher."""
+    train, test = images("train"), images("test")
+    t, a = chosen()
+    values = {"teacher: errors": 100 * torch_error(teacher(), test), "chosen: T": t, "chosen: alpha": a}
+    for units, seed in itertools.product((30, 800), SEEDS):
+        ways = {
+            "plain": lambda s, net: plain(net, train, s, steps(train)),
+            "distilled": lambda s, net: distilled(net, teacher(), train, s, steps(train), temperature=t, alpha=a),
+        }
+        for what, way in ways.items():
+            made = way(seed, seeded(lambda u=units: layers(u), seed))
+            values[f"2 x {units}, seed {seed}: {what}"] = 100 * torch_error(made, test)
+        print(units, seed, values, flush=True)
+
+    def mean(units: int, what: str) -> float:
+        return statistics.mean(values[f"2 x {units}, seed {seed}: {what}"] for seed in SEEDS)
+
+    saved = {units: 1 - mean(units, "distilled") / mean(units, "plain") for units in (30, 800)}
+    return [
+        Row("MNIST, student of 2 x 30 units: errors that distillation saves at equal epochs (share, mean of 3 seeds)",
+            saved[30], 0.2, "higher", ABOUT, f"{COMMAND} small", list(SEEDS), values),
+        Row("MNIST, student of 2 x 800 units: errors of 10,000, distilled (mean of 3 seeds)", mean(800, "distilled"),
+            mean(800, "plain"), "lower", ABOUT, f"{COMMAND} small", list(SEEDS),
+            {key: value for key, value in values.items() if "800" in key}, "Hinton et al. 2015: 146 and 74"),
+    ]  # fmt: skip
+
+
+def no_threes() -> list[Row]:
+    """A transfer set without a single 3."""
+    train, test = images("train"), images("test")
+    assert train.labels is not None and test.labels is not None
+    some, threes = train.pick(np.flatnonzero(train.labels != THREE)), test.pick(np.flatnonzero(test.labels == THREE))
+    held = train.pick(np.arange(50_000, 60_000))
+    values = {}
+    for seed in SEEDS:
+        made = distilled(seeded(lambda: layers(800), seed), teacher(), some, seed, 10 * 600, temperature=8.0)
+        values[f"seed {seed}: as trained"] = 100 - torch_error(made, threes)
+        last: Any = made[-1]
+        found = {}
+        for shift in np.arange(0.0, 8.0, 0.25):
+            with torch.no_grad():
+                last.bias[THREE] += float(shift)
+                found[float(shift)] = torch_error(made, held)
+                last.bias[THREE] -= float(shift)
+        best = min(found, key=lambda key: found[key])
+        with torch.no_grad():
+            last.bias[THREE] += best
+        values |= {f"seed {seed}: 3s right (%)": 100 - torch_error(made, threes), f"seed {seed}: bias": best,
+                   f"seed {seed}: all right (%)": 100 - torch_error(made, test)}  # fmt: skip
+        print(values, flush=True)
+    return [
+        Row("MNIST, no 3 in the transfer set: 3s that the student knows after its bias was corrected (%, worst of 3)",
+            min(value for key, value in values.items() if "3s right" in key), 90.0, "higher",
+            f"{ABOUT}; the bias is chosen on 10,000 training images", f"{COMMAND} no_threes", list(SEEDS), values,
+            "Hinton et al. 2015: 98.6")
+    ]  # fmt: skip
+
+
+def losses() -> list[Row]:
+    """What a student of 2 x 30 units makes of other losses."""
+    train, test = images("train"), images("test")
+    ways: dict[str, dict[str, Any]] = {
+        "logits": {"loss": "logits"}, "noisy logits": {"loss": "noisy", "sigma": 0.3, "fraction": 0.5}
+    }  # fmt: skip
+    values = {}
+    for seed in SEEDS:
+        net = seeded(lambda: layers(30), seed)
+        values[f"seed {seed}: plain"] = 100 * torch_error(plain(net, train, seed, steps(train)), test)
+        for what, options in ways.items():
+            made = distilled(net, teacher(), train, seed, steps(train), **options)
+            values[f"seed {seed}: {what}"] = 100 * torch_error(made, test)
+        print(values, flush=True)
+    return [
+        _against("losses", "plain", "logits", "MNIST, 2 x 30 units: errors of 10,000 that regression on logits saves",
+                 ABOUT, values),
+        _against("losses", "logits", "noisy logits",
+                 "MNIST, 2 x 30 units: errors of 10,000 that noise on the teacher's logits saves", ABOUT, values),
+    ]  # fmt: skip
+
+
+def munge() -> list[Row]:
+    """Few unlabelled digits, and ten times as many that were made of them."""
+    raw = load_digits()
+    x, y = (raw.data / 16).astype(np.float32), raw.target.astype(np.int64)
+    order = np.random.default_rng(0).permutation(len(x))
+    train, few, test = order[:900], order[900:1050], order[1050:]
+    labelled = DataSet.of({"input": x[train]}, y[train], "digits")
+    held = DataSet.of({"input": x[test]}, y[test], "digits")
+
+    def net(units: int) -> nn.Module:
+        return nn.Sequential(nn.Linear(64, units), nn.ReLU(), nn.Linear(units, 10))
+
+    wide = plain(seeded(lambda: net(256), 0), labelled, 0, 2000, batch=64)
+    values = {"teacher: errors (%)": torch_error(wide, held)}
+    for seed, k in itertools.product(SEEDS, (0, 10)):
+        made = distilled(
+            seeded(lambda: net(32), seed), wide, DataSet.of({"input": x[few]}), seed, 2000, batch=64, munge=k
+        )  # fmt: skip
+        values[f"seed {seed}: {'munged' if k else 'as they are'}"] = torch_error(made, held)
+    return [_against("munge", "as they are", "munged", "Digits, 150 unlabelled samples: error (%) that MUNGE saves",
+                     "scikit-learn's digits: 900 train the teacher, 150 the student, 747 test", values)]  # fmt: skip
+
+
+def _against(part: str, control: str, what: str, claim: str, about: str, values: dict[str, float]) -> Row:
+    """A method beside its control, reported as measured."""
+    saved = statistics.mean(values[f"seed {s}: {control}"] - values[f"seed {s}: {what}"] for s in SEEDS)
+    return Row(f"{claim} (mean of 3 seeds)", saved, 0.0, "higher", about, f"{COMMAND} {part}", list(SEEDS), values,
+               note="reported as measured")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main(__doc__, "distill", [small, no_threes, losses, munge])
