@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 
@@ -189,3 +189,16 @@ def test_dropping_in_one_file_is_enough(tmp_path: Path, monkeypatch: pytest.Monk
     assert targets.names() == ["my-board"]
     assert passes.names() == ["sparkle", "to_ptx"]
     assert exporters.names() == ["ptx"]
+
+
+def test_the_layers_on_the_page_about_the_architecture_are_those_that_imports_keep() -> None:
+    told = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").split("```")
+    block = next(part for part in told if part.startswith("\ncli\n"))
+    held: Any = project()["tool"]
+    (contract,) = held["importlinter"]["contracts"]
+    assert block.strip().splitlines() == contract["layers"]
+
+
+def test_every_decision_is_listed_on_the_page_about_the_architecture() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    assert [p.name for p in (ROOT / "docs" / "decisions").glob("*.md") if f"decisions/{p.name}" not in text] == []
