@@ -28,7 +28,7 @@ from deploykit.show import print_table
 ROOT = Path(__file__).parents[1]
 COMMANDS = (
     "export", "calibrate", "compress", "benchmark", "plan", "targets", "verify", "diff", "reproduce", "report",
-    "explain", "doctor", "demo", "pack", "unpack",
+    "explain", "doctor", "demo", "pack", "unpack", "exits",
 )  # fmt: skip
 NETS = """
 import torch
