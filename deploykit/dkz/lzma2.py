@@ -15,7 +15,7 @@ SETTINGS: tuple[dict[str, int], ...] = (
     {"lc": 0, "lp": 2, "pb": 2},
 )
 """Bits of context from the byte before, of the place of a literal, of the place of a match."""
-TRIED = 1 << 18
+TRIED = 1 << 21
 """Bytes up to which all settings are tried."""
 PIECE = 1 << 20
 """Bytes of a section that are held at once, read or decoded."""
