@@ -12,9 +12,11 @@ SETTINGS: tuple[dict[str, int], ...] = (
     {"lc": 3, "lp": 0, "pb": 2},
     {"lc": 0, "lp": 0, "pb": 0},
     {"lc": 4, "lp": 0, "pb": 0},
+    {"lc": 4, "lp": 0, "pb": 0, "nice_len": 32},
     {"lc": 0, "lp": 2, "pb": 2},
 )
-"""Bits of context from the byte before, of the place of a literal, of the place of a match."""
+"""Bits of context from the byte before, of the place of a literal, of the place of a match; from how long on a match is
+taken as it is: weights have few that are worth a search."""
 TRIED = 1 << 21
 """Bytes up to which all settings are tried."""
 PIECE = 1 << 20
