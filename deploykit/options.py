@@ -34,7 +34,7 @@ RecipeName = Annotated[
     str | None,
     typer.Option(
         "--recipe",
-        help="Steps and training settings: a TOML file, or prune, dsd, sparse_2_4; 'default': that of the target",
+        help="Steps and training settings: TOML, or prune, dsd, sparse_2_4, deep_compression; 'default': the target's",
         metavar="RECIPE",
     ),
 ]

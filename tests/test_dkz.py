@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -492,4 +493,60 @@ def test_names_that_lead_elsewhere_are_not_written(tmp_path: Path) -> None:
     (tmp_path / "bad.dkz").write_bytes(pack([File("../outside", b"x", ())]))
     with pytest.raises(DeploykitError, match="could land anywhere"):
         unpack_file(tmp_path / "bad.dkz", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+# ------------------------------------------------------------------ files in odd places
+
+
+def test_external_data_in_a_folder_below_comes_back_and_elsewhere_is_refused(tmp_path: Path) -> None:
+    path = model(tmp_path, external=True)
+    whole = onnx.load(path)
+    (tmp_path / "data").mkdir()
+    onnx.save_model(whole, tmp_path / "sub.onnx", save_as_external_data=True, location="data/w.bin", size_threshold=0)
+    packed_ = pack_file(tmp_path / "sub.onnx")
+    unpack_file(packed_.path, tmp_path / "again")
+    for name in ("sub.onnx", "data/w.bin"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / name).read_bytes()
+    proto = onnx.load(tmp_path / "sub.onnx", load_external_data=False)
+    for tensor in proto.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = "../w.bin"
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "w.bin").write_bytes((tmp_path / "data" / "w.bin").read_bytes())
+    (tmp_path / "deep" / "bad.onnx").write_bytes(proto.SerializeToString())
+    with pytest.raises(DeploykitError, match="not below its folder"):
+        pack_file(tmp_path / "deep" / "bad.onnx")
+
+
+def test_data_that_was_cut_off_is_refused(tmp_path: Path) -> None:
+    path = model(tmp_path, external=True)
+    (data,) = (p for p in tmp_path.iterdir() if p != path)
+    data.write_bytes(data.read_bytes()[:100])
+    with pytest.raises(DeploykitError, match="is shorter than"):
+        pack_file(path)
+
+
+def test_nothing_that_is_packed_or_unpacked_is_replaced(tmp_path: Path) -> None:
+    path = model(tmp_path)
+    with pytest.raises(DeploykitError, match="is packed itself"):
+        pack_file(path, path, overwrite=True)
+    container = pack_file(path).path
+    with pytest.raises(DeploykitError, match="would be replaced as a whole"):
+        unpack_file(container, tmp_path, overwrite=True)
+    for odd in (tmp_path, Path(".")):
+        with pytest.raises(DeploykitError, match="is a folder"):
+            pack_file(path, odd, overwrite=True)
+    assert path.is_file() and container.is_file()
+
+
+@pytest.mark.parametrize("name", ["n" * 300, "a\0b", "a\nb", "..\\a", "c:x", "a//b", "/a"])
+def test_names_that_are_no_good_are_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / "odd.dkz").write_bytes(pack([File(name, b"12345", ())]))
+    with pytest.raises(DeploykitError, match="could land anywhere"):
+        unpack_file(tmp_path / "odd.dkz", tmp_path / "out")
+    (tmp_path / "twice.dkz").write_bytes(pack([File("a", b"1", ()), File("A", b"2", ())]))
+    with pytest.raises(DeploykitError, match="one name"):
+        unpack_file(tmp_path / "twice.dkz", tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -84,6 +84,20 @@ def test_the_optimal_start_never_does_worse_than_the_papers(k: int) -> None:
         assert best <= 1.001 * error(x, cluster(x, k, start))
 
 
+@pytest.mark.parametrize("outlier", [1.0, 100.0, 1e4])
+def test_an_outlier_does_not_take_the_others_their_values(outlier: float) -> None:
+    x = np.append(np.random.default_rng(0).normal(0, 0.02, 8000), outlier)
+    best = cluster(x, 31, "optimal")
+    assert len(best) == 31
+    assert error(x, best) < 1.15 * error(x, cluster(x, 31, "density"))
+
+
+def test_clusters_around_zero_do_not_make_weights_zero_that_are_not() -> None:
+    weight = np.asarray([0.0, 0.1, -0.1, 0.1, -0.1] * 20, np.float32)
+    found = share(weight, 1)
+    assert np.array_equal(found.weight == 0, weight == 0) and len(found.book) == 2
+
+
 def test_lloyds_iteration_leaves_a_centre_alone_that_nothing_is_near_to() -> None:
     found = lloyd(np.array([0.0, 1.0]), np.ones(2), np.array([0.0, 1.0, 9.0]))
     assert found.tolist() == [0.0, 1.0, 9.0]
@@ -220,8 +234,9 @@ def test_a_budget_of_bytes_gives_bits_to_the_layer_whose_answers_need_them() -> 
     [
         ({"bits": 0}, "bits must lie between 1 and 12"),
         ({"bits": 13}, "bits must lie between 1 and 12"),
-        ({"bytes": 0.0}, "a share above 0"),
-        ({"bytes": 0.1, "layers": {"a": 3}}, "leave out layers"),
+        ({"bytes": 0.0}, "above 0 and at most 1"),
+        ({"bytes": 20000}, "above 0 and at most 1"),
+        ({"bytes": 0.1, "layers": {"a": 3}}, "leave out "),
         ({"start": "lienar"}, "lienar"),
         ({"skip": ["zz"]}, "no layer"),
         ({"layers": {"aa": 4}}, "aa"),

@@ -29,7 +29,12 @@ def files_of(path: Path) -> list[File]:
     if not path.is_file():
         raise no_such_file(path)
     try:
-        return KNOWN.get(path.suffix, _other)(path)
+        found = KNOWN.get(path.suffix, _other)(path)
+        for file in found:
+            for e in file.extents:
+                if e.start < 0 or e.start + e.count * e.size > len(file.data):
+                    raise DeploykitError(f"{file.name} is shorter than {path} says: '{e.name}' lies beyond its end")
+        return found
     except DeploykitError:
         raise
     except Exception as error:  # parsers of other people's formats raise whatever they like

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePath
+from pathlib import Path
 
 from deploykit.core.errors import DeploykitError
 from deploykit.core.files import folder_in_place, no_such_file, write_in_place
@@ -13,6 +15,9 @@ from deploykit.dkz.extents import files_of
 from deploykit.dkz.front import LIMIT, front_of
 from deploykit.dkz.reading import peak, unpack
 from deploykit.dkz.stages import Stage, stages
+
+LONGEST = 255
+"""Bytes of a name, on every common file system."""
 
 
 @dataclass(frozen=True)
@@ -52,12 +57,23 @@ def pack_file(model: Path, out: Path | None = None, overwrite: bool = False, cod
     Raises:
         DeploykitError: no such file, one that cannot be read, or a container that is there already, no such coder.
     """
+    _refuse_folder(model)
     out = out or model.with_name(f"{model.name}.dkz")
-    if out.exists() and not overwrite:
-        raise DeploykitError(f"{out} already exists. Give another -o, or --overwrite to replace it.")
-    files = files_of(model)
-    made = packed(files, coder)
-    write_in_place(out, made.data)
+    with _telling():
+        _refuse_folder(out)
+        if out.exists() and not overwrite:
+            raise DeploykitError(f"{out} already exists. Give another -o, or --overwrite to replace it.")
+        files = files_of(model)
+        for file in files:
+            if not _stays_inside(file.name):
+                raise DeploykitError(
+                    f"{model} has its data in {file.name!r}, which is not below its folder: not packed, "
+                    "for nobody could unpack it"
+                )
+            if (model.parent / file.name).resolve() == out.resolve():
+                raise DeploykitError(f"{out} is packed itself; give another -o")
+        made = packed(files, coder)
+        write_in_place(out, made.data)
     whole = sum(len(file.data) for file in files)
     names = tuple(file.name for file in files)
     return Packed(out, names, len(made.data), whole, peak(front_of(made.data, whole)), stages(files, made))
@@ -75,18 +91,47 @@ def unpack_file(container: Path, out: Path, overwrite: bool = False, limit: int 
     Raises:
         DeploykitError: no such file, none of ours, damaged, larger than the limit; a folder that is there already.
     """
+    _refuse_folder(container)
     if not container.is_file():
         raise no_such_file(container)
-    data = _mapped(container)
-    names, whole, needed = [], 0, peak(front_of(data, limit))
-    with folder_in_place(out, overwrite) as work:
-        for name, pieces in unpack(data, limit):
-            if PurePath(name).name != name or name in ("", ".", ".."):
+    if container.resolve().is_relative_to(out.resolve()):
+        raise DeploykitError(f"{container} lies in {out}, which would be replaced as a whole; give another -o")
+    with _telling():
+        data = _mapped(container)
+        front = front_of(data, limit)
+        names, whole, needed = [told.name for told in front.files], 0, peak(front)
+        for name in names:
+            if not _stays_inside(name):
                 raise DeploykitError(f"{container} has a file named {name!r}, which could land anywhere: not unpacked")
-            with (work / name).open("xb") as file:
-                whole += sum(file.write(piece) for piece in pieces)
-            names.append(name)
+        if len({name.casefold() for name in names}) < len(names):
+            raise DeploykitError(f"{container} is damaged: two of its files have one name")
+        with folder_in_place(out, overwrite) as work:
+            for name, pieces in unpack(data, limit):
+                (work / name).parent.mkdir(parents=True, exist_ok=True)
+                with (work / name).open("xb") as file:
+                    whole += sum(file.write(piece) for piece in pieces)
     return Packed(container, tuple(names), len(data), whole, needed)
+
+
+def _stays_inside(name: str) -> bool:
+    """Whether a file of that name lies below the folder it is written to, whatever the system."""
+    parts = name.split("/")
+    odd = any(part in ("", ".", "..") or len(part.encode()) > LONGEST for part in parts)
+    return not odd and name.isprintable() and not set(name) & set("\\:")
+
+
+def _refuse_folder(path: Path) -> None:
+    if path.is_dir():
+        raise DeploykitError(f"{path} is a folder; give a file")
+
+
+@contextlib.contextmanager
+def _telling() -> Iterator[None]:
+    """What the system refuses is said in a line."""
+    try:
+        yield
+    except OSError as error:
+        raise DeploykitError(f"{error.filename or ''}: {error.strerror or error}".removeprefix(": ")) from None
 
 
 def _mapped(path: Path) -> memoryview:

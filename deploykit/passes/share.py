@@ -50,8 +50,11 @@ class Share:
         for bits in (self.bits, *self.layers.values()):
             if not isinstance(bits, int) or not 1 <= bits <= 12:
                 raise ValueError(f"bits must lie between 1 and 12, given {bits}")
-        if self.bytes is not None and (not self.bytes > 0 or self.layers):
-            raise ValueError("bytes is a share above 0, and chooses the bits of all layers; leave out layers")
+        if self.bytes is not None and (not 0 < self.bytes <= 1 or self.layers):
+            raise ValueError(
+                "bytes is a share of what fp32 takes, above 0 and at most 1, and chooses the bits of all layers: leave "
+                "out layers"
+            )
 
     def foresee(self, context: Context) -> None:
         """Refuses a budget without samples, or without a solver."""

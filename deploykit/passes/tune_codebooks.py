@@ -36,8 +36,8 @@ class TuneCodebooks:
 
     def __post_init__(self) -> None:
         """Refuses settings that cannot train."""
-        if self.steps < 1 or not (self.learning_rate > 0 and self.temperature > 0):
-            raise ValueError("steps, learning_rate and temperature must be above 0")
+        if self.steps < 1 or not (0 < self.learning_rate < float("inf") and 0 < self.temperature < float("inf")):
+            raise ValueError("steps, learning_rate and temperature must be above 0, and finite")
 
     def __call__(self, graph: FloatGraph, context: Context) -> FloatGraph:
         """The graph in the trained state that does best on held-out samples; as it came, if training made it no better.

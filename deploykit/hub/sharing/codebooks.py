@@ -115,6 +115,10 @@ def share(weight: Floats, bits: int, start: Start = "optimal", h: Floats | None 
     zeros = 0 if kept.all() else 1
     c = cluster(x[kept], 2**bits - zeros, start, None if h is None else h[kept].astype(np.float64), seed)
     c = np.unique(c.astype(np.float32)).astype(np.float64)
+    if zeros:
+        c = c[c != 0]  # that one is there already
+    if not len(c):
+        c = np.asarray([np.abs(x[kept]).mean()])
     codes = np.zeros(weight.shape, np.int64)
     codes[kept] = nearest(x[kept], c) + zeros
     return Codebook(np.concatenate([np.zeros(zeros), c]).astype(np.float32), codes)

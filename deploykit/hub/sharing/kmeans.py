@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 Start = Literal["optimal", "linear", "density", "random"]
 CELLS = 2048
-"""Of the span of the values: for dynamic programming those in one cell are one, and Lloyd's iteration tells them apart
+"""That values fall into: for dynamic programming those in one are one, and Lloyd's iteration tells them apart
 afterwards."""
 ROUNDS = 100
 """Of Lloyd's iteration, at most."""
@@ -111,8 +111,10 @@ def optimal(x: Floats, h: Floats, k: int) -> Floats:
 def _cells(x: Floats, h: Floats) -> tuple[Floats, Floats, Floats]:
     """Sums of h, h x, h x² over the cells in front of each."""
     cell = np.arange(len(x))
-    if len(x) > CELLS:
-        cell = ((x - x[0]) / (x[-1] - x[0]) * (CELLS - 1e-6)).astype(np.int64)
+    if len(x) > CELLS:  # half of the cells equally wide, half with equally many values: outliers make wide ones useless
+        wide = np.linspace(x[0], x[-1], CELLS // 2 + 1)[1:-1]
+        full = x[np.arange(1, CELLS // 2) * len(x) // (CELLS // 2)]
+        cell = np.searchsorted(np.union1d(wide, full), x, side="right")
         cell = np.cumsum(np.diff(cell, prepend=cell[0]) > 0)
     found = [np.concatenate([[0.0], np.cumsum(np.bincount(cell, h * x**p))]) for p in range(3)]
     return found[0], found[1], found[2]

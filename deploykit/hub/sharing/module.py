@@ -1,9 +1,9 @@
 """A float graph whose weights share values as a torch module, so that those values can be trained.
 
 The gradient of a shared value is the sum of those of all its weights (Han et al. 2016, "Deep Compression", section
-3.3), which is what reading them out of a codebook gives. Codes stay, and so do zeros; biases and the graph's other
-parameters are trained along. As in `deploykit.hub.training.module` parameters count in units in which a step of
-an optimizer means the same for all, and start at 0, where the graph is as it came.
+3.3), which is what reading them out of a codebook gives. Codes stay, and so do zeros and weights that share nothing;
+biases and normalisation are trained along. As in `deploykit.hub.training.module` parameters count in units in which a
+step of an optimizer means the same for all, and start at 0, where the graph is as it came.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from deploykit.core.errors import DeploykitError
 from deploykit.hub.graph import FloatGraph
+from deploykit.hub.operators import PRODUCTS
 from deploykit.hub.sharing.codebooks import Codebook, with_weights
 from deploykit.hub.training.graph import as_tensor, key, read_nodes
 from deploykit.hub.training.module import PARAMETER_READERS
@@ -47,9 +48,9 @@ class SharedModule(nn.Module):
         self.outputs = [o.name for o in model.output]
         arrays = {t.name: onnx.numpy_helper.to_array(t) for t in model.initializer}
         readers = {i for n in self.nodes if n.operator in PARAMETER_READERS for i in n.inputs}
-        self.free = [
-            n for n, a in arrays.items() if n in readers - set(books) and a.dtype == np.float32 and a.ndim >= 1
-        ]
+        weights = {n.inputs[1] for n in self.nodes if n.operator in PRODUCTS}  # not shared: they stay as they are
+        readers -= weights | set(books)
+        self.free = [n for n, a in arrays.items() if n in readers and a.dtype == np.float32 and a.ndim >= 1]
         self.constants = [n for n in arrays if n not in self.books and n not in self.free]
         self.move = nn.ParameterDict()
         """How far values have moved, in their units."""
