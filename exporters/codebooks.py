@@ -12,17 +12,15 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir as ir
-from numpy.typing import NDArray
 
 from deploykit.exporters.int4 import IR_VERSION, OPSET, raise_opset
 from deploykit.hub.graph import LARGE, take_name
+from deploykit.hub.sharing.codebooks import codebook
 
 MOST = 256
 """Values that an index of 8 bits tells apart."""
 FEW = 16
 """And one of 4 bits."""
-LOOK = 4096
-"""Elements of a weight that are looked at first: an ordinary one has more than MOST values among them."""
 
 
 def store_codebooks(model: onnx.ModelProto, opset: int) -> tuple[str, ...]:
@@ -66,35 +64,14 @@ def store_codebooks(model: onnx.ModelProto, opset: int) -> tuple[str, ...]:
     )
 
 
-def codebook(weight: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.uint8]] | None:
-    """The values of a weight and which one each element has, so that ``values[indices]`` is the weight bit by bit.
-
-    Args:
-        weight: of any shape.
-
-    Returns:
-        Values ``[n]``, zero first where it occurs, then ascending, and indices of the weight's shape; None: there are
-        more than MOST. Values are told apart by their bits: -0.0 is another one than zero.
-    """
-    bits = np.ascontiguousarray(weight).view(np.uint32)
-    if len(np.unique(bits.reshape(-1)[:LOOK])) > MOST:
-        return None
-    found, index = np.unique(bits, return_inverse=True)
-    if len(found) > MOST:
-        return None
-    values = found.view(np.float32)
-    order = np.lexsort((values, found != 0))
-    return values[order], np.argsort(order).astype(np.uint8)[index].reshape(weight.shape)
-
-
 def _stored(tensor: onnx.TensorProto, opset: int, taken: set[str | None]) -> tuple[list[Any], list[Any]]:
     """The initializers that a weight may be stored as, and the nodes that widen them; none, if it has no codebook."""
     if tensor.data_type != onnx.TensorProto.FLOAT or int(np.prod(tensor.dims)) <= LARGE:
         return [], []
-    found = codebook(onnx.numpy_helper.to_array(tensor))
+    found = codebook(onnx.numpy_helper.to_array(tensor), MOST)
     if found is None:
         return [], []
-    values, indices = found
+    values, indices = found.book, found.codes.astype(np.uint8)
     kind = ir.DataType.UINT4 if len(values) <= FEW and opset >= OPSET else ir.DataType.UINT8
     book, codes, index = (take_name(f"{tensor.name}_{what}", taken) for what in ("codebook", "indices", "index"))
     widened = take_name(f"{tensor.name}_values", taken)

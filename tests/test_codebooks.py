@@ -21,9 +21,10 @@ from deploykit import targets
 from deploykit.core.artifact import File
 from deploykit.core.target import QuantSpec, Target
 from deploykit.exporters import to_onnx
-from deploykit.exporters.codebooks import LOOK, codebook, store_codebooks
+from deploykit.exporters.codebooks import MOST, store_codebooks
 from deploykit.hub.graph import LARGE, FloatGraph, Hub
 from deploykit.hub.running import session
+from deploykit.hub.sharing.codebooks import LOOK, codebook
 
 X86 = targets.load("x86")
 
@@ -71,12 +72,12 @@ def test_a_codebook_has_the_values_in_order_and_zero_first(
     count: int, shape: tuple[int, ...], zero: bool, seed: int
 ) -> None:
     weight = with_values(count, shape, zero, seed)
-    found = codebook(weight)
+    found = codebook(weight, MOST)
     if count > 256:
         assert found is None
         return
     assert found is not None
-    values, indices = found
+    values, indices = found.book, found.codes
     expected = np.unique(weight)
     assert (values[0] == 0) == zero
     assert values[int(zero) :].tolist() == expected[expected != 0].tolist()
@@ -86,9 +87,9 @@ def test_a_codebook_has_the_values_in_order_and_zero_first(
 def test_zeros_of_both_signs_and_what_is_no_number_come_back_bit_by_bit() -> None:
     odd = np.asarray([0.0, -0.0, np.nan, -np.nan, np.inf, -np.inf, 1e-45, -1.5], np.float32)
     weight = np.resize(odd, (3, 1000))
-    found = codebook(weight)
-    assert found is not None and len(found[0]) == 8
-    assert found[0][0].tobytes() == bytes(4) and found[0][found[1]].tobytes() == weight.tobytes()
+    found = codebook(weight, MOST)
+    assert found is not None and len(found.book) == 8
+    assert found.book[0].tobytes() == bytes(4) and found.weight.tobytes() == weight.tobytes()
 
 
 @settings(max_examples=25, deadline=None)
@@ -149,7 +150,7 @@ def test_ordinary_small_and_integer_constants_are_left_alone() -> None:
     model = _bare(network(normal(0, 8, 16, 3, 3)))
     more = {
         "small": np.zeros(LARGE, np.float32), "integers": np.zeros(9999, np.int64),
-        "late": np.concatenate([np.zeros(LOOK, np.float32), normal(3, 300)]),
+        "late": np.concatenate([np.zeros((LOOK * MOST), np.float32), normal(3, 300)]),
     }  # fmt: skip
     model.graph.initializer.extend(onnx.numpy_helper.from_array(a, name) for name, a in more.items())
     before = model.SerializeToString()

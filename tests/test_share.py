@@ -143,7 +143,7 @@ def test_a_codebook_is_found_again_in_the_weight_alone() -> None:
 
 
 def test_a_weight_of_many_values_has_no_codebook() -> None:
-    assert codebook(normal(0, 40, 30)) is None
+    assert codebook(normal(0, 40, 30), 600) is None
 
 
 @pytest.mark.parametrize("wrong", [np.nan, np.inf])

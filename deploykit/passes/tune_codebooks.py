@@ -46,7 +46,7 @@ class TuneCodebooks:
             DeploykitError: no weight shares values, there is neither a teacher nor a loss, or an operator cannot be
                 trained.
         """
-        from deploykit.hub.sharing.codebooks import codebook, weights
+        from deploykit.hub.sharing.codebooks import MOST_BITS, codebook, weights
         from deploykit.hub.sharing.module import SharedModule
         from deploykit.retraining import train
 
@@ -55,7 +55,7 @@ class TuneCodebooks:
             raise DeploykitError(
                 "tune_codebooks needs the PyTorch model as teacher, and an .onnx file has none; give [train] loss"
             )
-        found = {own.name: codebook(own.values) for own in weights(graph)}
+        found = {own.name: codebook(own.values, min(2**MOST_BITS, own.values.size // 2)) for own in weights(graph)}
         books = {name: own for name, own in found.items() if own is not None}
         if not books:
             raise DeploykitError("tune_codebooks trains values that weights share, and none does; put share before it")

@@ -29,6 +29,8 @@ LEAST = 64
 """Weights; fewer are left as they are: the codebook would be no smaller."""
 MOST_BITS = 12
 """Of a code."""
+LOOK = 16
+"""Elements that are looked at first, for every value there may be."""
 HELD_AT = {"LSTM": (1, 2), "GRU": (1, 2)}
 """Positions of a recurrent layer's weights; products have theirs at 1."""
 
@@ -93,14 +95,13 @@ def weights(graph: FloatGraph, skip: Iterable[str] = ()) -> list[Weight]:
     return [own for own in found.values() if own.layer not in left_out]
 
 
-def share(weight: Floats, bits: int, start: Start = "optimal", h: Floats | None = None, seed: int = 0) -> Codebook:
+def share(weight: Floats, bits: int, start: Start = "optimal", seed: int = 0) -> Codebook:
     """The 2^bits values that come nearest to a weight's, zero among them where it occurs.
 
     Args:
         weight: any shape; finite.
         bits: of a code, 1 to `MOST_BITS`.
         start: see `deploykit.hub.sharing.kmeans.cluster`.
-        h: how much an error counts, of the weight's shape; None: all the same.
         seed: of ``random``.
 
     Raises:
@@ -113,7 +114,7 @@ def share(weight: Floats, bits: int, start: Start = "optimal", h: Floats | None 
     if not kept.any():
         return Codebook(np.zeros(1, np.float32), np.zeros(weight.shape, np.int64))
     zeros = 0 if kept.all() else 1
-    c = cluster(x[kept], 2**bits - zeros, start, None if h is None else h[kept].astype(np.float64), seed)
+    c = cluster(x[kept], 2**bits - zeros, start, seed=seed)
     c = np.unique(c.astype(np.float32)).astype(np.float64)
     if zeros:
         c = c[c != 0]  # that one is there already
@@ -124,19 +125,25 @@ def share(weight: Floats, bits: int, start: Start = "optimal", h: Floats | None 
     return Codebook(np.concatenate([np.zeros(zeros), c]).astype(np.float32), codes)
 
 
-def codebook(weight: Floats) -> Codebook | None:
-    """The codebook of a weight that shares its values; None: it has more than 2^`MOST_BITS`, or half as many as there
-    are weights."""
-    most = min(2**MOST_BITS, weight.size // 2)
-    if len(np.unique(weight.reshape(-1)[: 2 * most + 2])) > most:  # a look at some spares sorting the others
+def codebook(weight: Floats, most: int = 2**MOST_BITS) -> Codebook | None:
+    """The codebook of a weight that shares its values; None: there are more than ``most``.
+
+    Values are told apart by their bits, so that ``weight`` of what is found is the weight bit by bit: -0.0 is another
+    one than zero.
+
+    Args:
+        weight: of any shape.
+        most: values.
+    """
+    bits = np.ascontiguousarray(weight).view(np.uint32)
+    if len(np.unique(bits.reshape(-1)[: LOOK * most])) > most:  # which spares sorting an ordinary weight
         return None
-    book, codes = np.unique(weight, return_inverse=True)
-    if len(book) > most:
+    found, codes = np.unique(bits, return_inverse=True)
+    if len(found) > most:
         return None
-    zero_first = np.argsort(book != 0, kind="stable")
-    rank = np.empty(len(book), np.int64)
-    rank[zero_first] = np.arange(len(book))
-    return Codebook(book[zero_first], rank[codes].reshape(weight.shape))
+    book = found.view(np.float32)
+    order = np.lexsort((book, found != 0))
+    return Codebook(book[order], np.argsort(order)[codes].reshape(weight.shape))
 
 
 def with_weights(graph: FloatGraph, arrays: Mapping[str, Floats]) -> FloatGraph:
