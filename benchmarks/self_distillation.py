@@ -29,7 +29,7 @@ from benchmarks.rows import Row, main
 from deploykit import exporters, pipeline, targets
 from deploykit.chain.chain import load_chain, open_chain
 from deploykit.chain.write import Wanted, write_chain
-from deploykit.core.context import Context
+from deploykit.core.context import Context, Role
 from deploykit.core.data import DataSet
 from deploykit.core.errors import GateFailed
 from deploykit.core.recipe import TrainSettings
@@ -248,12 +248,12 @@ def timed(net: nn.Module, target: str) -> dict[str, float]:
     """A chain and the network without exits, written, and run in turns image by image."""
     assert isinstance(net, WithExits)
     device, test = targets.load(target), images("test", TEST)
-    roles = {"calibration": images("train", CALIBRATION), "eval": test}
+    roles: dict[Role, DataSet] = {"calibration": images("train", CALIBRATION), "eval": test}
     settings = Settings(precisions=(PRECISION,), benchmark=False)
     with tempfile.TemporaryDirectory() as folder:
         to = Path(folder)
-        whole = pipeline.prepare(Model("ResNet-8", module=net), roles, None)  # type: ignore[arg-type]
-        alone = pipeline.prepare(accept_module(net.network), roles, None)  # type: ignore[arg-type]
+        whole = pipeline.prepare(Model("ResNet-8", module=net), roles, None)
+        alone = pipeline.prepare(accept_module(net.network), roles, None)
         try:
             write_chain(whole, device, to / "chain", settings, Wanted(max_drop=DROP))
             pipeline.export(alone, [device], [to / "alone"], settings, Gate())
