@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from graphs import images, residual
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from test_refit import context, hub_of, noise, none, problems, stored
 
 from deploykit.core.errors import DeploykitError
 from deploykit.core.target import QuantSpec
@@ -26,8 +28,6 @@ from deploykit.hub.fitting.soft_rounding import (
 )
 from deploykit.passes.adaround import Adaround
 from deploykit.passes.bias_correct import BiasCorrect
-from tests.graphs import images, residual
-from tests.test_refit import context, hub_of, noise, none, problems, stored
 
 SPEC = QuantSpec()
 FEW = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from graphs import graph, measured, normal, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -19,7 +20,6 @@ from deploykit.hub.graph import FloatGraph
 from deploykit.hub.lower import from_proto
 from deploykit.hub.quantize import quantize
 from deploykit.hub.running import session
-from tests.graphs import graph, measured, normal, run
 
 few = settings(max_examples=20, deadline=None, derandomize=True, database=None)
 

@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from graphs import images, measured, normal, residual
 
 from deploykit import exporters, pipeline
 from deploykit.check import (
@@ -35,7 +36,6 @@ from deploykit.hub.quantize import quantize
 from deploykit.models import load_model
 from deploykit.report.advice import mend
 from deploykit.targets import load
-from tests.graphs import images, measured, normal, residual
 
 LOGITS = normal(0, 50, 10)
 

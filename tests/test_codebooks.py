@@ -20,6 +20,7 @@ from test_int4 import optimized
 from deploykit import targets
 from deploykit.core.artifact import File
 from deploykit.core.target import QuantSpec, Target
+from deploykit.dkz.files import pack_file
 from deploykit.exporters import to_onnx
 from deploykit.exporters.codebooks import MOST, store_codebooks
 from deploykit.hub.graph import LARGE, FloatGraph, Hub
@@ -179,3 +180,24 @@ def test_other_precisions_have_no_codebooks(tmp_path: Path) -> None:
     made = network(with_values(4, (32, 16, 3, 3)))
     (file,) = to_onnx.export({"fp16": Hub(made, QuantSpec())}, X86, tmp_path)
     assert "Gather" not in {n.op_type for n in onnx.load(tmp_path / file.path).graph.node}
+
+
+@pytest.mark.parametrize("values", [7, 16, 17, 200])
+def test_what_steps_saved_is_told_from_the_floats_that_indices_stand_for(tmp_path: Path, values: int) -> None:
+    # an odd number of indices of 4 bits ends in half a byte
+    kept = np.random.default_rng(1).random((5, 16, 3, 3)) < 0.3
+    weight = np.where(kept, with_values(values, (5, 16, 3, 3)), np.float32(0))
+    weight = np.concatenate([weight, weight[:, :, ::-1]])[:9].astype(np.float32)
+    made = network(weight)
+    (tmp_path / "plain.onnx").write_bytes(made.bytes)
+    written(made, tmp_path)
+    plain, coded = (
+        {row.name: row for row in pack_file(tmp_path / name).layers} for name in ("plain.onnx", "model.fp32.onnx")
+    )
+    row, same = coded["w_indices"], plain["w"]
+    assert (row.count, row.before) == (weight.size, 4 * weight.size) == (same.count, same.before)
+    assert row.kept == pytest.approx(100 * np.count_nonzero(weight) / weight.size)
+    assert row.pruned == same.pruned
+    assert row.shared == same.shared if same.code_bits else row.shared < same.shared
+    assert "w_codebook" not in coded
+    assert sum(own.coded for own in coded.values()) == (tmp_path / "model.fp32.onnx.dkz").stat().st_size

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import onnx
 import pytest
+from commands import enter
+from test_dkz import shared
 
 from deploykit.core.errors import DeploykitError
 from deploykit.dkz.container import File, pack, packed
 from deploykit.dkz.extents import files_of
 from deploykit.dkz.files import pack_file, unpack_file
 from deploykit.dkz.stages import REST, stages
-from tests.commands import enter
-from tests.test_dkz import shared
 
 # ------------------------------------------------------------------ files of the runtimes
 

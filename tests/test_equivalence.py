@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from graphs import images, measured, normal, residual
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -29,7 +30,6 @@ from deploykit.hub.slices import OperatorSlice, Slicer, operator_slices
 from deploykit.hub.training import fake_quant
 from deploykit.hub.training.fake_quant import fake_quantize
 from deploykit.hub.training.module import HubModule
-from tests.graphs import images, measured, normal, residual
 
 SIGNED = QuantSpec(activation_signed=True, activation_symmetric=True)
 SPECS = {

@@ -13,7 +13,9 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from commands import enter
 from numpy.typing import NDArray
+from test_self_distill import PLACES, Net, build, corners
 from torch import Tensor, nn
 
 from deploykit import exporters, targets
@@ -35,8 +37,6 @@ from deploykit.hub.graph import Hub
 from deploykit.hub.lower import lower
 from deploykit.models import Model, save_compressed
 from deploykit.pipeline import Prepared, prepare
-from tests.commands import enter
-from tests.test_self_distill import PLACES, Net, build, corners
 
 pytest.importorskip("ai_edge_litert")
 

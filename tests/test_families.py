@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from families import FAMILIES, example
 
 from benchmarks.support import cell
 from deploykit.core.target import QuantSpec
@@ -23,7 +24,6 @@ from deploykit.hub.training.module import HubModule
 from deploykit.models import Model
 from deploykit.pipeline import calibrate
 from deploykit.targets import load
-from tests.families import FAMILIES, example
 
 FEW = ("residual", "bert_masked", "lstm", "tabular")
 """Families that between them have every role of the operator table."""

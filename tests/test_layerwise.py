@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pruned import relative_error, rows
 from torch import Tensor, nn
 
 from deploykit import targets
@@ -22,7 +23,6 @@ from deploykit.layerwise.fisher import fisher
 from deploykit.layerwise.products import inputs, matrix, outputs, products
 from deploykit.layerwise.refit import refit
 from deploykit.passes.refit import Refit
-from tests.pruned import relative_error, rows
 
 FEW = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 

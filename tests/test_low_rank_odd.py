@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pruned import relative_error
 from torch import Tensor, nn
 
 from deploykit import passes, targets
@@ -18,7 +19,6 @@ from deploykit.cost import cost
 from deploykit.layerwise.covariance import Covariance
 from deploykit.layerwise.refit import Moments
 from deploykit.low_rank.factored import Factored
-from tests.pruned import relative_error
 
 
 def run(model: nn.Module, data: DataSet, name: str = "low_rank", **options: Any) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pruned import answers, relative_error, settled
 from torch import Tensor, nn
 
 import deploykit as dk
@@ -25,7 +26,6 @@ from deploykit.low_rank.factored import Factored
 from deploykit.low_rank.forms import decomposed, merged
 from deploykit.low_rank.surgery import factors_of
 from deploykit.models import load_model, save_compressed
-from tests.pruned import answers, relative_error, settled
 
 NET = """
 import torch

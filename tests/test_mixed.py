@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from graphs import conv_relu_conv, graph, images, measured, normal, residual, run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -34,7 +35,6 @@ from deploykit.hub.mixed.frontier import cheapest_within, frontier
 from deploykit.hub.mixed.sensitivity import sensitivities
 from deploykit.hub.quantize import quantize
 from deploykit.hub.slices import Slicer
-from tests.graphs import conv_relu_conv, graph, images, measured, normal, residual, run
 
 pytest.importorskip("scipy")
 FEW = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from test_pruning_in_training import context
+from test_retraining import accuracy, trained
 from torch import nn
 
 from deploykit.core.errors import DeploykitError
 from deploykit.layerwise.products import products
 from deploykit.passes.multi_layer import MultiLayer, emptiness, held_out_loss, largest_threshold
 from deploykit.pruning.groups import find_groups
-from tests.test_pruning_in_training import context
-from tests.test_retraining import accuracy, trained
 
 pytest.importorskip("accelerate")
 

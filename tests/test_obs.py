@@ -11,10 +11,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from pruned import rows
 
 from deploykit.layerwise.covariance import Covariance, damped
 from deploykit.pruning.obs import Matrix, costs
-from tests.pruned import rows
 
 FEW = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from graphs import conv_relu_conv, graph, images, measured, normal, residual
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,7 +16,6 @@ from deploykit.core.ranges import load_ranges
 from deploykit.hub.plan import observed
 from deploykit.hub.running import session
 from deploykit.hub.slices import Slicer
-from tests.graphs import conv_relu_conv, graph, images, measured, normal, residual
 
 
 def all_values(made, data, names):

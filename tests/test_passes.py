@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from graphs import conv_relu_conv, graph, images, measured, normal, residual, run
 
 from deploykit import passes, targets
 from deploykit.core.context import Context
@@ -25,7 +26,6 @@ from deploykit.passes.equalize import Equalize
 from deploykit.passes.qat import Qat
 from deploykit.passes.sparsify import Sparsify
 from deploykit.trainer import Trainer
-from tests.graphs import conv_relu_conv, graph, images, measured, normal, residual, run
 
 X86 = targets.load("x86")
 LINEAR_INPUTS = QuantSpec(

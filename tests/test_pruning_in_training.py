@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from test_retraining import accuracy, blobs, dead, here, net, trained
 from torch import Tensor, nn
 
 from deploykit.core.context import Context
@@ -20,7 +21,6 @@ from deploykit.passes.soft_prune import SoftPrune, silence
 from deploykit.passes.variational_dropout import K1, VariationalDropout, divergence, log_alpha, noisy
 from deploykit.pruning.groups import find_groups
 from deploykit.trainer import Trainer
-from tests.test_retraining import accuracy, blobs, dead, here, net, trained
 
 pytest.importorskip("accelerate")
 

@@ -12,6 +12,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
+from graphs import graph, images, measured, normal, residual
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -31,7 +32,6 @@ from deploykit.losses import TrainBatch, distill_kl
 from deploykit.passes.qat import Qat
 from deploykit.retraining import split
 from deploykit.trainer import Trainer
-from tests.graphs import graph, images, measured, normal, residual
 
 if importlib.util.find_spec("accelerate") is None:
     pytest.skip("training needs the extra 'train'", allow_module_level=True)

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import onnx
 import pytest
+from graphs import conv_relu_conv, graph, images, measured, normal, residual, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -12,7 +13,6 @@ from deploykit.core.errors import DeploykitError
 from deploykit.core.target import QuantSpec
 from deploykit.hub.quantize import BIAS_LIMIT, activation_params, quantize, weight_scale
 from deploykit.hub.slices import Slicer
-from tests.graphs import conv_relu_conv, graph, images, measured, normal, residual, run
 
 EVERYWHERE = QuantSpec()
 LINEAR_INPUTS = QuantSpec(

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from graphs import graph, images, measured, normal, residual, run
 from numpy.typing import NDArray
 
 from deploykit import targets
@@ -20,7 +21,6 @@ from deploykit.hub.layers import layers
 from deploykit.hub.quantize import quantize
 from deploykit.hub.slices import Slicer
 from deploykit.passes.fit_ranges import FitRanges
-from tests.graphs import graph, images, measured, normal, residual, run
 
 
 def noise(hub: Hub, data: DataSet) -> float:

@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from graphs import graph, images, measured, normal, residual, run
 from numpy.typing import NDArray
 
 from deploykit import passes, targets
@@ -27,7 +28,6 @@ from deploykit.hub.quantize import quantize
 from deploykit.hub.slices import Slicer
 from deploykit.passes.gptq import Gptq
 from deploykit.passes.reconstruct import Reconstruct
-from tests.graphs import graph, images, measured, normal, residual, run
 
 W3 = QuantSpec(weight_bits=3)
 FEW = Reconstruct(steps=60)

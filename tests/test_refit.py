@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from graphs import graph, images, measured, normal, residual, run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -44,7 +45,6 @@ from deploykit.hub.slices import Slicer
 from deploykit.passes.bias_correct import BiasCorrect
 from deploykit.passes.gptq import Gptq
 from deploykit.passes.weight_correct import WeightCorrect
-from tests.graphs import graph, images, measured, normal, residual, run
 
 SPEC = QuantSpec()
 LINEAR_INPUTS = QuantSpec(

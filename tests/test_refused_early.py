@@ -9,12 +9,12 @@ import pytest
 import torch
 from conftest import TinyMLP
 from graphs import normal
+from test_pipeline import out
 from torch import Tensor, nn
 
 from deploykit import passes, pipeline
 from deploykit.core.errors import DeploykitError
 from deploykit.core.recipe import Recipe, Step
-from tests.test_pipeline import out
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from graphs import conv_relu_conv, images, normal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -28,7 +29,6 @@ from deploykit.hub.sharing.kmeans import cluster, lloyd, nearest
 from deploykit.hub.sharing.module import SharedModule
 from deploykit.losses import distill_kl
 from deploykit.trainer import Trainer
-from tests.graphs import conv_relu_conv, images, normal
 
 TRAINS = importlib.util.find_spec("accelerate") is not None
 needs_training = pytest.mark.skipif(not TRAINS, reason="training needs the extra 'train'")

@@ -6,6 +6,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from families import example
+from graphs import graph, measured, normal, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -21,8 +23,6 @@ from deploykit.hub.graph import FloatGraph
 from deploykit.hub.lower import lower
 from deploykit.hub.quantize import quantize
 from deploykit.passes.smooth import Smooth
-from tests.families import example
-from tests.graphs import graph, measured, normal, run
 
 X86 = targets.load("x86")
 

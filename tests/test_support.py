@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from families import FAMILIES, example
 
 from benchmarks import support_page
 from benchmarks.support import TARGETS, cell, lowered, saved
-from tests.families import FAMILIES, example
 
 PAGE = Path(__file__).parents[1] / "docs" / "support.md"
 

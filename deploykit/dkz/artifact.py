@@ -41,7 +41,12 @@ def _sizes(made: Sequence[Packed]) -> Finding:
         (p.path.name, p.stored, p.whole, p.whole / max(1, p.stored), p.peak, ", ".join(_coders(p))) for p in made
     )
     columns = "file", "bytes stored", "bytes decoded", "times smaller", "bytes of memory while decoding", "coder"
-    return Finding(STEP, "Packed without loss: `deploykit unpack` gives the same bytes back", columns, rows)
+    summary = "packed without loss: " + ", ".join(
+        f"{name} {size:,} bytes ({times:.1f}x)" for name, size, _, times, *_ in rows
+    )
+    return Finding(
+        STEP, "Packed without loss: `deploykit unpack` gives the same bytes back", columns, rows, summary=summary
+    )
 
 
 def _coders(packed: Packed) -> list[str]:

@@ -31,6 +31,20 @@ STREAMS = 512
 
 
 @dataclass(frozen=True)
+class Indices:
+    """What an extent stands for whose elements are indices of a codebook beside it."""
+
+    book: str
+    """Name of the codebook, an extent too if it is large enough."""
+    values: NDArray[np.float32]
+    """Of it, ``[k]``."""
+    bits: int
+    """Of an index, 4 or 8; of two in a byte, the first one is the lower half."""
+    count: int
+    """Of the indices."""
+
+
+@dataclass(frozen=True)
 class Extent:
     """Weights within a file."""
 
@@ -41,6 +55,8 @@ class Extent:
     """Bytes of one, 1, 2 or 4."""
     name: str = ""
     """In its file; for people alone, a container does not have it."""
+    indices: Indices | None = None
+    """What it stands for; for people alone, as well."""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 
 from deploykit.core.errors import DeploykitError
 from deploykit.core.files import no_such_file
-from deploykit.dkz.container import Extent, File
+from deploykit.dkz.container import Extent, File, Indices
 
 LEAST = 64
 """Weights that are worth a codebook."""
@@ -50,15 +50,17 @@ def _onnx(path: Path) -> list[File]:
     from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 
     data = path.read_bytes()
+    graph = onnx.load_from_string(data).graph
+    indices = _indices(graph)
     own, beside, at = list[Extent](), dict[str, list[Extent]](), 0
-    for name, tensor in _tensors(onnx.load_from_string(data).graph):
+    for name, tensor in _tensors(graph):
         size = _item(tensor.data_type)
         if uses_external_data(tensor):
             info = ExternalDataInfo(tensor)
             length = info.length or 0
             beside.setdefault(info.location, []).append(Extent(info.offset or 0, length // size, size, name))
         elif (found := data.find(tensor.raw_data, at)) >= 0 and len(tensor.raw_data) >= LEAST * size:
-            own.append(Extent(found, len(tensor.raw_data) // size, size, name))
+            own.append(Extent(found, len(tensor.raw_data) // size, size, name, indices.get(name)))
             at = found + len(tensor.raw_data)
     others = [File(file, (path.parent / file).read_bytes(), _apart(places)) for file, places in sorted(beside.items())]
     return [File(path.name, data, _apart(own)), *others]
@@ -73,6 +75,26 @@ def _tensors(graph: Any) -> Iterator[tuple[str, Any]]:
             for inner in [attribute.g] if attribute.HasField("g") else attribute.graphs:
                 yield from _tensors(inner)
     yield from ((tensor.name, tensor) for tensor in graph.initializer)
+
+
+def _indices(graph: Any) -> dict[str, Indices]:
+    """Initializers within the file that are indices of a codebook, as `deploykit.exporters.codebooks` writes them."""
+    from onnx import TensorProto, numpy_helper
+
+    kinds = {TensorProto.UINT4: 4, TensorProto.UINT8: 8}
+    held = {tensor.name: tensor for tensor in graph.initializer if tensor.raw_data}
+    cast = {
+        node.output[0]: held[node.input[0]] for node in graph.node if node.op_type == "Cast" and node.input[0] in held
+    }
+    found = {}
+    for node in graph.node:
+        book, codes = (held.get(node.input[0]), cast.get(node.input[1])) if node.op_type == "Gather" else (None, None)
+        if book is None or codes is None or codes.data_type not in kinds or book.data_type != TensorProto.FLOAT:
+            continue
+        values, own = numpy_helper.to_array(book), numpy_helper.to_array(codes).astype(int)
+        if values.ndim == 1 and own.size and own.max() < len(values):
+            found[codes.name] = Indices(book.name, values, kinds[codes.data_type], own.size)
+    return found
 
 
 def _item(kind: int) -> int:

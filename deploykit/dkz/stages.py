@@ -1,5 +1,8 @@
 """What pruning, sharing and coding each save of every weight: tables 4 and 5 of Han et al. 2016 ("Deep Compression"),
 of a container as it was packed.
+
+A file that keeps weights as indices of a codebook has them smaller already; they count as the float32 weights that they
+stand for, so that the table begins where the network began.
 """
 
 from __future__ import annotations
@@ -8,7 +11,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,7 +44,7 @@ class Stage:
     kept: float
     """Percent of them that are not zero."""
     before: int
-    """As it was."""
+    """As it was; of indices, as what they stand for."""
     pruned: int
     """What is not zero, and fillers, each behind a gap of as many bits as make it the least; or as it was."""
     index_bits: int
@@ -67,30 +70,53 @@ def stages(files: Sequence[File], made: Container) -> tuple[Stage, ...]:
     """
     whole = sum(len(file.data) for file in files)
     places = [(file, extent) for file in files for extent in file.extents]
-    found = zip(places, made.weights, _coded(made, front_of(made.data, whole)), strict=True)
-    rows = [_stage(file, own, made.coder, coded) for (file, _), own, coded in found]
-    rest = whole - sum(row.before for row in rows)
-    coded = len(made.data) - sum(row.coded for row in rows)
-    return (*rows, Stage(REST, "", 0, 0.0, rest, rest, 0, 0, rest, coded, "", ""))
+    coded = _coded(made, front_of(made.data, whole))
+    of_book = {e.indices.book: e.indices.values.nbytes for _, e in places if e.indices is not None}
+    beside = {e.name: bytes_ for (_, e), bytes_ in zip(places, coded, strict=True) if e.name in of_book}
+    rows = []
+    for (file, e), own, bytes_ in zip(places, made.weights, coded, strict=True):
+        if e.name in beside:  # a codebook belongs to the weight that has its indices
+            continue
+        book = beside.get(e.indices.book, 0) if e.indices is not None else 0
+        rows.append(_stage(file, own, made.coder, bytes_ + book))
+    small = sum(bytes_ for name, bytes_ in of_book.items() if name not in beside)
+    rest = whole - small - sum(e.count * e.size for _, e in places)
+    left = len(made.data) - sum(row.coded for row in rows)
+    return (*rows, Stage(REST, "", 0, 0.0, rest, rest, 0, 0, rest, left, "", ""))
 
 
 def _stage(file: File, own: Chosen, coder: str, coded: int) -> Stage:
     e, s = own.extent, own.symbols
-    at = np.flatnonzero(np.frombuffer(file.data, f"<u{e.size}", e.count, e.start))
+    bits, size, k = _weights(file, own)
+    at = np.flatnonzero(bits)
     gaps = np.diff(at, prepend=-1) - 1
-    before = e.count * e.size
-    pruned, gap = _least(gaps, e.count, 8 * e.size)
+    before = len(bits) * size
+    pruned, gap = _least(gaps, len(bits), 8 * size)
     shared, code = pruned, 0
-    if s is not None and len(s.book):
-        bits = max(1, math.ceil(math.log2(len(s.book))))
-        codes, b = _least(gaps, e.count, bits)
-        if codes + len(s.book) * e.size < pruned:
-            shared, gap, code = codes + len(s.book) * e.size, b, bits
+    if k:
+        width = max(1, math.ceil(math.log2(k)))
+        codes, b = _least(gaps, len(bits), width)
+        if codes + k * size < pruned:
+            shared, gap, code = codes + k * size, b, width
     streams = "" if s is None else "bytes" if not len(s.book) else "sparse" if s.gap_bits else "dense"
     return Stage(
-        e.name, file.name, e.count, 100 * len(at) / e.count, before, pruned, gap, code, shared, coded,
+        e.name, file.name, len(bits), 100 * len(at) / len(bits), before, pruned, gap, code, shared, coded,
         "lzma" if s is None else coder, streams,
     )  # fmt: skip
+
+
+def _weights(file: File, own: Chosen) -> tuple[NDArray[np.unsignedinteger[Any]], int, int]:
+    """The bits of each weight, its bytes, and how many values all of them share; 0: there is no codebook.
+
+    Indices count as the float32 weights that they stand for.
+    """
+    e, indices = own.extent, own.extent.indices
+    stored = np.frombuffer(file.data, f"<u{e.size}", e.count, e.start)
+    if indices is None:
+        return stored, e.size, 0 if own.symbols is None else len(own.symbols.book)
+    if indices.bits == 4:
+        stored = np.stack([stored & 15, stored >> 4], axis=-1).reshape(-1)[: indices.count]
+    return indices.values.view(np.uint32)[stored], indices.values.itemsize, len(indices.values)
 
 
 def _least(gaps: NDArray[np.int64], count: int, bits: int) -> tuple[int, int]:
