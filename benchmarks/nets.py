@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 
 class BasicBlock(nn.Module):
@@ -57,3 +58,46 @@ def resnet18() -> nn.Module:
         for _ in range(4):
             net(torch.randn(8, 3, 224, 224))
     return net.eval()
+
+
+class EncoderBlock(nn.Module):
+    """Attention and a wide layer, normalised behind their sums (Devlin et al. 2018)."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        """Random weights."""
+        super().__init__()
+        self.heads = heads
+        self.query, self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(4))
+        self.wide, self.narrow = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[n, tokens, width]`` -> the same."""
+        q, k, v = (self.parted(made(x)) for made in (self.query, self.key, self.value))
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape)
+        x = self.norm1(x + self.out(y))
+        made: Tensor = self.norm2(x + self.narrow(F.gelu(self.wide(x))))
+        return made
+
+    def parted(self, x: Tensor) -> Tensor:
+        """``[n, tokens, width]`` -> ``[n, heads, tokens, width / heads]``."""
+        n, tokens, width = x.shape
+        return x.reshape(n, tokens, self.heads, width // self.heads).transpose(1, 2)
+
+
+class Encoder(nn.Module):
+    """An encoder of texts with the shapes of BERT-mini: 4 blocks of 256 and 4 heads."""
+
+    def __init__(self, vocabulary: int = 2000, tokens: int = 64, width: int = 256, blocks: int = 4) -> None:
+        """Random weights."""
+        super().__init__()
+        self.words, self.positions = nn.Embedding(vocabulary, width), nn.Embedding(tokens, width)
+        self.norm = nn.LayerNorm(width)
+        self.blocks = nn.Sequential(*(EncoderBlock(width, width // 64) for _ in range(blocks)))
+        self.pool, self.head = nn.Linear(width, width), nn.Linear(width, 10)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """``[n, tokens]``, int64 -> logits ``[n, 10]``."""
+        x = self.norm(self.words(ids) + self.positions(torch.arange(ids.shape[1])))
+        logits: Tensor = self.head(torch.tanh(self.pool(self.blocks(x)[:, 0])))
+        return logits
