@@ -102,7 +102,6 @@ def images(split: str, count: int) -> DataSet:
 @functools.cache
 def trained(method: Method, seed: int, build: Callable[[int], nn.Module], count: int, epochs: int) -> nn.Module:
     """A network trained by a method; with its exits, where there are some."""
-    torch.set_num_threads(2)
     train = images("train", count)
     settings = TrainSettings(batch=BATCH, weight_decay=5e-4, augment=("flip", "crop"))
     context = Context(

@@ -92,12 +92,14 @@ def load_model(spec: str, weights: Path | None = None) -> Model:
         DeploykitError: nothing there, a factory that fails, weights that do not fit, a file that is not what its name
             says.
     """
+    from deploykit.hub.weight_hooks import without_weight_hooks
+
     path = Path(spec)
     if ":" in spec and not path.exists():
         module = _build(spec)
         if weights is not None:
             _fit_weights(module, _read_weights(weights), str(weights), spec)
-        return Model(spec, module=module.eval())
+        return Model(spec, module=without_weight_hooks(module.eval()))
     _refuse_form(spec, path)
     if weights is not None:
         raise DeploykitError(f"{spec} brings its own weights; leave out --weights {weights}")
@@ -136,6 +138,8 @@ def accept_module(module: Any) -> Model:
     """
     from torch import nn
 
+    from deploykit.hub.weight_hooks import without_weight_hooks
+
     if not isinstance(module, nn.Module):
         raise DeploykitError(f"a model must be an nn.Module or a MODEL argument ({FORMS}); given {_kind(module)}")
     if module.training:
@@ -143,7 +147,7 @@ def accept_module(module: Any) -> Model:
     for name, part in module.named_modules():
         if part.training:
             raise DeploykitError(f"'{name}' ({_kind(part)}) is in training mode: call .eval() on the whole model first")
-    return Model(_kind(module), module=module)
+    return Model(_kind(module), module=without_weight_hooks(module))
 
 
 def input_specs(model: Model) -> tuple[TensorSpec, ...]:
@@ -260,9 +264,11 @@ def _load_compressed(folder: Path) -> nn.Module:
 
 
 def _whole(network: nn.Module, places: Places | None) -> nn.Module:
-    """The network with its exits, where it has some."""
+    """The network with plain parameters, and with its exits where it has some."""
     from deploykit.exits.network import attach
+    from deploykit.hub.weight_hooks import without_weight_hooks
 
+    network = without_weight_hooks(network.eval())
     try:
         return network if places is None else attach(network, places)
     except DeploykitError as error:

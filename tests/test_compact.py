@@ -275,7 +275,7 @@ def test_training_makes_good_what_the_rewriting_costs(trained: nn.Module) -> Non
 
 def test_a_folder_remembers_it(trained: nn.Module, tmp_path: Path) -> None:
     file = tmp_path / "net.py"
-    file.write_text("from tests.test_compact import small as build\n")
+    file.write_text("from test_compact import small as build\n")
     prepared = pipeline.prepare(load_model(f"{file}:build"), {}, {"x": pictures(2, 1)[0]})
     recipe = Recipe((Step("compact"), Step("sparsify", {"sparsity": 0.5})))
     done = pipeline.compress(prepared, pipeline.Settings(recipe), None, tmp_path / "small")

@@ -390,7 +390,7 @@ def test_the_command_writes_a_chain_from_a_compressed_folder(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("kept").mkdir()
-    save_compressed(whole, Path("kept"), "tests.test_self_distill:build")
+    save_compressed(whole, Path("kept"), "test_self_distill:build")
     data = images(30)
     np.savez("test.npz", image=next(data.batches(30)).inputs["image"], y=data.labels)
     said = enter(

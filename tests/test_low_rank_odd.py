@@ -16,6 +16,7 @@ from deploykit.core.data import DataSet
 from deploykit.core.errors import DeploykitError
 from deploykit.core.recipe import Step
 from deploykit.cost import cost
+from deploykit.layerwise.budgets import NotEnough
 from deploykit.layerwise.covariance import Covariance
 from deploykit.layerwise.refit import Moments
 from deploykit.low_rank.factored import Factored
@@ -176,3 +177,16 @@ def test_a_frozen_bias_is_not_fitted() -> None:
 def test_iterating_a_form_that_cannot_be_taken_up_again_is_refused_before_training(form: str) -> None:
     with pytest.raises(DeploykitError, match="cannot be decomposed further"):
         run(Two().eval(), rows(), "iterate", amount=0.3, step="low_rank", options={"form": form})
+
+
+def test_what_is_small_enough_already_is_not_made_whole_again() -> None:
+    data = rows()
+    small = run(Two().eval(), data, amount=0.4)
+    count = sum(p.numel() for p in small.parameters())
+    again = run(small, data, at_most=count + 10)
+    assert sum(p.numel() for p in again.parameters()) == count and again is not small
+    assert torch.equal(again(torch.ones(1, 12)), small(torch.ones(1, 12)))
+
+
+def test_a_budget_that_no_factors_meet_never_says_that_less_than_nothing_can_be_saved() -> None:
+    assert "at most 0.0% can" in str(NotEnough(0.3, -0.1))

@@ -388,7 +388,7 @@ def test_an_export_that_is_killed_while_a_step_trains_goes_on_by_the_same_comman
 def test_compress_goes_on_too_and_with_other_data_does_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "net.py").write_text("from tests.test_resume import build\n")
+    (tmp_path / "net.py").write_text("from test_resume import build\n")
     recipe = Recipe((Step("finetune", {"steps": 12}),), TrainSettings(batch=8, loss="ce"))
 
     def compress(out: str, data: DataSet) -> bytes:

@@ -324,7 +324,7 @@ def test_a_network_with_exits_is_written_to_a_folder_and_read_again(
     net = build().eval()
     sparse = Sparsify(sparsity=0.5)(net, context(net))
     whole = SelfDistill(keep_exits=True, steps=2)(sparse, context(net))
-    save_compressed(whole, tmp_path, "tests.test_self_distill:build")
+    save_compressed(whole, tmp_path, "test_self_distill:build")
     read = load_model(str(tmp_path)).module
     assert isinstance(read, WithExits) and isinstance(whole, WithExits) and read.places == whole.places
     ours, theirs = whole(**few()), read(**few())

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 
 
@@ -30,6 +31,21 @@ class MissingExtra(DeploykitError):
         """Says what to install."""
         super().__init__(f"{what} needs the extra '{extra}': pip install 'deploykit[{extra}]'")
         self.extra = extra
+
+
+@contextmanager
+def said_by(who: str) -> Iterator[None]:
+    """Errors of checks that several steps share begin with the name of the step.
+
+    >>> with said_by("compact"):
+    ...     raise DeploykitError("layer 'a' has groups")
+    Traceback (most recent call last):
+    deploykit.core.errors.DeploykitError: compact: layer 'a' has groups
+    """
+    try:
+        yield
+    except DeploykitError as error:
+        raise DeploykitError(f"{who}: {error}") from None
 
 
 def unknown(kind: str, given: str, known: Iterable[str]) -> DeploykitError:

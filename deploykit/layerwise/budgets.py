@@ -31,7 +31,7 @@ class NotEnough(DeploykitError):
 
     def __init__(self, amount: float, possible: float) -> None:
         """Says both."""
-        super().__init__(f"{amount:.1%} cannot be saved; at most {possible:.1%} can")
+        super().__init__(f"{amount:.1%} cannot be saved; at most {max(0.0, possible):.1%} can")
         self.possible = possible
 
 

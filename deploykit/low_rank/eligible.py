@@ -78,9 +78,7 @@ def obstacles(model: nn.Module, seen: Mapping[str, Seen], form: str) -> dict[str
             found[name] = "it is decomposed already"
             continue
         if not all(bool(torch.isfinite(p).all()) for p in layer.parameters()):
-            raise DeploykitError(
-                f"low_rank: the weights of layer '{name}' are not all finite; train or load them again"
-            )
+            raise DeploykitError(f"the weights of layer '{name}' are not all finite; train or load them again")
         found[name] = (
             "it is the whole model" if not name
             else held[name] if name in held

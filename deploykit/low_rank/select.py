@@ -187,5 +187,5 @@ def equal_ratio(tables: Tables, cost: Number, budget: float) -> Choice:
         cost: of a choice.
         budget: for all layers together.
     """
-    saved = {id(c): 1.0 - cost(c) / cost(t.whole) for t in tables.values() for c in (t.whole, *t.factored)}
+    saved = {id(c): 1.0 - cost(c) / (cost(t.whole) or 1.0) for t in tables.values() for c in (t.whole, *t.factored)}
     return equal_error(tables, cost, lambda c: saved[id(c)], budget)

@@ -87,15 +87,13 @@ def assert_runs(model: nn.Module, inputs: Mapping[str, Tensor]) -> None:
             answers = tensors(made(**inputs))
     except Exception as error:  # the user's code and torch raise whatever they like
         raise DeploykitError(
-            f"low_rank: the model does not run with factors in it ({error}); leave layers out with skip"
+            f"the model does not run with factors in it ({error}); leave layers out with skip"
         ) from None
     idle = [name for name in factored if name not in called]
     if idle:
         raise DeploykitError(
-            f"low_rank: the model does not call '{idle[0]}' by that name (it keeps the layer elsewhere, too), so its "
+            f"the model does not call '{idle[0]}' by that name (it keeps the layer elsewhere, too), so its "
             "factors would do nothing; leave it out with skip"
         )
     if not all(bool(torch.isfinite(y).all()) for y in answers if y.is_floating_point()):
-        raise DeploykitError(
-            "low_rank: the decomposed model gives numbers that are not finite; leave layers out with skip"
-        )
+        raise DeploykitError("the decomposed model gives numbers that are not finite; leave layers out with skip")

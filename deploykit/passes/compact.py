@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from deploykit.core.context import Context
-from deploykit.core.errors import DeploykitError, some
+from deploykit.core.errors import DeploykitError, said_by, some
 from deploykit.core.manifest import Finding
 from deploykit.core.patterns import matching
 from deploykit.core.recipe import Stage
@@ -71,14 +71,10 @@ class Compact:
             raise DeploykitError("compact: the context has no example to run the model with")
         inputs = as_tensors(context.example)
         seen = look(model, inputs)
-        try:
+        with said_by("compact"):
             whys = self._whys(model, list(seen), obstacles(model, seen, "channel"))
             made = replaced(model, "channel", self._chosen(model, whys))
             assert_runs(made, inputs)
-        except DeploykitError as error:  # the form's own checks speak for the step that usually asks them
-            raise DeploykitError(
-                f"compact: {str(error).removeprefix('low_rank: ').removeprefix('compact: ')}"
-            ) from None
         context.note(self._finding(model, made, whys, context))
         return made
 

@@ -15,7 +15,7 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from deploykit.core.context import Context
-from deploykit.core.errors import DeploykitError, some
+from deploykit.core.errors import DeploykitError, said_by, some
 from deploykit.core.manifest import Finding
 from deploykit.core.patterns import matching
 from deploykit.core.recipe import Stage
@@ -88,6 +88,7 @@ class LowRank:
             DeploykitError: unknown layers, one named that cannot be decomposed, weights that are not finite, too few
                 samples, a budget that cannot be met, or a model that does not run with factors.
         """
+        import copy
         from functools import partial
 
         from deploykit.layerwise.budgets import COUNTED, NotEnough, saving, share_to_save, size
@@ -104,13 +105,17 @@ class LowRank:
         method, unit = self._method(context), COUNTED.get(self.of, self.of)
         given, model = model, self._whole_again(model)
         amount, at_most = self.amount, self.at_most
-        if model is not given and amount is not None:  # a share of the network as it came, not made whole
-            at_most = (1.0 - amount) * size(self.of, context, "low_rank")(given)
+        if model is not given:  # a share of the network as it came, not made whole
+            now = size(self.of, context, "low_rank")(given)
+            at_most = (1.0 - amount) * now if amount is not None else at_most
             amount = None
+            if at_most is not None and now <= at_most:  # it was made small enough before
+                return copy.deepcopy(given)
         amount = share_to_save(amount, at_most, self.of, model, context, "low_rank")
         inputs = as_tensors(context.example)
         seen = look(model, inputs)
-        whys = obstacles(model, seen, self.form)
+        with said_by("low_rank"):
+            whys = obstacles(model, seen, self.form)
         layers = {name: model.get_submodule(name) for name in self._decomposable(whys)}
         norms = {}
         if method in methods.SEES_DATA:
@@ -143,7 +148,8 @@ class LowRank:
             data = context.need("calibration", "low_rank")
             fit = fitted(model, self.form, ranks, matters, set(untouchable(model)), data)
         made = replaced(fit, self.form, ranks)
-        assert_runs(made, inputs)
+        with said_by("low_rank"):
+            assert_runs(made, inputs)
         context.note(self._ranks(choice, tables, whys, _removed(given, made, context)))
         if self.form == "channel":
             context.note(_decay(repr(self), tables, choice))
