@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from deploykit.core.context import Context
-from deploykit.core.errors import DeploykitError
+from deploykit.core.errors import DeploykitError, some
+from deploykit.core.progress import say
 from deploykit.core.recipe import Stage
 from deploykit.core.target import Need, Profit
 
@@ -59,6 +60,9 @@ class TuneCodebooks:
         books = {name: own for name, own in found.items() if own is not None}
         if not books:
             raise DeploykitError("tune_codebooks trains values that weights share, and none does; put share before it")
+        alone = [name for name in found if name not in books]
+        if alone:
+            say(f"tune_codebooks: {some(alone, 4)} share no values and stay as they are")
         student = SharedModule(graph, books)
         train(student, context, "tune_codebooks", self.steps, self.learning_rate, self.temperature)
         return student.to_graph()
