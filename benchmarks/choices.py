@@ -27,7 +27,7 @@ from deploykit.core.target import QuantSpec
 from deploykit.hub.graph import FloatGraph, Hub
 from deploykit.hub.quantize import quantize
 from deploykit.models import accept_module
-from deploykit.trainer import Trainer
+from deploykit.training.trainer import Trainer
 
 COMMAND = "python -m benchmarks.choices"
 X86 = targets.load("x86")

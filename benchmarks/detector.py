@@ -37,7 +37,7 @@ from deploykit.core.progress import say
 from deploykit.core.recipe import Step, TrainSettings
 from deploykit.core.request import Gate
 from deploykit.models import accept_module
-from deploykit.trainer import Trainer
+from deploykit.training.trainer import Trainer
 
 COMMAND = "python -m benchmarks.detector"
 ABOUT = "10,000 generated scenes train, 256 more hold out, 1,000 more test"

@@ -27,7 +27,7 @@ from deploykit.core.context import Context
 from deploykit.core.data import DataSet
 from deploykit.core.recipe import Step, TrainSettings
 from deploykit.losses import cross_entropy
-from deploykit.trainer import Trainer
+from deploykit.training.trainer import Trainer
 
 COMMAND = "python -m benchmarks.distill"
 ABOUT = "MNIST, 60,000 images train, 10,000 test"

@@ -41,7 +41,7 @@ from deploykit.distillation.detection import detection
 from deploykit.losses import Loss
 from deploykit.models import accept_module
 from deploykit.passes.distill import Distill
-from deploykit.trainer import Trainer
+from deploykit.training.trainer import Trainer
 
 COMMAND = "python -m benchmarks.distill_detector"
 SEEDS = (0, 1, 2)

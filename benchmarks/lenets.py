@@ -35,7 +35,7 @@ from deploykit.core.request import Gate
 from deploykit.dkz.files import unpack_file
 from deploykit.losses import TrainBatch, cross_entropy, distill_kl, tensors
 from deploykit.models import accept_module
-from deploykit.trainer import Trainer
+from deploykit.training.trainer import Trainer
 
 COMMAND = "python -m benchmarks.lenets"
 ABOUT = "MNIST, 60,000 images train, 10,000 test; fp32 .onnx in ONNX Runtime"

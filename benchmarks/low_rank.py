@@ -41,7 +41,7 @@ from deploykit.low_rank import channel, methods, select
 from deploykit.low_rank.factored import Ranks
 from deploykit.low_rank.search import ranks_of
 from deploykit.low_rank.tables import Table, table
-from deploykit.trainer import Trainer
+from deploykit.training.trainer import Trainer
 
 COMMAND = "python -m benchmarks.low_rank"
 ALL = "ResNet-20, no data chooses, all 10,000 JPEG test images evaluate"

@@ -36,7 +36,7 @@ from deploykit.core.request import Gate
 from deploykit.cost import cost
 from deploykit.losses import cross_entropy
 from deploykit.models import accept_module
-from deploykit.trainer import Trainer
+from deploykit.training.trainer import Trainer
 
 COMMAND = "python -m benchmarks.prune"
 ABOUT = "ResNet-20, 512 JPEG CIFAR-10 training images choose and refit, the first 2,000 test images evaluate"

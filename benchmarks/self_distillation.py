@@ -41,7 +41,7 @@ from deploykit.exits.network import InTraining, WithExits
 from deploykit.losses import Loss, cross_entropy
 from deploykit.models import Model, accept_module
 from deploykit.passes.self_distill import SelfDistill
-from deploykit.trainer import Trainer
+from deploykit.training.trainer import Trainer
 
 COMMAND = "python -m benchmarks.self_distillation"
 SEEDS = (0, 1, 2)

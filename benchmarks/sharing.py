@@ -34,7 +34,7 @@ from deploykit.hub.graph import FloatGraph, Hub
 from deploykit.hub.lower import lower
 from deploykit.hub.quantize import quantize
 from deploykit.hub.running import session
-from deploykit.trainer import Trainer
+from deploykit.training.trainer import Trainer
 
 COMMAND = "python -m benchmarks.sharing"
 X86 = targets.load("x86")

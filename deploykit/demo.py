@@ -18,7 +18,7 @@ from deploykit.core.recipe import TrainSettings
 from deploykit.core.request import Request, Settings
 from deploykit.core.seeds import seeded
 from deploykit.losses import cross_entropy
-from deploykit.trainer import Trainer
+from deploykit.training.trainer import Trainer
 from deploykit.trial import runnable
 
 TARGETS = ("x86", "x86-openvino", "mobile-arm", "jetson", "cortex-m4", "fpga-int8")

@@ -27,7 +27,7 @@ from deploykit.hub.structure import mask_of
 from deploykit.losses import TrainBatch, cross_entropy
 from deploykit.models import load_model
 from deploykit.passes.compact import Compact
-from deploykit.trainer import Trainer
+from deploykit.training.trainer import Trainer
 
 DEVICE = "mobile-arm" if importlib.util.find_spec("ai_edge_litert") else "x86"
 

@@ -30,7 +30,7 @@ from deploykit.core import journal
 from deploykit.core.data import DataSet
 from deploykit.core.recipe import TrainSettings
 from deploykit.losses import cross_entropy
-from deploykit.trainer import Trainer
+from deploykit.training.trainer import Trainer
 
 torch.set_num_threads(1)
 journal.EVERY, journal.SHARE = 0.0, 1e9

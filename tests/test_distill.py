@@ -21,7 +21,7 @@ from deploykit.core.recipe import Step, TrainSettings
 from deploykit.losses import TrainBatch, cross_entropy
 from deploykit.passes.distill import Distill
 from deploykit.passes.sparsify import Sparsify
-from deploykit.trainer import Trainer
+from deploykit.training.trainer import Trainer
 
 pytest.importorskip("accelerate")
 

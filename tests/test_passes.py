@@ -25,7 +25,7 @@ from deploykit.passes.bias_correct import BiasCorrect
 from deploykit.passes.equalize import Equalize
 from deploykit.passes.qat import Qat
 from deploykit.passes.sparsify import Sparsify
-from deploykit.trainer import Trainer
+from deploykit.training.trainer import Trainer
 
 X86 = targets.load("x86")
 LINEAR_INPUTS = QuantSpec(

@@ -20,7 +20,7 @@ from deploykit.passes.l0 import BETA, GAMMA, L0, ZETA, _absorb, _attach, _gates
 from deploykit.passes.soft_prune import SoftPrune, silence
 from deploykit.passes.variational_dropout import K1, VariationalDropout, divergence, log_alpha, noisy
 from deploykit.pruning.groups import find_groups
-from deploykit.trainer import Trainer
+from deploykit.training.trainer import Trainer
 
 pytest.importorskip("accelerate")
 

@@ -31,7 +31,7 @@ from deploykit.hub.training.module import HubModule
 from deploykit.losses import TrainBatch, distill_kl
 from deploykit.passes.qat import Qat
 from deploykit.retraining import split
-from deploykit.trainer import Trainer
+from deploykit.training.trainer import Trainer
 
 if importlib.util.find_spec("accelerate") is None:
     pytest.skip("training needs the extra 'train'", allow_module_level=True)

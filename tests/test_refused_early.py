@@ -46,7 +46,7 @@ def test_what_an_exporter_cannot_write_is_refused_before_anything_is_trained_or_
 def no_long_work(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever calibrates on more samples than a stand-in takes, or trains, fails the test."""
     from deploykit.calibration import observe
-    from deploykit.trainer import Trainer
+    from deploykit.training.trainer import Trainer
 
     watch = observe.observe
 

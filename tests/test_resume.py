@@ -27,7 +27,7 @@ from deploykit.core.recipe import Recipe, Step, TrainSettings
 from deploykit.losses import TrainBatch, cross_entropy
 from deploykit.models import load_model
 from deploykit.pipeline.steps import remembering
-from deploykit.trainer import Trainer
+from deploykit.training.trainer import Trainer
 
 if importlib.util.find_spec("accelerate") is None:
     pytest.skip("training needs the extra 'train'", allow_module_level=True)

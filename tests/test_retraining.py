@@ -26,7 +26,7 @@ from deploykit.passes.finetune import Finetune
 from deploykit.passes.iterate import Iterate, rewind
 from deploykit.passes.low_rank import LowRank
 from deploykit.passes.sparsify import Sparsify
-from deploykit.trainer import Trainer
+from deploykit.training.trainer import Trainer
 
 pytest.importorskip("accelerate")
 

@@ -31,7 +31,7 @@ from deploykit.losses import TrainBatch, cross_entropy
 from deploykit.models import load_model, save_compressed
 from deploykit.passes.self_distill import SelfDistill
 from deploykit.passes.sparsify import Sparsify
-from deploykit.trainer import Trainer
+from deploykit.training.trainer import Trainer
 
 pytest.importorskip("accelerate")
 

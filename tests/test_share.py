@@ -28,7 +28,7 @@ from deploykit.hub.sharing.codebooks import codebook, share, weights, with_weigh
 from deploykit.hub.sharing.kmeans import cluster, lloyd, nearest
 from deploykit.hub.sharing.module import SharedModule
 from deploykit.losses import distill_kl
-from deploykit.trainer import Trainer
+from deploykit.training.trainer import Trainer
 
 TRAINS = importlib.util.find_spec("accelerate") is not None
 needs_training = pytest.mark.skipif(not TRAINS, reason="training needs the extra 'train'")

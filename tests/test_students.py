@@ -30,7 +30,7 @@ from deploykit.students.mobilenet_v2 import MobileNetV2
 from deploykit.students.parts import scaled
 from deploykit.students.shufflenet_v2 import ShuffleNetV2, shuffled
 from deploykit.students.squeezenet import SqueezeNet
-from deploykit.trainer import Trainer
+from deploykit.training.trainer import Trainer
 
 STUDENTS: dict[str, Callable[..., nn.Module]] = {
     "mobilenet_v1": MobileNetV1, "mobilenet_v2": MobileNetV2, "shufflenet_v2": ShuffleNetV2, "squeezenet": SqueezeNet,

@@ -20,7 +20,8 @@ from deploykit.core.errors import DeploykitError, MissingExtra
 from deploykit.core.recipe import TrainSettings
 from deploykit.hub.structure import attach_mask
 from deploykit.losses import TrainBatch, cross_entropy, distill_kl, load_loss
-from deploykit.trainer import CLIP, Trainer, augment, schedule
+from deploykit.training.augmentation import augment
+from deploykit.training.trainer import CLIP, Trainer, schedule
 
 if importlib.util.find_spec("accelerate") is None:
     pytest.skip("training needs the extra 'train'", allow_module_level=True)
@@ -392,7 +393,7 @@ import os, sys, numpy as np, torch
 from deploykit.core.data import DataSet
 from deploykit.core.recipe import TrainSettings
 from deploykit.losses import cross_entropy
-from deploykit.trainer import Trainer
+from deploykit.training.trainer import Trainer
 torch.set_num_threads(1)
 torch.manual_seed(0)
 random = np.random.default_rng(0)

@@ -35,7 +35,7 @@ from deploykit.distillation import detection
 from deploykit.losses import TrainBatch, load_loss
 from deploykit.models import accept_module
 from deploykit.passes.distill import Distill
-from deploykit.trainer import Trainer
+from deploykit.training.trainer import Trainer
 
 CLASSES = len(SHAPES)
 

@@ -33,7 +33,7 @@ class Cost:
 
 
 class Trainer(Protocol):
-    """Fits a module with a loss; see `deploykit.trainer`."""
+    """Fits a module with a loss; see `deploykit.training.trainer`."""
 
     def fit(self, module: Any, data: DataSet, loss: Callable[[Any, Any], Any], **settings: Any) -> list[float]:
         """Trains in place; returns the loss of every optimizer step."""

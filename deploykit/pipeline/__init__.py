@@ -22,7 +22,7 @@ from deploykit.pipeline.road import Road
 from deploykit.pipeline.steps import calibrate, compress, float_graph, insist
 from deploykit.planning import plan, precisions, profiting
 from deploykit.report.advice import mend
-from deploykit.trainer import require_accelerate
+from deploykit.training.trainer import require_accelerate
 from deploykit.trial import Exam
 
 if TYPE_CHECKING:

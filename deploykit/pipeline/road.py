@@ -377,7 +377,7 @@ class Road:
         return [name for name, array in self.fed.example.items() if array.dtype == np.uint8 and array.ndim == 4]
 
     def _run(self, step: Pass, subject: Any, context: Context) -> Any:
-        from deploykit.trainer import weights_hash
+        from deploykit.training.notes import weights_hash
 
         say(f"running {step!r}")
         journal = self.journal.of(weights_hash(subject) if step.stage == "model" else subject.hash)

@@ -131,7 +131,7 @@ def compress(prepared: Prepared, settings: Settings, target: Target | None, fold
     """
     from deploykit.cost import cost
     from deploykit.models import save_compressed
-    from deploykit.trainer import weights_hash
+    from deploykit.training.notes import weights_hash
 
     refuse_existing(folder, settings.overwrite)
     module = prepared.model.module
@@ -188,7 +188,7 @@ def step_context(
     from deploykit.cost import cost
     from deploykit.losses import load_loss
     from deploykit.pipeline.draft import caller, file_bytes
-    from deploykit.trainer import Trainer
+    from deploykit.training.trainer import Trainer
 
     loss, example = settings.recipe.train.loss, prepared.example
 
@@ -222,7 +222,7 @@ def remembering(context: Context, journal: Journal, step: Pass) -> Context:
         journal: of what the step works on.
         step: which tells with its options what it does.
     """
-    from deploykit.trainer import Trainer
+    from deploykit.training.trainer import Trainer
 
     own = journal.of(repr(step), context.seed, *(partial(getattr, data, "hash") for data in context.data.values()))
     trainer = context.trainer
