@@ -22,7 +22,8 @@ class Row:
     claim: str
     value: float | None
     """The figure that is compared with the bar (worst of ``values`` where there are several)."""
-    bar: float
+    bar: float | None
+    """None: reported as measured."""
     better: Literal["higher", "lower"]
     data: str
     command: str
@@ -37,6 +38,8 @@ class Row:
         """Whether the bar is met; a row that was not measured is not met."""
         if self.value is None:
             return False
+        if self.bar is None:
+            return True
         return self.value >= self.bar if self.better == "higher" else self.value <= self.bar
 
 
@@ -49,7 +52,7 @@ def record(name: str, rows: Sequence[Row]) -> None:
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps({"rows": [*kept, *fresh.values()]}, indent=1) + "\n")
     for row in rows:
-        state = "met" if row.met else "NOT MET"
+        state = "NOT MET" if not row.met else "measured" if row.bar is None else "met"
         print(f"{state:8} {row.claim}: {row.value} (bar {row.bar}, {row.better} is better)", flush=True)
 
 

@@ -46,9 +46,11 @@ def number(value: float | None) -> str:
 
 
 def met(row: Mapping[str, Any]) -> bool:
-    """Whether the bar is met."""
+    """Whether the bar is met; without one nothing can be missed."""
     if row["value"] is None:
         return False
+    if row["bar"] is None:
+        return True
     return bool(row["value"] >= row["bar"] if row["better"] == "higher" else row["value"] <= row["bar"])
 
 
@@ -72,13 +74,13 @@ def section(name: str, rows: Rows) -> str:
     lines = [f"## {TITLES.get(name, name)}", ""]
     lines += ["| claim | measured | bar | | neighbours | data |", "|---|---|---|---|---|---|"]
     for row in rows:
-        sign = "≥" if row["better"] == "higher" else "≤"
+        bar, state = "none", "as measured"
+        if row["bar"] is not None:
+            bar = f"{'≥' if row['better'] == 'higher' else '≤'} {number(row['bar'])}"
+            state = "met" if met(row) else "**not met**"
         value = f"**{number(row['value'])}**" + (f" ({details(row)})" if row["values"] else "")
         note = f" {row['note']}" if row["note"] else ""
-        lines.append(
-            f"| {row['claim']} | {value} | {sign} {number(row['bar'])} | {'met' if met(row) else '**not met**'} "
-            f"| {row['neighbour']} | {row['data']}{note} |"
-        )
+        lines.append(f"| {row['claim']} | {value} | {bar} | {state} | {row['neighbour']} | {row['data']}{note} |")
     return "\n".join([*lines, "", "Measured by:", "", *(f"- {line}" for line in origins(rows))])
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from deploykit.core.errors import DeploykitError
 from deploykit.core.files import no_such_file
+from deploykit.core.seeds import seeded
 from deploykit.core.user_code import call, load_function
 from deploykit.losses import tensors, unlike
 
@@ -47,7 +48,8 @@ def load_teacher(spec: str) -> Teacher:
     factory = load_function(spec, "factory")
     if isinstance(factory, nn.Module):
         raise DeploykitError(f"{spec} is a model, not a function that makes one: write `def build(): return ...`")
-    made = call(f"factory {spec}", factory)
+    with seeded(0):  # as a MODEL's factory
+        made = call(f"factory {spec}", factory)
     if not callable(made):
         raise DeploykitError(f"factory {spec} returned {type(made).__name__}; a teacher is an nn.Module or a callable")
     return made.eval() if isinstance(made, nn.Module) else made
