@@ -45,11 +45,15 @@ def load_loss(spec: str) -> Loss:
     return functools.partial(call, f"loss {spec}", load_function(spec, "loss"))
 
 
+IGNORED = -100
+"""The label of what torch's cross-entropy passes over."""
+
+
 def cross_entropy(outputs: Any, batch: TrainBatch) -> Tensor:
     """Mean cross-entropy of logits ``[n, classes, ...]`` with labels ``[n, ...]``.
 
     Raises:
-        DeploykitError: the data has no labels, or the model has several outputs.
+        DeploykitError: the data has no labels, or others than the model has classes, or the model has several outputs.
     """
     import torch
 
@@ -60,7 +64,24 @@ def cross_entropy(outputs: Any, batch: TrainBatch) -> Tensor:
         raise DeploykitError(
             f"loss 'ce' is for one output, the model has {len(logits)}; give loss = 'file.py:function'"
         )
+    _refuse_labels(logits[0], batch.labels)
     return torch.nn.functional.cross_entropy(logits[0], batch.labels)
+
+
+def _refuse_labels(logits: Tensor, labels: Tensor) -> None:
+    """Raises for labels that are neither positions of classes nor a probability for each."""
+    classes = logits.shape[1] if logits.ndim > 1 else 1
+    if labels.is_floating_point():
+        if labels.shape != logits.shape:
+            raise DeploykitError(
+                f"loss 'ce' takes whole numbers for labels, or a probability for each of the {classes} classes; given "
+                f"{str(labels.dtype).removeprefix('torch.')} {list(labels.shape)}. Give loss = 'file.py:function' for "
+                "other tasks"
+            )
+        return
+    wrong = labels[((labels < 0) & (labels != IGNORED)) | (labels >= classes)]
+    if len(wrong):
+        raise DeploykitError(f"there is a label {int(wrong[0])}; the model has {classes} classes, 0..{classes - 1}")
 
 
 def distill_kl(temperature: float = 1.0) -> Loss:

@@ -37,6 +37,7 @@ from deploykit.hub.graph import Hub
 from deploykit.hub.lower import lower
 from deploykit.models import Model, save_compressed
 from deploykit.pipeline import Prepared, prepare
+from deploykit.reproduce import reproduce
 
 pytest.importorskip("ai_edge_litert")
 
@@ -355,6 +356,7 @@ def test_a_stage_that_does_not_cut_the_network_in_two_is_refused() -> None:
         ("x86", Wanted(thresholds=(0.5,)), "1 thresholds are given, and 2 exits"),
         ("x86", Wanted(thresholds=(0.5, 2.0)), "given 2"),
         ("x86", Wanted(max_drop=-1.0), "0 points or more"),
+        ("x86", Wanted(max_ms=0.0), "--max-ms must be above 0"),
     ],
 )
 def test_what_cannot_be_written_is_refused_before_any_work(
@@ -400,6 +402,8 @@ def test_the_command_writes_a_chain_from_a_compressed_folder(
     assert "thresholds 0.9, 0.8" in said.out and "leave by exit 1 to 3" in said.out
     chain = load_chain(Path("chain"))
     assert chain.ensemble
+    with pytest.raises(DeploykitError, match=r"cannot be made again: .* with cuts"):
+        reproduce(Path("chain/whole"))
     again = enter("exits kept --calib test.npz --precision fp32")
     assert again.code == 2 and "already exists" in again.err
     show(Path("chain"), chain, as_json=True)

@@ -61,7 +61,7 @@ def test_an_empty_file_is_the_empty_recipe(tmp_path: Path) -> None:
         ("[train]\nepochs = 0", "epochs and learning_rate must be above 0"),
         ("[train]\nlearning_rate = nan", "must be above 0"),
         ("[train]\nbatch = 1.5", "batch"),
-        ('[train]\naugment = ["spin"]', "spin"),
+        ('[train]\naugment = ["flipp"]', "no choice 'flipp'. Did you mean 'flip'?"),
         ("train = 3", "a table is expected"),
     ],
 )

@@ -404,6 +404,13 @@ torch.save({"losses": torch.tensor(losses), **net.state_dict()}, f"{sys.argv[1]}
 """
 
 
+def test_one_sample_at_a_time_is_too_few_for_batch_normalisation() -> None:
+    net = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+    data = DataSet.of({"input": np.zeros((8, 4), np.float32)}, np.zeros(8, np.int64))
+    with pytest.raises(DeploykitError, match="give a larger batch"):
+        Trainer(TrainSettings(batch=1)).fit(net, data, cross_entropy, steps=2)
+
+
 @pytest.mark.slow
 def test_two_processes_train_as_one_with_twice_the_batch(tmp_path: Path) -> None:
     """``accelerate launch`` starts processes through torch's launcher; on CPUs that launcher is called itself."""

@@ -109,7 +109,8 @@ def write_chain(
         road = Road(replace(prepared, model=model), settings, gate, None)
         road.lower([target], None)
         (work / WHOLE).mkdir()
-        whole = road.write(target, work / WHOLE, replace(request, settings=settings))
+        cannot = *request.objects, "it is a network with cuts, for a chain to be made of"
+        whole = road.write(target, work / WHOLE, replace(request, settings=settings, objects=cannot))
         pieces = ports([i.name for i in whole.inputs], len(module.exits), module.places.output)
         hubs = {f.precision: _hub_of(road, target, f.precision, f.steps) for f in whole.files}
         manifests = [whole]
@@ -160,6 +161,8 @@ def _refuse(prepared: Prepared, target: Target, module: WithExits, wanted: Wante
         rules.check_allowed(wanted.max_drop)
     if wanted.thresholds:
         rules.check(wanted.thresholds, len(module.exits) + 1)
+    if wanted.max_ms is not None and not wanted.max_ms > 0:
+        raise DeploykitError(f"--max-ms must be above 0, given {wanted.max_ms:g}")
     if wanted.max_ms is not None and (runtime.untimed or not target.measured_here):
         raise DeploykitError(
             f"times taken here say nothing about '{target.name}', so --max-ms cannot be met by choosing thresholds "

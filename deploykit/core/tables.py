@@ -8,7 +8,7 @@ import types
 import typing
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import msgspec
 
@@ -62,7 +62,7 @@ def from_table(cls: type[T], table: Mapping[str, Any], where: str) -> T:
 
 
 def _refuse_unknown_keys(hint: Any, value: Any, where: str) -> None:
-    """Follows the type hint down into tables, tables of tables and lists of tables."""
+    """Keys and choices; follows the type hint down into tables, tables of tables and lists of tables."""
     inner = typing.get_args(hint)
     if isinstance(hint, type) and dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
         hints = typing.get_type_hints(hint)
@@ -77,6 +77,9 @@ def _refuse_unknown_keys(hint: Any, value: Any, where: str) -> None:
     elif typing.get_origin(hint) in (tuple, list) and isinstance(value, list):
         for number, entry in enumerate(value, 1):
             _refuse_unknown_keys(inner[0], entry, f"{where} {number}")
+    elif typing.get_origin(hint) is Literal and isinstance(value, str) and value not in inner:
+        raise DeploykitError(f"{where}: {unknown('choice', value, map(str, inner))}")
     elif typing.get_origin(hint) in (typing.Union, types.UnionType):
         for choice in inner:
-            _refuse_unknown_keys(choice, value, where)
+            if typing.get_origin(choice) is not Literal or str not in inner:
+                _refuse_unknown_keys(choice, value, where)

@@ -29,7 +29,9 @@ if TYPE_CHECKING:
 
 BATCH = 64
 """Samples that a teacher is asked about together, whatever the training does: its answers hang on that, by rounding."""
-FORMAT = "deploykit-answers-1"
+FEW = 8
+"""Samples that a teacher is asked about in any case: it may have changed where its fingerprint does not look."""
+FORMAT = "deploykit-answers-2"
 
 Table = tuple["NDArray[Any]", ...]
 """By output ``[samples, ...]`` float32, read from a file as far as it is needed."""
@@ -41,7 +43,7 @@ def answers(teacher: Ensemble, data: DataSet, folder: Path, known: str | None, d
     Args:
         teacher: asked in batches of `BATCH`.
         data: as they come, not augmented. Labels do not matter.
-        folder: gets a folder for this teacher and these samples, named by a hash of both.
+        folder: gets a folder for this teacher and these samples, named by a hash of both and of the first answers.
         known: the teacher's fingerprint; None: it is asked in any case, and the folder (which is there) gets the next
             number for a name.
         device: where it is asked.
@@ -52,7 +54,11 @@ def answers(teacher: Ensemble, data: DataSet, folder: Path, known: str | None, d
     if known is None:
         place = folder / str(len(list(folder.iterdir())))
     else:
-        key = f"{FORMAT} {known} {replace(data, labels=None).hash}"
+        first = hashlib.sha256()
+        for outputs in _asked(teacher, data.take(slice(0, FEW)), device):
+            for y in outputs:
+                first.update(np.ascontiguousarray(y, np.float32).tobytes())
+        key = f"{FORMAT} {known} {first.hexdigest()} {replace(data, labels=None).hash}"
         place = folder / hashlib.sha256(key.encode()).hexdigest()[:32]
         found = _read(place, len(data))
         if found is not None:
@@ -135,6 +141,6 @@ def _read(place: Path, count: int) -> Table | None:
     try:
         files = sorted(place.glob("*.npy"), key=lambda p: int(p.stem))
         found = tuple(np.load(file, mmap_mode="r") for file in files)
-    except (OSError, ValueError):
+    except (OSError, ValueError, EOFError):  # the last one: a file without a byte
         return None
     return found if found and all(len(table) == count for table in found) else None

@@ -199,10 +199,32 @@ def examined(teachers: Sequence[Teacher], inputs: Mapping[str, Tensor]) -> Ensem
             torch.allclose(a, b, rtol=1e-3, atol=1e-5, equal_nan=True) for a, b in zip(answers, again, strict=True)
         ):
             raise DeploykitError("the teacher answers differently when it is asked again: is it in training mode?")
+        if not all(bool(torch.isfinite(y).all()) for y in answers):
+            raise DeploykitError("the teacher's answers are not finite: it cannot teach")
+        if not _answers_alone(teacher, inputs, answers):
+            raise DeploykitError(
+                "the teacher answers a sample differently by itself than beside others: is it in training mode?"
+            )
         probable.append(are_probabilities(answers))
     ensemble = Ensemble(teachers, probable).eval()
     ensemble(**inputs)
     return ensemble
+
+
+def _answers_alone(teacher: Teacher, inputs: Mapping[str, Tensor], answers: Sequence[Tensor]) -> bool:
+    """Whether it answers the first sample alone as it did beside others, which batch statistics would not.
+
+    One that takes no single samples is believed, unless it says that it is training.
+    """
+    try:
+        alone = ask(teacher, {name: x[:1] for name, x in inputs.items()})
+    except DeploykitError as error:
+        return "when training" not in str(error)
+    return all(
+        torch.allclose(a, b[:1], rtol=1e-2, atol=1e-3 * float(b.abs().max()))
+        for a, b in zip(alone, answers, strict=True)
+        if a.shape[1:] == b.shape[1:]
+    )
 
 
 def are_probabilities(answers: Sequence[Tensor]) -> bool:
@@ -244,8 +266,9 @@ def refuse_unlike(student: Sequence[Tensor], teacher: Sequence[Tensor], classes:
 def fingerprint(teacher: Teacher) -> str | None:
     """A hash of all that a teacher's answers depend on; None where that cannot be seen.
 
-    Of an ``.onnx`` its bytes; of a module its parts, their code, plain attributes, parameters and buffers. Functions
-    that a module calls are not looked into. Other callables cannot be told apart.
+    Of an ``.onnx`` its bytes; of a module its parts, their code, plain attributes, parameters and buffers. What a
+    module keeps elsewhere is not looked into: answers to a few samples tell it apart
+    (`deploykit.distillation.answers`). Other callables cannot be told apart.
     """
     if isinstance(teacher, OnnxTeacher):
         return teacher.hash

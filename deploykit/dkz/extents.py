@@ -28,8 +28,10 @@ def files_of(path: Path) -> list[File]:
     """
     if not path.is_file():
         raise no_such_file(path)
+    if path.suffix.lower() in KNOWN and not path.stat().st_size:
+        raise DeploykitError(f"{path} is empty")
     try:
-        found = KNOWN.get(path.suffix, _other)(path)
+        found = KNOWN.get(path.suffix.lower(), _other)(path)
         for file in found:
             for e in file.extents:
                 if e.start < 0 or e.start + e.count * e.size > len(file.data):

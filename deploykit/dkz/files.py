@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from deploykit.core.errors import DeploykitError
+from deploykit.core.errors import DeploykitError, said_by
 from deploykit.core.files import folder_in_place, no_such_file, write_in_place
 from deploykit.dkz.container import packed
 from deploykit.dkz.extents import files_of
@@ -98,14 +98,15 @@ def unpack_file(container: Path, out: Path, overwrite: bool = False, limit: int 
         raise DeploykitError(f"{container} lies in {out}, which would be replaced as a whole; give another -o")
     with _telling():
         data = _mapped(container)
-        front = front_of(data, limit)
+        with said_by(str(container)):
+            front = front_of(data, limit)
         names, whole, needed = [told.name for told in front.files], 0, peak(front)
         for name in names:
             if not _stays_inside(name):
                 raise DeploykitError(f"{container} has a file named {name!r}, which could land anywhere: not unpacked")
         if len({name.casefold() for name in names}) < len(names):
             raise DeploykitError(f"{container} is damaged: two of its files have one name")
-        with folder_in_place(out, overwrite) as work:
+        with folder_in_place(out, overwrite) as work, said_by(str(container)):
             for name, pieces in unpack(data, limit):
                 (work / name).parent.mkdir(parents=True, exist_ok=True)
                 with (work / name).open("xb") as file:

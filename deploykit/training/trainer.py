@@ -29,7 +29,7 @@ from deploykit.training.notes import Notes, Run
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
+    from torch import Tensor, nn
 
 WARM_UP = 0.05
 """Share of the steps in which the learning rate rises."""
@@ -117,7 +117,7 @@ class Trainer:
                         inputs = augment(inputs, chosen.augment, layout, drawn)
                         for group in optimizer.param_groups:
                             group["lr"] = chosen.learning_rate * schedule(step, total)
-                        value = loss(model(**inputs), TrainBatch(inputs, labels, answers(teacher, inputs)))
+                        value = loss(_called(model, inputs), TrainBatch(inputs, labels, answers(teacher, inputs)))
                         if not isinstance(value, torch.Tensor) or value.numel() != 1:
                             raise DeploykitError(f"a loss must return a scalar tensor; it returned {_kind(value)}")
                         accelerator.backward(value)
@@ -165,6 +165,18 @@ def schedule(step: int, total: int) -> float:
     if step < rise:
         return (step + 1) / (rise + 1)
     return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, total - rise)))
+
+
+def _called(model: nn.Module, inputs: dict[str, Tensor]) -> Any:
+    """What it answers in training mode."""
+    try:
+        return model(**inputs)
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise DeploykitError(
+            "batch normalisation cannot learn from one value a channel; give a larger batch in [train]"
+        ) from None
 
 
 def _optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.Optimizer:
