@@ -96,7 +96,7 @@ def _stairs(table: Table, cost: Number, error: Number) -> list[Candidate]:
 
 
 def alternate(tables: Tables, cost: Number, error: Number, budget: float, seeds: int, seed: int) -> Choice:
-    """Algorithm 1. Of all seeds the choice with the least largest error, and of several the one with the least sum.
+    """Algorithm 1. Of all seeds the choice with the least largest error.
 
     Args:
         tables: by layer, of channel slices.
@@ -108,7 +108,7 @@ def alternate(tables: Tables, cost: Number, error: Number, budget: float, seeds:
     """
     random = np.random.default_rng(seed)
     by_k = {name: _grouped(table) for name, table in tables.items()}
-    best: tuple[tuple[float, float], Choice] | None = None
+    best: tuple[float, Choice] | None = None
     for start in range(seeds):
         ks = {}
         for name, own in by_k.items():
@@ -121,10 +121,9 @@ def alternate(tables: Tables, cost: Number, error: Number, budget: float, seeds:
             if better == ks:
                 break
             ks = better
-        errors = [error(own) for own in choice.values()]
-        found = max(errors), sum(errors)  # many starts end at the same largest error
-        if sum(map(cost, choice.values())) <= budget and (best is None or found < best[0]):
-            best = found, choice
+        worst = max(map(error, choice.values()))
+        if sum(map(cost, choice.values())) <= budget and (best is None or worst < best[0]):
+            best = worst, choice
     return best[1] if best is not None else equal_error(tables, cost, error, budget)
 
 
