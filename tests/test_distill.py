@@ -13,13 +13,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from deploykit import passes, targets
+from deploykit import passes, pipeline, targets
 from deploykit.core.context import Context
 from deploykit.core.data import DataSet
 from deploykit.core.errors import DeploykitError
-from deploykit.core.recipe import Step, TrainSettings
+from deploykit.core.manifest import load_manifest
+from deploykit.core.recipe import Recipe, Step, TrainSettings
+from deploykit.core.request import Gate
 from deploykit.distillation.answers import FEW
 from deploykit.losses import TrainBatch, cross_entropy
+from deploykit.models import accept_module
 from deploykit.passes.distill import Distill
 from deploykit.passes.sparsify import Sparsify
 from deploykit.training.trainer import Trainer
@@ -456,3 +459,26 @@ def test_without_held_out_samples_a_broken_loss_is_an_error_that_names_the_step(
     here = context(teacher, points(8, labels=False), loss=breaking(3))
     with pytest.raises(DeploykitError, match=r"the loss became nan at step 4 of 100; try a learning_rate below 0\.001"):
         Distill(steps=100, learning_rate=1e-3)(student(), here)
+
+
+# ------------------------------------------------------------------ behind it
+
+
+def test_files_and_later_steps_are_compared_with_the_student_as_it_was_taught(taught: Path, tmp_path: Path) -> None:
+    """An untrained student is nothing to compare with: files would fail every check."""
+    recipe = Recipe(
+        (
+            Step("distill", {"teacher": "wide.onnx", "steps": 200, "learning_rate": 1e-2}),
+            Step("finetune", {"steps": 40}),
+        ),
+        TrainSettings(batch=32),
+    )
+    roles = {"train": points(), "calibration": points(64, 1, labels=False), "eval": points(200, 2)}
+    prepared = pipeline.prepare(accept_module(student().eval()), roles, None)  # type: ignore[arg-type]
+    settings = pipeline.Settings(recipe, benchmark=False)
+    pipeline.export(prepared, [targets.load("x86")], [tmp_path / "out"], settings, Gate())
+    manifest = load_manifest(tmp_path / "out")
+    found = {score.precision: score.metric or 0.0 for score in manifest.scores}
+    untaught = 100 * float((answer(student(), 200).argmax(1).numpy() == points(200).labels).mean())
+    assert found["original"] > 90 > untaught and found["int8"] > found["original"] - 3
+    assert manifest.passed and any("which followed another one" in note for note in manifest.notes)

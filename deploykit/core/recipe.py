@@ -51,6 +51,16 @@ class Foresees(Protocol):
 
 
 @runtime_checkable
+class Follows(Protocol):
+    """A model-stage pass that may make the model answer as another one does, whatever it answered before."""
+
+    @property
+    def follows_another(self) -> bool:
+        """Whether it does. Later steps and files are then compared with what it made."""
+        ...
+
+
+@runtime_checkable
 class Rehearses(Protocol):
     """A hub step that knows by the operators when it cannot run, and is asked before the calibration."""
 

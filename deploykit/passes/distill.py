@@ -89,6 +89,11 @@ class Distill:
         if self.cache and self.layers:
             raise ValueError("what layers write is not kept: leave out cache")
 
+    @property
+    def follows_another(self) -> bool:
+        """Whether somebody else teaches than the model as it came in."""
+        return bool(self.teacher)
+
     def foresee(self, context: Context) -> None:
         """Refuses teachers, layers and data that do not go with the model or the loss."""
         if context.original is not None:

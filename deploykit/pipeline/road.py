@@ -29,7 +29,7 @@ from deploykit.core.precision import (
 )
 from deploykit.core.progress import say, status
 from deploykit.core.ranges import Ranges
-from deploykit.core.recipe import Foresees, Pass, Rehearses, Stage, Step
+from deploykit.core.recipe import Follows, Foresees, Pass, Rehearses, Stage, Step
 from deploykit.core.request import Gate, Request, Settings
 from deploykit.core.target import QuantSpec, Target
 from deploykit.pipeline import steps
@@ -110,8 +110,13 @@ class Road:
         with self._phase("compress"):
             for step in model_steps:
                 module = self._run(step, module, context)
+                if isinstance(step, Follows) and step.follows_another:
+                    self._begin_again(module, step)
+                    context = step_context(self.prepared, self.settings, target, self.findings)
+        model = self.prepared.model
         with self._phase("lower"), status("lowering to ONNX"):
-            self.graph = steps.float_graph(model, self.prepared.example, module) if model_steps else self.reference
+            same = module is model.module
+            self.graph = self.reference if same else steps.float_graph(model, self.prepared.example, module)
         self.notes += self.graph.notes
         with self._phase("graph steps"):
             for step in graph_steps:
@@ -143,6 +148,16 @@ class Road:
                 )  # fmt: skip
         if self.ranges is not None:
             self.notes += [*self.prepared.made_up, *self.ranges.notes]
+
+    def _begin_again(self, module: Any, step: Pass) -> None:
+        """From here on steps and files are compared with what a step made that followed another model."""
+        from deploykit.check import check_lowering
+
+        self.prepared = replace(self.prepared, model=replace(self.prepared.model, module=module))
+        self.reference = steps.float_graph(self.prepared.model, self.prepared.example)
+        self.judge = Judge(self.reference, self.prepared, self.fed, self.settings, self.gate, self.metric)
+        self.lowering_check = (check_lowering(self.reference, module, self.prepared.example),)
+        self.notes.append(f"'original' is the model as {step!r} made it, which followed another one")
 
     def _asked(self, target: Target) -> tuple[Precision, ...]:
         """What would be written for a target if there is data enough."""

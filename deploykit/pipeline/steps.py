@@ -19,7 +19,7 @@ from deploykit.core.journal import Journal, beside
 from deploykit.core.manifest import Finding
 from deploykit.core.progress import say
 from deploykit.core.ranges import Ranges
-from deploykit.core.recipe import Foresees, Pass
+from deploykit.core.recipe import Follows, Foresees, Pass
 from deploykit.core.request import Settings
 from deploykit.core.target import Profit, Target
 from deploykit.pipeline.prepared import Prepared
@@ -161,6 +161,8 @@ def compress(prepared: Prepared, settings: Settings, target: Target | None, fold
         for step in steps:
             say(f"running {step!r}")
             module = step(module, remembering(context, journal.of(weights_hash(module)), step))
+            if isinstance(step, Follows) and step.follows_another:
+                context = replace(context, original=module)
     with folder_in_place(folder, settings.overwrite) as work:
         save_compressed(module, work, prepared.model.origin)
         after = cost(module, prepared.example)
