@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from test_pruning_in_training import context
-from test_retraining import accuracy, trained
+from test_retraining import accuracy, net, trained
 from torch import nn
 
 from deploykit.core.errors import DeploykitError
+from deploykit.core.manifest import Finding
+from deploykit.hub.structure import attach_mask
 from deploykit.layerwise.products import products
 from deploykit.passes.multi_layer import MultiLayer, emptiness, held_out_loss, largest_threshold
 from deploykit.pruning.groups import find_groups
+from deploykit.training.trainer import Trainer
 
 pytest.importorskip("accelerate")
 
@@ -116,3 +120,56 @@ def test_a_layer_that_there_is_not_is_refused_with_the_nearest() -> None:
     model = trained()
     with pytest.raises(DeploykitError, match="no layer"):
         MultiLayer(sets=(("conv7",),))(model, context(model))
+
+
+def test_the_threshold_of_masked_layers_is_that_of_plain_ones() -> None:
+    """What is tried on a weight that a mask makes must reach the weight."""
+    plain = trained()
+    masked = copy.deepcopy(plain)
+    for layer in products(masked).values():
+        attach_mask(layer, "weight", torch.ones_like(layer.weight).bool())  # type: ignore[arg-type]
+    found = [largest_threshold(model, products(model), context(plain), 0.05) for model in (plain, masked)]
+    assert found[0] == found[1] < max(float(p.detach().abs().max()) for p in plain.parameters())
+
+
+def test_nine_of_ten_weights_are_a_share_of_nine_tenths() -> None:
+    model: Any = nn.Sequential(nn.Linear(10, 4, bias=False), nn.ReLU(), nn.Linear(4, 5))
+    with torch.no_grad():
+        model[0].weight.fill_(0.0)
+        model[0].weight[:, 0] = 1
+        model[2].weight.fill_(1.0)
+    groups = find_groups(model, {"input": torch.zeros(1, 10)})
+    assert len(MultiLayer(empty=0.9)._gone(model, groups, 0.5, 1)) == 3  # one of four stays
+    assert not MultiLayer(empty=0.91)._gone(model, groups, 0.5, 1)
+
+
+@pytest.fixture
+def untrained(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Trainer, "fit", lambda *_, **__: pytest.fail("trained before the refusal"))
+
+
+def test_where_no_channel_can_go_nothing_is_trained(untrained: None) -> None:
+    alone = nn.Sequential(nn.Flatten(), nn.Linear(8, 4))
+    with pytest.raises(DeploykitError, match="multi_layer: there are no channels that can be taken out"):
+        MultiLayer()(alone, context(alone))
+    model = net()
+    with pytest.raises(DeploykitError, match=r"no set holds all layers that write some channels.* together: 0"):
+        MultiLayer(sets=(("2",),))(model, context(model))
+    with pytest.raises(DeploykitError, match="multi_layer: no layer can lose channels and keep a multiple of 32"):
+        MultiLayer()(model, context(model, multiple=32))
+    with pytest.raises(DeploykitError, match="multi_layer: the context has no example"):
+        MultiLayer()(model, replace(context(model), example={}))
+    with pytest.raises(DeploykitError, match="multi_layer: no layer 'conv7'"):
+        MultiLayer(sets=(("conv7",),)).foresee(context(model))
+
+
+def test_the_report_says_what_went_and_what_to_do_where_nothing_did() -> None:
+    notes: list[Finding] = []
+    original = trained()
+    step = MultiLayer(l1=1e-2, steps=150, learning_rate=1e-2, tolerance=0.1, empty=0.8)
+    found: Any = step(original, replace(context(original), note=notes.append))
+    left = found[0].out_features
+    assert notes[0].rows == (("0", 32, left),)
+    assert notes[0].summary == f"{32 - left} of 36 channels taken out ({(32 - left) / 36:.1%})"
+    MultiLayer(l1=1e-9, steps=1, empty=1.0)(original, replace(context(original), note=notes.append))
+    assert notes[1].rows == () and "no channel taken out" in notes[1].summary

@@ -15,9 +15,13 @@ from torch import Tensor, nn
 
 from deploykit.core.context import Context
 from deploykit.core.data import DataSet
+from deploykit.core.errors import DeploykitError
+from deploykit.core.manifest import Finding
 from deploykit.core.recipe import TrainSettings
+from deploykit.hub.structure import mask_of
 from deploykit.passes.l0 import BETA, GAMMA, L0, ZETA, _absorb, _attach, _gates
 from deploykit.passes.soft_prune import SoftPrune, silence
+from deploykit.passes.sparsify import Sparsify
 from deploykit.passes.variational_dropout import K1, VariationalDropout, divergence, log_alpha, noisy
 from deploykit.pruning.groups import find_groups
 from deploykit.training.trainer import Trainer
@@ -48,7 +52,8 @@ def test_what_is_left_is_a_multiple_that_the_target_likes() -> None:
 
 
 def test_the_report_says_how_many_channels_of_every_layer_are_left() -> None:
-    original, notes = trained(), []
+    notes: list[Finding] = []
+    original = trained()
     step = SoftPrune(0.3, steps=4, every=2)
     found: Any = step(original, replace(context(original, multiple=8), note=notes.append))
     (told,) = notes
@@ -180,3 +185,103 @@ def test_weights_of_inputs_that_say_nothing_are_dropped() -> None:
 def test_settings_that_cannot_train_are_refused(made: Any) -> None:
     with pytest.raises(ValueError, match="must"):
         made()
+
+
+# --- behind a step that masked weights, and where nothing would come of the step
+
+
+def masked(model: nn.Module) -> Any:
+    return Sparsify(0.3, "l1")(model, context(model))
+
+
+def test_a_masked_layers_channel_is_silenced_too() -> None:
+    model = masked(net())
+    channel = find_groups(model, {"input": torch.rand(1, 8)})[0].channels[3]
+    silence(model, [channel])
+    assert not model[0].weight[3].any() and float(model[0].bias[3].detach()) == 0
+    assert model[0].weight[2].any() and mask_of(model[0], "weight") is not None
+
+
+def test_gates_go_into_masked_weights_too() -> None:
+    model, x = masked(net()), torch.randn(5, 8)
+    groups = find_groups(model, {"input": x[:1]})
+    gates = _gates(groups)
+    with torch.no_grad():
+        gates.hundredths[0].copy_(torch.linspace(-0.02, 0.02, 32))
+    hooks = _attach(model, groups, gates.eval())
+    gated = model(x)
+    for hook in hooks:
+        hook.remove()
+    _absorb(model, groups, gates)
+    torch.testing.assert_close(model(x), gated)
+
+
+@pytest.mark.parametrize("step", [SoftPrune(0.5, steps=8, every=3), L0(penalty=5.0, steps=80, learning_rate=1e-2)])
+def test_behind_a_step_that_masked_channels_go_and_zeros_stay(step: Any) -> None:
+    notes: list[Finding] = []
+    sparse = masked(trained())
+    found: Any = step(sparse, replace(context(sparse), note=notes.append))
+    left = found[0].out_features
+    assert left < 32 and notes[0].summary == f"{32 - left} of 36 channels taken out ({(32 - left) / 36:.1%})"
+    held = mask_of(found[2], "weight")
+    assert held is not None and not found[2].weight[~held.mask].any()
+
+
+def test_a_share_that_multiples_do_not_allow_is_refused_before_any_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Trainer, "fit", lambda *_, **__: pytest.fail("trained before the refusal"))
+    model = net()
+    with pytest.raises(DeploykitError, match="soft_prune: no layer can lose channels and keep a multiple of 32"):
+        SoftPrune(0.5)(model, context(model, multiple=32))
+    with pytest.raises(DeploykitError, match="multiple of 8 of them where at most 20% of one goes"):
+        SoftPrune(0.2)(model, context(model, multiple=8))
+    for step in (SoftPrune(0.5), L0()):
+        with pytest.raises(DeploykitError, match=r"(soft_prune|l0): the context has no example"):
+            step(model, replace(context(model), example={}))
+
+
+def test_gates_that_multiples_do_not_let_shut_are_said_before_and_after(capsys: pytest.CaptureFixture[str]) -> None:
+    notes: list[Finding] = []
+    model = net()
+    L0(steps=1)(model, replace(context(model, multiple=32), note=notes.append))
+    assert "l0: no layer can lose channels and keep a multiple of 32" in capsys.readouterr().err
+    assert notes[0].rows == () and "the target's multiple" in notes[0].summary
+
+
+def test_gates_that_stay_open_are_said() -> None:
+    notes: list[Finding] = []
+    model = net()
+    L0(penalty=1e-6, steps=1)(model, replace(context(model), note=notes.append))
+    assert notes[0].rows == () and "raise penalty or steps" in notes[0].summary
+
+
+class Attending(nn.Module):
+    """Attention reads the weight of its last projection and never calls it; the others are called by keyword."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.wide, self.head = nn.Linear(8, 16), nn.Linear(16, 4)
+
+    def forward(self, input: Tensor) -> Tensor:
+        x = input.reshape(len(input), 1, 8)
+        x = (x + self.attention(x, x, x, need_weights=False)[0]).mean(1)
+        return self.head(input=torch.relu(self.wide(input=x)))  # type: ignore[no-any-return]
+
+
+def test_a_layer_that_is_never_called_bears_no_noise() -> None:
+    torch.manual_seed(0)
+    notes: list[Finding] = []
+    model = Attending()
+    step = VariationalDropout(steps=200, learning_rate=1e-2, penalty=3.0)
+    found: Any = step(model, replace(context(model), note=notes.append))
+    assert mask_of(found.attention.out_proj, "weight") is None and mask_of(found.head, "weight") is not None
+    (told,) = notes
+    assert told.columns == ("layer", "weights", "left", "zeros %") and "192 weights of other kinds" in told.summary
+    assert told.summary.startswith(told.title.lower())
+
+
+def test_layers_that_are_called_by_keyword_have_gates() -> None:
+    torch.manual_seed(0)
+    model = Attending()
+    found: Any = L0(penalty=5.0, steps=60, learning_rate=1e-2)(model, context(model))
+    assert found.head.in_features == found.wide.out_features < 16

@@ -130,3 +130,45 @@ def test_what_is_no_pattern_is_refused(pattern: str) -> None:
 def test_a_model_without_products_has_nothing_to_lose() -> None:
     with pytest.raises(DeploykitError, match="no convolution or linear layer"):
         Sparsify(0.5)(nn.ReLU(), here())
+
+
+@pytest.mark.parametrize("criterion", ["obs", "hessian", "activation", "synflow", "snip"])
+def test_frozen_weights_have_slopes_and_a_model_in_training_keeps_its_statistics(criterion: str) -> None:
+    model, context = net(), here(32, labels=True)
+    expected = Sparsify(0.5, criterion)(copy.deepcopy(model).eval(), context)
+    found: Any = Sparsify(0.5, criterion)(model.train().requires_grad_(False), context)
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(found.state_dict()[name], tensor), name
+    assert found.training and not any(p.requires_grad for p in found.parameters())
+
+
+def test_what_is_not_counted_is_said() -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm, self.head = nn.LSTM(16, 8, batch_first=True), nn.Linear(8, 5)
+
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return self.head(self.lstm(input)[0][:, -1])  # type: ignore[no-any-return]
+
+    notes: list[Finding] = []
+    sparse: Any = Sparsify(0.5, "l1")(Recurrent(), replace(here(), note=notes.append))
+    assert zeros(sparse) == {"head": 0.5} and bool(sparse.lstm.weight_hh_l0.all())
+    assert "768 weights of other kinds stay whole and are not counted: lstm.weight_ih_l0" in notes[0].summary
+    Sparsify(0.5, "l1")(net(), replace(here(), note=notes.append))
+    assert notes[1].summary == ""
+
+
+def test_a_layer_that_the_original_does_not_have_is_foreseen() -> None:
+    context = replace(here(), original=net())
+    Sparsify(0.5, skip=("3", "0.1")).foresee(context)  # a step in front may take 0 apart
+    with pytest.raises(DeploykitError, match="sparsify: no layer '6'"):
+        Sparsify(0.5, skip=("6",)).foresee(context)
+
+
+def test_weights_that_are_not_finite_are_named() -> None:
+    model: Any = net()
+    with torch.no_grad():
+        model[3].weight[0] = torch.nan
+    with pytest.raises(DeploykitError, match=r"sparsify: the weights '3\.weight' are not all finite"):
+        Sparsify(0.5, "l1")(model, here())

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from deploykit.core.errors import DeploykitError
+
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
@@ -82,6 +84,35 @@ def mask_of(layer: nn.Module, name: str) -> Mask | None:
     chains: Any = layer.parametrizations
     last = chains[name][-1]
     return last if isinstance(last, Mask) else None
+
+
+def is_own(layer: nn.Module, name: str) -> bool:
+    """Whether a parameter is the layer's own, at most masked: weight norm and the like make it of other tensors."""
+    if not parametrize.is_parametrized(layer, name):
+        return True
+    chains: Any = layer.parametrizations
+    return mask_of(layer, name) is not None and len(chains[name]) == 1
+
+
+def set_parameter(layer: nn.Module, name: str, values: Tensor) -> None:
+    """Gives a parameter of a layer other values, in place; zeros of a mask stay zero.
+
+    ``layer.weight`` of a parametrized layer is computed anew at every look: what is written into it is lost.
+
+    Raises:
+        DeploykitError: a parametrization that is not ours and takes no values.
+    """
+    with torch.no_grad():
+        if not parametrize.is_parametrized(layer, name):
+            getattr(layer, name).copy_(values)
+            return
+        try:
+            setattr(layer, name, values.detach().clone().to(getattr(layer, name)))  # by way of every right_inverse
+        except (RuntimeError, ValueError) as error:
+            raise DeploykitError(
+                f"the {name} of a {type(layer).__name__} is made by a parametrization that takes no values ({error}); "
+                "remove it with torch.nn.utils.parametrize.remove_parametrizations"
+            ) from None
 
 
 def bake(module: nn.Module) -> tuple[nn.Module, dict[str, NDArray[np.bool_]]]:

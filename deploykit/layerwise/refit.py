@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,8 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from deploykit.core.data import DataSet
+from deploykit.core.errors import DeploykitError
 from deploykit.core.progress import track
-from deploykit.hub.structure import mask_of
+from deploykit.hub.structure import is_own, mask_of, set_parameter
+from deploykit.layerwise.channels import weight_of
 from deploykit.layerwise.covariance import DAMPING, Covariance, precise
 from deploykit.layerwise.products import inputs, matrix, multiplies, outputs, products
 from deploykit.layerwise.watching import BATCH, Stop, entered, evaluating, hooked, watch
@@ -79,16 +82,21 @@ def refit(pruned: nn.Module, original: nn.Module, data: DataSet, solve: Solve = 
     """A copy of the pruned network whose layers do what is left to them as well as they can.
 
     Layers whose classes do more than multiply (pad in forward, scale weights) stay as they are, and so do those that
-    the original does not have (factors).
+    the original does not have (factors), that share weights with others, or whose weights another parametrization
+    makes (weight norm).
 
     Args:
         pruned: with the layers of the original, some weights masked; not changed.
         original: what it was made of; not changed.
         data: unlabelled samples.
         solve: what becomes of a layer's weights.
+
+    Raises:
+        DeploykitError: a layer has other channels than the original's.
     """
     model = copy.deepcopy(pruned)
     theirs = products(original)
+    _refuse_other_widths(products(model), theirs)
     with evaluating(model), evaluating(original), torch.no_grad():
         calls, shifts = _look(model, data)
         for name, layer in track(list(products(model).items()), "refit: layers"):
@@ -147,22 +155,21 @@ def _settle(name: str, layer: Any, norm: Any, moments: Moments, solve: Solve) ->
     found = solve(name, layer, moments.least_squares(shifted))
     if found is None:
         return
-    fitted = found.reshape(layer.weight.shape).to(layer.weight)
-    layer.weight = nn.Parameter(fitted) if mask_of(layer, "weight") is None else fitted
+    set_parameter(layer, "weight", found.reshape(layer.weight.shape).to(layer.weight))
     if not shifted:
         return
     b = (moments.y_mean - (found @ moments.x.mean[:, :, None])[:, :, 0]).flatten()
     if layer.bias is not None:
-        layer.bias.copy_(b)
+        set_parameter(layer, "bias", b)
     else:
         norm.running_mean.sub_(b)
 
 
 def _look(model: nn.Module, data: DataSet) -> tuple[dict[str, int], dict[str, nn.Module]]:
-    """How often each product is called for a batch, 0 where its class does more than multiply; and which normalisation
-    reads nothing but what it gives."""
+    """How often each product is called for a batch, 0 where it has to stay as it is; and which normalisation reads
+    nothing but what it gives."""
     calls = dict.fromkeys(products(model), 0)
-    others: set[str] = set()
+    others = {name for name, layer in products(model).items() if not is_own(layer, "weight")} | _shared(model)
     given: dict[int, tuple[str, Tensor]] = {}
     norms: dict[str, list[nn.Module]] = {}
 
@@ -189,6 +196,24 @@ def _look(model: nn.Module, data: DataSet) -> tuple[dict[str, int], dict[str, nn
         model(**as_tensors(next(data.batches(1)).inputs))
     calls |= dict.fromkeys(others, 0)
     return calls, {name: found[0] for name, found in norms.items() if len(found) == calls[name] == 1}
+
+
+def _shared(model: nn.Module) -> set[str]:
+    """The products that share parameters with other modules: what fits one would be wrong for the other."""
+    owners = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
+    return {name for name, layer in products(model).items() if any(owners[id(p)] > 1 for p in layer.parameters())}
+
+
+def _refuse_other_widths(ours: Mapping[str, nn.Module], theirs: Mapping[str, nn.Module]) -> None:
+    """Raises where channels were taken out: there is no telling which of the original's a layer still has."""
+    for name in [name for name in ours if name in theirs]:
+        left, had = (weight_of(layers[name]).shape for layers in (ours, theirs))
+        if left != had:
+            raise DeploykitError(
+                f"layer '{name}' has other channels than in the original ({list(left)} weights, {list(had)} before), "
+                "and weights can be fitted between layers of one size only. prune fits what is left by itself (refit = "
+                "true); behind other steps that take channels out, reestimate_bn or training makes good what is lost"
+            )
 
 
 def _both(

@@ -5,9 +5,10 @@
     s_t  =  1 - (1 - s)^(t/n)         geometric: the same share of what is left in every round
 
 What the weights are when they train again (Renda et al. 2020, "Comparing Rewinding and Fine-tuning in Neural Network
-Pruning"): those they have (``nothing``: a tenth of the learning rate; ``learning_rate``: all of it again), those the
-model came with (``weights``), or new random ones (``random``). With an untrained model, ``weights`` and ``dense`` steps
-in front this is the lottery ticket protocol (Frankle & Carbin 2019), and ``random`` its control.
+Pruning"): those they have (``nothing``: a tenth of the learning rate; ``learning_rate``: all of it again), or those the
+model came with (``weights``). With an untrained model, ``weights`` and ``dense`` steps in front this is the lottery
+ticket protocol (Frankle & Carbin 2019, "The Lottery Ticket Hypothesis", section 2). ``random`` is its control: its
+rounds are those of ``weights`` and find the same winning ticket; only in the last one weights are drawn anew, once.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from deploykit.core.context import Context
 from deploykit.core.errors import DeploykitError
-from deploykit.core.recipe import Foresees, Stage, Step
+from deploykit.core.recipe import Foresees, Pass, Stage, Step
 from deploykit.core.target import Need, Profit
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ class Iterate:
     stage: ClassVar[Stage] = "model"
     needs: ClassVar[tuple[Need, ...]] = ("train",)
     pays_if: ClassVar[tuple[Profit, ...]] = ("structured", "low_rank", "unstructured", "small_file")
+    """Of all steps that it may repeat; a step of its own has those of the one it repeats, and its needs."""
 
     def __post_init__(self) -> None:
         """Refuses settings that cannot train, and what cannot be rewound."""
@@ -59,12 +61,19 @@ class Iterate:
             raise ValueError("learning_rate must be above 0")
         if self.step != "sparsify" and self.rewind in ("weights", "random"):
             raise ValueError("weights of other shapes cannot be rewound; rewind nothing or the learning_rate")
+        step = self._repeated()
+        object.__setattr__(self, "needs", tuple(dict.fromkeys(("train", *step.needs))))
+        object.__setattr__(self, "pays_if", step.pays_if)
 
-    def foresee(self, context: Context) -> None:
-        """Refuses wrong options of the step, and data that is not enough for it."""
+    def _repeated(self) -> Pass:
+        """The step, as it takes all at once; refuses wrong options of it."""
         from deploykit import passes
 
-        step = passes.build(Step(self.step, {**self.options, self._taken(): self.amount}))
+        return passes.build(Step(self.step, {**self.options, self._taken(): self.amount}))
+
+    def foresee(self, context: Context) -> None:
+        """Refuses what the step refuses: data that is not enough for it, layers that there are not."""
+        step = self._repeated()
         if isinstance(step, Foresees):
             step.foresee(context)
 
@@ -75,17 +84,22 @@ class Iterate:
             DeploykitError: as the step raises them; wrong options of the step.
         """
         from deploykit import passes
+        from deploykit.passes.sparsify import Sparsify
+        from deploykit.pruning.choose import layers_of
         from deploykit.retraining import train
 
         made = copy.deepcopy(model)
         steps = [passes.build(step) for step in self.each_round(made, context)]  # refused before any work
-        if self.step != "sparsify":  # so is a budget that layers cannot meet
+        if isinstance(steps[-1], Sparsify):  # so are layers that there are not
+            layers_of(made, steps[-1].skip, "sparsify")
+        else:  # and a budget that layers cannot meet
             steps[-1](made, replace(context, note=lambda _: None))
         if self.dense:
             train(made, context, "iterate", self.dense, self.learning_rate)
         for number, step in enumerate(steps):
             made = step(made, context)
-            rewind(made, model, self.rewind, context.seed + number)
+            drawn = self.rewind == "random" and number < len(steps) - 1
+            rewind(made, model, "weights" if drawn else self.rewind, context.seed)
             rate = self.learning_rate * (TUNED if self.rewind == "nothing" else 1.0)
             train(made, context, "iterate", self.steps, rate)
         return made
@@ -133,23 +147,45 @@ class Iterate:
 
 
 def rewind(pruned: nn.Module, model: nn.Module, what: str, seed: int) -> None:
-    """Gives the weights of a pruned model those that it came with, or random ones, in place; zeros stay zero."""
+    """Gives the weights of a pruned model those that it came with, or random ones, in place; zeros stay zero.
+
+    Random are those that layers draw for themselves; parameters that are no layer's (a position embedding) go back to
+    those that the model came with.
+    """
     import torch
+    from torch.nn.utils.parametrize import ParametrizationList
 
     from deploykit.core.seeds import seeded
-    from deploykit.hub.structure import bake
+    from deploykit.hub.structure import bake, set_parameter
 
     if what not in ("weights", "random"):
         return
     source, _ = bake(model)
     if what == "random":
         with seeded(seed + 1):
-            for layer in source.modules():
-                if callable(getattr(layer, "reset_parameters", None)):
-                    layer.reset_parameters()  # type: ignore[operator]
-    state = source.state_dict()
+            redraw(source)
+    state, exact = source.state_dict(), model.state_dict() if what == "weights" else {}
     with torch.no_grad():
-        for name, tensor in pruned.state_dict(keep_vars=True).items():
-            origin = name.replace("parametrizations.", "").removesuffix(".original")
-            if origin in state:
-                tensor.copy_(state[origin])
+        for path, module in pruned.named_modules():
+            own = {
+                f"{path}.{leaf}".removeprefix("."): tensor for leaf, tensor in module.named_parameters(recurse=False)
+            }
+            own |= {f"{path}.{leaf}".removeprefix("."): tensor for leaf, tensor in module.named_buffers(recurse=False)}
+            if not isinstance(module, ParametrizationList):
+                for name in own.keys() & state.keys():
+                    own[name].copy_(state[name])
+            elif own.keys() <= exact.keys():  # the tensors that a weight is made of (weight norm)
+                for name, tensor in own.items():
+                    tensor.copy_(exact[name])
+            else:
+                layer, _, leaf = path.rpartition(".")
+                layer = layer.removesuffix("parametrizations").removesuffix(".")
+                set_parameter(pruned.get_submodule(layer), leaf, state[f"{layer}.{leaf}".removeprefix(".")])
+
+
+def redraw(model: nn.Module) -> None:
+    """Draws the weights of all layers anew, as their classes do: parts first and what holds them last."""
+    for layer in reversed(list(model.modules())):
+        draw = getattr(layer, "reset_parameters", None) or getattr(layer, "_reset_parameters", None)
+        if callable(draw):
+            draw()

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from deploykit.core.context import Context
-from deploykit.core.errors import DeploykitError
+from deploykit.core.errors import said_by
+from deploykit.core.progress import say
 from deploykit.core.recipe import Stage
 from deploykit.core.target import Need, Profit
 
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
 BETA, ZETA, GAMMA = 2 / 3, 1.1, -0.1
 OPEN = 2.0
 """log α at the start: most gates are open."""
+MOST = 1 - 1e-6
+"""Of a group's channels: all but one."""
+NOTHING = "no channel taken out: no gate is shut, or fewer than the target's multiple; raise penalty or steps"
 NAME = "l0_gate_"
 
 
@@ -61,17 +65,16 @@ class L0:
         Raises:
             DeploykitError: there are no channels that can be taken out.
         """
-
         from deploykit.losses import as_tensors
-        from deploykit.pruning.groups import find_groups, together
-        from deploykit.pruning.surgery import without
+        from deploykit.pruning.groups import together
+        from deploykit.pruning.surgery import assert_equal, taken_out, without
+        from deploykit.pruning.takable import stuck, takable
         from deploykit.retraining import train
 
         trained = copy.deepcopy(model)
-        sample = {name: x[:1] for name, x in as_tensors(context.example).items()}
-        groups = find_groups(trained, sample)
-        if not groups:
-            raise DeploykitError("l0: there are no channels that can be taken out of this model")
+        groups = takable(trained, context, "l0")
+        if why := stuck(trained, groups, context.target.channel_multiple, MOST):
+            say(f"l0: {why}; it trains, and takes nothing out")  # no share was asked for that could not be met
         gates = _gates(groups)
         for g, parameter in enumerate(gates.hundredths):  # not a module of its own: a Sequential would call it
             trained.register_parameter(f"{NAME}{g}", parameter)
@@ -84,7 +87,12 @@ class L0:
         gates.eval()
         shut = _shut(trained, groups, gates, context.target.channel_multiple)
         _absorb(trained, groups, gates)
-        return without(trained, together(shut))
+        removed = together(shut)
+        pruned = without(trained, removed)
+        with said_by("l0"):
+            assert_equal(trained, pruned, removed, as_tensors(context.example))
+        context.note(taken_out(repr(self), trained, pruned, NOTHING))
+        return pruned
 
 
 def _gates(groups: Sequence[Group]) -> Any:
@@ -148,17 +156,22 @@ def _scale(width: int, parts: Sequence[tuple[int, Tensor, Tensor]], z: Sequence[
 
 def _attach(model: nn.Module, groups: Sequence[Group], gates: Any) -> list[Any]:
     from deploykit.layerwise.channels import axis, width
+    from deploykit.layerwise.watching import entered
+    from deploykit.pruning.criteria.reads import instead
 
     hooks = [model.register_forward_pre_hook(lambda module, _: gates.train(module.training).draw())]
 
-    def gated(layer: nn.Module, given: tuple[Tensor, ...], parts: Sequence[tuple[int, Tensor, Tensor]]) -> Any:
-        x = given[0]
-        shape = [1] * x.ndim
-        shape[axis(layer, x)] = -1
-        return x * _scale(width(layer, "in"), parts, gates.z).view(shape), *given[1:]
+    def gated(parts: Sequence[tuple[int, Tensor, Tensor]]) -> Any:
+        def hook(layer: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> Any:
+            x = entered(given, named)
+            shape = [1] * x.ndim
+            shape[axis(layer, x)] = -1
+            return instead(given, named, x * _scale(width(layer, "in"), parts, gates.z).view(shape))
+
+        return hook
 
     for name, parts in _readers(model, groups).items():
-        hooks.append(model.get_submodule(name).register_forward_pre_hook(lambda m, x, p=parts: gated(m, x, p)))
+        hooks.append(model.get_submodule(name).register_forward_pre_hook(gated(parts), with_kwargs=True))
     return hooks
 
 
@@ -169,7 +182,7 @@ def _shut(model: nn.Module, groups: Sequence[Group], gates: Any, multiple: int) 
     gates.draw()
     found: list[Channel] = []
     for group, z in zip(groups, gates.z, strict=True):
-        (order,) = ranked(model, [group], [z.detach()], multiple, 1 - 1e-6)
+        (order,) = ranked(model, [group], [z.detach()], multiple, MOST)
         found += order.channels[: order.at_most(int((z == 0).sum()))]
     return found
 
@@ -178,6 +191,7 @@ def _absorb(model: nn.Module, groups: Sequence[Group], gates: Any) -> None:
     """Multiplies the weights that read gated channels by their gates."""
     import torch
 
+    from deploykit.hub.structure import set_parameter
     from deploykit.layerwise.channels import weight_axis, width
 
     with torch.no_grad():
@@ -187,4 +201,4 @@ def _absorb(model: nn.Module, groups: Sequence[Group], gates: Any) -> None:
             shape = [1] * layer.weight.ndim
             shape[across] = -1
             scale = _scale(width(layer, "in"), parts, gates.z)[: layer.weight.shape[across]]
-            layer.weight.mul_(scale.view(shape))
+            set_parameter(layer, "weight", layer.weight * scale.view(shape))

@@ -19,7 +19,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from deploykit.core.context import Context
-from deploykit.core.errors import DeploykitError
+from deploykit.core.errors import DeploykitError, said_by, some
 from deploykit.core.patterns import matching
 from deploykit.core.progress import say
 from deploykit.core.recipe import Stage
@@ -36,6 +36,11 @@ if TYPE_CHECKING:
 
 HALVINGS = 10
 """Of the share of weights below the threshold."""
+MOST = 1 - 1e-6
+"""Of a group's channels: all but one."""
+ROUNDING = 1e-9
+"""Nine of ten weights are 0.9 of them."""
+NOTHING = "no channel taken out: none is empty, or fewer than the target's multiple; raise l1, steps or tolerance"
 
 
 @dataclass(frozen=True)
@@ -65,35 +70,54 @@ class MultiLayer:
         if not 0.0 < self.empty <= 1.0 or not all(self.sets) or not self.sets:
             raise ValueError("empty must lie between 0 and 1, and sets must name layers")
 
+    def foresee(self, context: Context) -> None:
+        """Refuses layers that the original does not have."""
+        from deploykit.layerwise.products import products
+        from deploykit.pruning.takable import foresee_layers
+
+        foresee_layers([name for names in self.sets for name in names], context.original, products, "multi_layer")
+
     def __call__(self, model: nn.Module, context: Context) -> nn.Module:
         """A narrower, trained copy of the model.
 
         Raises:
-            DeploykitError: a pattern matches nothing; there are no channels that can be taken out.
+            DeploykitError: a pattern matches nothing; the layers of the sets have no channels that can be taken out, or
+                none as the target's multiple is.
         """
-
         from deploykit.layerwise.products import products
         from deploykit.losses import as_tensors
         from deploykit.pruning.groups import find_groups, together
-        from deploykit.pruning.surgery import assert_equal, without
+        from deploykit.pruning.surgery import assert_equal, taken_out, without
+        from deploykit.pruning.takable import sample, stuck, takable
         from deploykit.retraining import train
 
         pruned = copy.deepcopy(model)
         chosen = [matching("layer", patterns, products(pruned)) for patterns in self.sets]
-        inputs = as_tensors(context.example)
+        inputs, multiple = as_tensors(context.example), context.target.channel_multiple
+        every = takable(pruned, context, "multi_layer")
+        possible = [group for group in every if any(set(group.writers) <= names for names in chosen)]
+        if not possible:
+            raise DeploykitError(
+                "multi_layer: no set holds all layers that write some channels, so none can be taken out. Such layers, "
+                f"together: {some([' + '.join(group.writers) for group in every], 8)}"
+            )
+        if why := stuck(pruned, possible, multiple, MOST):
+            raise DeploykitError(f"multi_layer: {why}")
         for number, names in enumerate(chosen, 1):
             layers: dict[str, Any] = {name: pruned.get_submodule(name) for name in names}
             size = partial(self._size, layers)
             train(pruned, context, "multi_layer", self.steps, self.learning_rate, penalty=size)
             threshold = largest_threshold(pruned, layers, context, self.tolerance)
-            groups = [g for g in find_groups(pruned, {n: x[:1] for n, x in inputs.items()}) if set(g.writers) <= names]
-            gone = self._gone(pruned, groups, threshold, context.target.channel_multiple)
+            groups = [group for group in find_groups(pruned, sample(context)) if set(group.writers) <= names]
+            gone = self._gone(pruned, groups, threshold, multiple)
             say(f"multi_layer: set {number} of {len(chosen)}: threshold {threshold:.3g}, {len(gone)} channels go")
             removed = together(gone)
             narrower = without(pruned, removed)
-            assert_equal(pruned, narrower, removed, inputs)
+            with said_by("multi_layer"):
+                assert_equal(pruned, narrower, removed, inputs)
             pruned = narrower
             train(pruned, context, "multi_layer", self.steps, self.learning_rate)
+        context.note(taken_out(repr(self), model, pruned, NOTHING))
         return pruned
 
     def _size(self, layers: Mapping[str, Any]) -> Tensor:
@@ -110,9 +134,9 @@ class MultiLayer:
 
         found: list[Channel] = []
         for group in groups:
-            fullness = torch.tensor([1 - emptiness(model, channel, threshold) for channel in group.channels])
-            (order,) = ranked(model, [group], [fullness], multiple, 1 - 1e-6)
-            found += order.channels[: order.at_most(int((fullness <= 1 - self.empty).sum()))]
+            empty = torch.tensor([emptiness(model, c, threshold) for c in group.channels], dtype=torch.float64)
+            (order,) = ranked(model, [group], [-empty], multiple, MOST)
+            found += order.channels[: order.at_most(int((empty >= self.empty - ROUNDING).sum()))]
         return found
 
 
@@ -130,7 +154,7 @@ def emptiness(model: nn.Module, channel: Channel, threshold: float) -> float:
         if mixes(layer):
             axis = weight_axis(layer, side)
             own = layer.weight.detach().movedim(axis, 0)
-            shares[side].append(float((own[[c % len(own) for c in numbers]].abs() < threshold).float().mean()))
+            shares[side].append(float((own[[c % len(own) for c in numbers]].abs() < threshold).double().mean()))
     return max(min(own, default=0.0) for own in shares.values())
 
 
@@ -139,6 +163,7 @@ def largest_threshold(model: nn.Module, layers: Mapping[str, Any], context: Cont
     ``tolerance`` of itself."""
     import torch
 
+    from deploykit.hub.structure import bake, set_parameter
     from deploykit.retraining import split
 
     data, holdout = split(context.need("train", "multi_layer"), context.data.get("holdout"))
@@ -147,12 +172,12 @@ def largest_threshold(model: nn.Module, layers: Mapping[str, Any], context: Cont
     whole = held_out_loss(model, context, judged)
 
     def rise(share: float) -> float:
-        tried = copy.deepcopy(model)
+        tried, _ = bake(model)  # a weight that is made of others would not keep what is written into it
         limit = magnitudes[min(len(magnitudes) - 1, round(share * len(magnitudes)))]
-        with torch.no_grad():
-            for name in layers:
-                weight: Tensor = tried.get_submodule(name).weight  # type: ignore[assignment]
-                weight.masked_fill_(weight.abs() < limit, 0.0)
+        for name in layers:
+            layer: Any = tried.get_submodule(name)
+            weight = layer.weight.detach()
+            set_parameter(layer, "weight", weight.masked_fill(weight.abs() < limit, 0.0))
         return held_out_loss(tried, context, judged) - whole
 
     low, high = 0.0, 1.0
@@ -170,8 +195,6 @@ def held_out_loss(model: nn.Module, context: Context, data: DataSet) -> float:
     from deploykit.losses import TrainBatch, as_tensors, distill_kl
 
     loss = context.loss or distill_kl()
-    if context.loss is None and context.original is None:
-        raise DeploykitError("multi_layer needs a loss in the recipe's [train] table, or a teacher")
     total = 0.0
     teacher = context.original if context.original is not None else model
     with evaluating(model), evaluating(teacher), torch.no_grad():

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from deploykit.core.context import Context
-from deploykit.core.errors import DeploykitError, some
+from deploykit.core.errors import DeploykitError, said_by, some
 from deploykit.core.manifest import Finding
 from deploykit.core.patterns import matching
 from deploykit.core.progress import say
@@ -76,7 +76,14 @@ class Prune:
         object.__setattr__(self, "needs", tuple(dict.fromkeys(needs)))
 
     def foresee(self, context: Context) -> None:
-        """Refuses too few calibration samples, and data without labels where the criterion needs them."""
+        """Refuses too few calibration samples, data without labels where the criterion needs them, and layers that the
+        original does not have."""
+        from deploykit.pruning.takable import foresee_layers, mixing
+
+        self._refuse_data(context)
+        foresee_layers(self.skip, context.original, mixing, "prune")
+
+    def _refuse_data(self, context: Context) -> None:
         data = context.need("calibration", "prune") if "data" in self.needs else None
         if data is not None and data.labels is None and "labels" in self.needs:
             raise DeploykitError(f"prune: criterion '{self.criterion}' needs labels, and {data.origin} has none")
@@ -96,33 +103,30 @@ class Prune:
         import copy
 
         from deploykit.layerwise.budgets import COUNTED, LEVELS, WORDS, NotEnough, saving, share_to_save
-        from deploykit.layerwise.channels import mixes
         from deploykit.losses import as_tensors
         from deploykit.pruning.budget import fit, ranked
         from deploykit.pruning.compensation import compensated
         from deploykit.pruning.criteria import comparable, criterion, importance
         from deploykit.pruning.criteria.evidence import Evidence
-        from deploykit.pruning.groups import find_groups, together
+        from deploykit.pruning.groups import together
         from deploykit.pruning.surgery import assert_equal, widths, without
+        from deploykit.pruning.takable import mixing, need_example, sample, takable
 
-        self.foresee(context)
+        self._refuse_data(context)
         data = context.need("calibration", "prune") if "data" in self.needs else None
-        if not context.example:
-            raise DeploykitError("prune: the context has no example to follow channels with")
+        need_example(context, "prune")
         whole = copy.deepcopy(model).eval().requires_grad_(True)
-        stay = matching("layer", self.skip, [name for name, layer in whole.named_modules() if mixes(layer)])
+        matching("layer", self.skip, mixing(whole))  # a wrong name is refused before files are written and timed
         share = saving(self.of, whole, context, "prune")
         alone = saving(COUNTED[self.of], whole, context, "prune") if self.of in COUNTED else share
         unit = WORDS.get(self.of, self.of)
         amount = share_to_save(self.amount, self.at_most, self.of, whole, context, "prune")
         if self.at_most is not None and amount == 0.0:
             return copy.deepcopy(model)
-        inputs = as_tensors(context.example)
-        sample = {name: tensor[:1] for name, tensor in inputs.items()}
-        groups = [group for group in find_groups(whole, sample) if not stay & set(group.writers)]
-        if not groups:
-            raise DeploykitError("prune: there are no channels that can be taken out of this model")
-        scores = importance(whole, groups, self.criterion, Evidence(sample, data, context.loss, context.seed))
+        groups = takable(whole, context, "prune", self.skip)
+        evidence = Evidence(sample(context), data, context.loss, context.seed)
+        with said_by("prune"):
+            scores = importance(whole, groups, self.criterion, evidence)
         found: dict[int, float] = {}
 
         def saved(channels: list[Channel]) -> float:
@@ -161,5 +165,6 @@ class Prune:
         if self.refit and data is not None and chosen:
             model = compensated(model, removed, data)
         pruned = without(model, removed)
-        assert_equal(model, pruned, removed, inputs)
+        with said_by("prune"):
+            assert_equal(model, pruned, removed, as_tensors(context.example))
         return pruned

@@ -43,7 +43,7 @@ class ReestimateBn:
             raise DeploykitError(f"reestimate_bn needs at least 2 samples, {data.origin} has {len(data)}")
 
     def __call__(self, model: nn.Module, context: Context) -> nn.Module:
-        """A copy of the model with other statistics, in the mode the model came in.
+        """A copy of the model with other statistics, in the mode the model came in; norms that do not run keep theirs.
 
         Raises:
             DeploykitError: no calibration data, a single sample, or no layer that has statistics.
@@ -61,6 +61,7 @@ class ReestimateBn:
         if not norms:
             raise DeploykitError("reestimate_bn: the model has no batch normalisation with running statistics")
         momenta = [norm.momentum for norm in norms]
+        before = [copy.deepcopy(norm.state_dict()) for norm in norms]
         with evaluating(anew), torch.no_grad():  # dropout stays off
             for norm in norms:
                 norm.reset_running_stats()
@@ -69,6 +70,8 @@ class ReestimateBn:
             for batch in data.batches(self.batch):
                 if len(next(iter(batch.inputs.values()))) == self.batch or len(data) < self.batch:
                     anew(**as_tensors(batch.inputs))
-        for norm, momentum in zip(norms, momenta, strict=True):
+        for norm, momentum, state in zip(norms, momenta, before, strict=True):
             norm.momentum = momentum
+            if not norm.num_batches_tracked:  # nothing ran through it, so there is nothing better to say
+                norm.load_state_dict(state)
         return anew

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from deploykit.core.context import Context
-from deploykit.core.errors import DeploykitError
+from deploykit.core.errors import DeploykitError, said_by
 from deploykit.core.recipe import Stage
 from deploykit.core.target import Need, Profit
 
@@ -41,10 +41,11 @@ class Refit:
         """A copy of the model with other weights, biases and running means; its zeros stay zero.
 
         Raises:
-            DeploykitError: too few calibration samples; layers that the original does not have.
+            DeploykitError: too few calibration samples; layers of other widths than the original's.
         """
         from deploykit.layerwise.refit import refit
 
         self.foresee(context)
         data = context.need("calibration", "refit")
-        return refit(model, context.original, data)
+        with said_by("refit"):
+            return refit(model, context.original, data)

@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from deploykit.core.context import Context
-from deploykit.core.errors import DeploykitError
+from deploykit.core.errors import DeploykitError, said_by
 from deploykit.core.manifest import Finding
-from deploykit.core.patterns import matching
 from deploykit.core.recipe import Stage
 from deploykit.core.target import Need, Profit
 
@@ -56,7 +55,13 @@ class Sensitivity:
         object.__setattr__(self, "needs", tuple(dict.fromkeys(("data", *criterion(self.criterion).needs))))
 
     def foresee(self, context: Context) -> None:
-        """Refuses data without labels where the criterion needs them."""
+        """Refuses data without labels where the criterion needs them, and layers that the original does not have."""
+        from deploykit.pruning.takable import foresee_layers, mixing
+
+        self._refuse_data(context)
+        foresee_layers(self.skip, context.original, mixing, "sensitivity")
+
+    def _refuse_data(self, context: Context) -> None:
         data = context.need("calibration", "sensitivity")
         if data.labels is None and "labels" in self.needs:
             raise DeploykitError(f"sensitivity: criterion '{self.criterion}' needs labels, and {data.origin} has none")
@@ -68,24 +73,18 @@ class Sensitivity:
             DeploykitError: no data, or no labels where the criterion needs some; a layer that does not exist; a model
                 whose channels cannot be followed, or that has none to take out.
         """
-        from deploykit.layerwise.channels import mixes
-        from deploykit.losses import as_tensors
         from deploykit.pruning.criteria import importance
         from deploykit.pruning.criteria.evidence import Evidence
-        from deploykit.pruning.groups import find_groups
         from deploykit.pruning.sensitivity import scan
+        from deploykit.pruning.takable import sample, takable
 
-        self.foresee(context)
+        self._refuse_data(context)
         data = context.need("calibration", "sensitivity")
-        if not context.example:
-            raise DeploykitError("sensitivity: the context has no example to follow channels with")
         whole = copy.deepcopy(model).eval().requires_grad_(True)
-        skipped = matching("layer", self.skip, [name for name, layer in whole.named_modules() if mixes(layer)])
-        sample = {name: tensor[:1] for name, tensor in as_tensors(context.example).items()}
-        groups = [g for g in find_groups(whole, sample) if len(g.channels) > 1 and not skipped & set(g.writers)]
-        if not groups:
-            raise DeploykitError("sensitivity: there are no channels that can be taken out of this model")
-        scores = importance(whole, groups, self.criterion, Evidence(sample, data, context.loss, context.seed))
+        groups = takable(whole, context, "sensitivity", self.skip, least=2)
+        evidence = Evidence(sample(context), data, context.loss, context.seed)
+        with said_by("sensitivity"):
+            scores = importance(whole, groups, self.criterion, evidence)
         lost = list(scan(whole, groups, scores, sorted(set(self.shares)), data.spread(self.samples)))
         context.note(self._finding(lost, min(self.samples, len(data))))
         return model

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from deploykit.core.context import Context
-from deploykit.core.errors import DeploykitError
-from deploykit.core.manifest import Finding
+from deploykit.core.errors import DeploykitError, said_by
 from deploykit.core.recipe import Stage
 from deploykit.core.target import Need, Profit
 
@@ -52,27 +51,26 @@ class SoftPrune:
         """A narrower, trained copy of the model.
 
         Raises:
-            DeploykitError: there are no channels that can be taken out.
+            DeploykitError: there are no channels that can be taken out, or none as the target's multiple is.
         """
         from deploykit.losses import as_tensors
         from deploykit.pruning.budget import chosen, ranked
         from deploykit.pruning.criteria import importance
         from deploykit.pruning.criteria.evidence import Evidence
-        from deploykit.pruning.groups import find_groups, together
-        from deploykit.pruning.surgery import assert_equal, widths, without
+        from deploykit.pruning.groups import together
+        from deploykit.pruning.surgery import assert_equal, taken_out, without
+        from deploykit.pruning.takable import sample, stuck, takable
         from deploykit.retraining import train
 
         trained = copy.deepcopy(model)
-        inputs = as_tensors(context.example)
-        sample = {name: x[:1] for name, x in inputs.items()}
-        groups = find_groups(trained, sample)
-        if not groups:
-            raise DeploykitError("soft_prune: there are no channels that can be taken out of this model")
+        inputs, multiple = as_tensors(context.example), context.target.channel_multiple
+        groups = takable(trained, context, "soft_prune")
+        if why := stuck(trained, groups, multiple, self.amount):
+            raise DeploykitError(f"soft_prune: {why}")
 
         def weakest() -> list[Channel]:
-            scores = importance(trained, groups, "l2", Evidence(sample))
-            order = ranked(trained, groups, scores, context.target.channel_multiple, self.amount)
-            return chosen(order, 1.0, "layer")
+            scores = importance(trained, groups, "l2", Evidence(sample(context)))
+            return chosen(ranked(trained, groups, scores, multiple, self.amount), 1.0, "layer")
 
         def soften(step: int) -> None:
             if (step + 1) % self.every == 0:
@@ -81,25 +79,27 @@ class SoftPrune:
         train(trained, context, "soft_prune", self.steps, self.learning_rate, keep=soften)
         removed = together(weakest())
         pruned = without(trained, removed)
-        assert_equal(trained, pruned, removed, inputs)
-        columns = "layer", "channels", "left"
-        context.note(Finding(repr(self), "Channels taken out", columns, tuple(widths(trained, removed))))
+        with said_by("soft_prune"):
+            assert_equal(trained, pruned, removed, inputs)
+        context.note(taken_out(repr(self), trained, pruned, "no channel taken out"))
         return pruned
 
 
 def silence(model: nn.Module, channels: Sequence[Channel]) -> None:
     """Sets the weights and biases that write these channels to zero, in place."""
-    import torch
-
+    from deploykit.hub.structure import set_parameter
     from deploykit.layerwise.channels import weight_axis
     from deploykit.pruning.groups import together
 
-    with torch.no_grad():
-        for (name, side), numbers in together(channels).items():
-            layer: Any = model.get_submodule(name)
-            if side == "out":
-                axis = weight_axis(layer, "out")
-                within = sorted({c % layer.weight.shape[axis] for c in numbers})
-                layer.weight.movedim(axis, 0)[within] = 0
-                if getattr(layer, "bias", None) is not None:
-                    layer.bias[numbers] = 0
+    for (name, side), numbers in together(channels).items():
+        layer: Any = model.get_submodule(name)
+        if side == "out":
+            axis = weight_axis(layer, "out")
+            within = sorted({c % layer.weight.shape[axis] for c in numbers})
+            weight = layer.weight.detach().clone()
+            weight.movedim(axis, 0)[within] = 0
+            set_parameter(layer, "weight", weight)
+            if getattr(layer, "bias", None) is not None:
+                bias = layer.bias.detach().clone()
+                bias[numbers] = 0
+                set_parameter(layer, "bias", bias)

@@ -13,6 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from deploykit.core.context import Context
+from deploykit.core.errors import said_by
 from deploykit.core.recipe import Stage
 from deploykit.core.target import Need, Profit
 
@@ -22,7 +23,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sparsify:
-    """Sets the ``sparsity`` share of all weights to zero."""
+    """Sets the ``sparsity`` share of the weights of convolutions and linear layers to zero.
+
+    Recurrent layers, embeddings and attention's joint projection keep theirs and are not counted.
+    """
 
     sparsity: float
     """Share of the weights to remove, 0 < sparsity < 1."""
@@ -43,10 +47,13 @@ class Sparsify:
             raise ValueError(f"sparsity must lie between 0 and 1, given {self.sparsity}")
 
     def foresee(self, context: Context) -> None:
-        """Refuses a criterion that is unknown or lacks data."""
+        """Refuses a criterion that is unknown or lacks data, and layers that the original does not have."""
+        from deploykit.layerwise.products import products
         from deploykit.pruning.choose import resolved
+        from deploykit.pruning.takable import foresee_layers
 
         resolved(self.criterion, context, "sparsify")
+        foresee_layers(self.skip, context.original, products, "sparsify")
 
     def __call__(self, model: nn.Module, context: Context) -> nn.Module:
         """A copy of the model with masks on its weights. Biases and normalisation have none.
@@ -63,6 +70,7 @@ class Sparsify:
         choose = network_wide if self.scope == "global" else layer_by_layer
         n = rounds(criterion)  # the same share of what is left in each
         shares = [*(1 - (1 - self.sparsity) ** (k / n) for k in range(1, n)), self.sparsity]
-        sparse = masked(model, layers, criterion, context, [partial(choose, sparsity=share) for share in shares])
+        with said_by("sparsify"):
+            sparse = masked(model, layers, criterion, context, [partial(choose, sparsity=share) for share in shares])
         context.note(kept(sparse, repr(self)))
         return sparse

@@ -15,7 +15,7 @@ for every weight. In the end weights with log α > 3 become zeros that stay zero
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from deploykit.core.context import Context
@@ -59,33 +59,40 @@ class VariationalDropout:
         """A trained copy of the model with masks on its weights.
 
         Raises:
-            DeploykitError: the model has no convolution or linear layer.
+            DeploykitError: the model has no convolution or linear layer, or calls none.
         """
         import torch
         from torch import nn
 
         from deploykit.hub.structure import attach_mask
-        from deploykit.layerwise.products import products
+        from deploykit.layerwise.watching import entered
+        from deploykit.losses import as_tensors
+        from deploykit.pruning.choose import kept, layers_of
+        from deploykit.pruning.flow import called
         from deploykit.retraining import train
 
+        data = context.need("train", "variational_dropout")
         trained = copy.deepcopy(model)
-        layers: list[Any] = list(products(trained).values())
+        every = layers_of(trained, (), "variational_dropout")
+        # where forward does not run there is no noise to bear, and the price alone would decide
+        layers = [every[name] for name in called(trained, every, as_tensors(next(data.batches(1)).inputs))]
         if not layers:
-            raise DeploykitError("variational_dropout: the model has no convolution or linear layer")
+            raise DeploykitError("variational_dropout: the model calls none of its convolutions and linear layers")
         for layer in layers:
             layer.register_parameter(NAME, nn.Parameter(torch.full_like(layer.weight.detach(), CERTAIN / FASTER)))
         hooks = [
-            layer.register_forward_hook(lambda m, x, y: noisy(m, x[0], y, FASTER * getattr(m, NAME)))
+            layer.register_forward_hook(
+                lambda m, x, named, y: noisy(m, entered(x, named), y, FASTER * getattr(m, NAME)), with_kwargs=True
+            )
             for layer in layers
         ]
 
         def own(layer: Any) -> Tensor:
             return log_alpha(layer.weight, FASTER * getattr(layer, NAME))
 
-        count = len(context.need("train", "variational_dropout"))
         train(
             trained, context, "variational_dropout", self.steps, self.learning_rate,
-            penalty=lambda: self.penalty / count * sum(
+            penalty=lambda: self.penalty / len(data) * sum(
                 (divergence(own(layer)).sum() for layer in layers), torch.zeros(())
             ),
         )  # fmt: skip
@@ -96,6 +103,8 @@ class VariationalDropout:
                 lives = own(layer) <= self.threshold
                 delattr(layer, NAME)
                 attach_mask(layer, "weight", lives)
+        told = kept(trained, repr(self))
+        context.note(replace(told, summary="; ".join(filter(None, (told.title.lower(), told.summary)))))
         return trained
 
 

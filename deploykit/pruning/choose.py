@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from deploykit.core.context import Context
-from deploykit.core.errors import DeploykitError, unknown
+from deploykit.core.errors import DeploykitError, said_by, some, unknown
 from deploykit.core.manifest import Finding
 from deploykit.core.patterns import matching
 from deploykit.core.progress import track
@@ -18,11 +18,11 @@ from deploykit.hub.structure import attach_mask, mask_of
 from deploykit.layerwise.covariance import covariances, damped
 from deploykit.layerwise.fisher import fisher
 from deploykit.layerwise.products import matrix, products
-from deploykit.losses import as_tensors
 from deploykit.pruning.criteria import CRITERIA
 from deploykit.pruning.criteria.evidence import Evidence
 from deploykit.pruning.masks import Masks, Scores
 from deploykit.pruning.obs import Matrix, costs
+from deploykit.pruning.takable import refuse_not_finite, sample
 
 OBS = "obs"
 LEAST_SAMPLES = 32
@@ -68,11 +68,13 @@ def layers_of(model: nn.Module, skip: Sequence[str], who: str) -> dict[str, Any]
     """Convolutions and linear layers by path, without those that a pattern names.
 
     Raises:
-        DeploykitError: there are none; a pattern matches nothing.
+        DeploykitError: there are none; a pattern matches nothing; weights that are not finite.
     """
     found = products(model)
     if not found:
         raise DeploykitError(f"{who}: the model has no convolution or linear layer")
+    with said_by(who):
+        refuse_not_finite(model)
     skipped = set(matching("layer", skip, found))
     return {name: layer for name, layer in found.items() if name not in skipped}
 
@@ -96,27 +98,45 @@ def masked(
         pattern: N and M, where at most N of M inputs will live: ``obs`` wants to know.
     """
     found = copy.deepcopy(model)
-    sample = {name: x[:1] for name, x in as_tensors(context.example).items()}
-    evidence = Evidence(sample, context.data.get("calibration"), context.loss, context.seed)
+    evidence = Evidence(sample(context), context.data.get("calibration"), context.loss, context.seed)
     for cut in cuts:
         lives = {name: _lives(found.get_submodule(name)) for name in layers}
+        # slopes are wanted of frozen weights too, and statistics of a model in training must not move
+        judged = copy.deepcopy(found).eval().requires_grad_(True)
         if criterion == OBS:
-            scores = _surgeon(found, layers, lives, context, pattern)
+            scores = _surgeon(judged, layers, lives, context, pattern)
         else:
-            scores = CRITERIA[criterion].function(found, layers, evidence)
+            scores = CRITERIA[criterion].function(judged, layers, evidence)
         for name, mask in cut(scores, {name: lives[name] for name in scores}).items():
             attach_mask(found.get_submodule(name), "weight", mask)
     return found
 
 
 def kept(model: nn.Module, step: str) -> Finding:
-    """How many weights of every layer live, for the report; ``step``: who masked them."""
+    """How many weights of every layer live, for the report; ``step``: who masked them.
+
+    Shares are of what can be masked, the weights of convolutions and linear layers; what else there is is said.
+    """
     alive = {name: _lives(layer) for name, layer in products(model).items()}
     rows = tuple(
         (name, mask.numel(), int(mask.sum()), 100 * float((~mask).double().mean())) for name, mask in alive.items()
     )
     gone = sum(had - left for _, had, left, _ in rows) / sum(had for _, had, _, _ in rows)
-    return Finding(step, f"Weights that stay: {gone:.1%} are zero", ("layer", "weights", "left", "zeros %"), rows)
+    title = f"Weights that stay: {gone:.1%} are zero"
+    return Finding(step, title, ("layer", "weights", "left", "zeros %"), rows, summary=_uncounted(model))
+
+
+def _uncounted(model: nn.Module) -> str:
+    """The matrices that no mask is on and no share counts (of recurrent layers, embeddings, attention), in words."""
+    counted = {id(p) for layer in products(model).values() for p in layer.parameters()}
+    others = {name: p for name, p in model.named_parameters() if p.ndim > 1 and id(p) not in counted}
+    if not others:
+        return ""
+    number = sum(p.numel() for p in others.values())
+    return (
+        f"shares are of convolutions and linear layers; {number:,} weights of other kinds stay whole and are not "
+        f"counted: {some(list(others), 4)}"
+    )
 
 
 def rounds(criterion: str) -> int:

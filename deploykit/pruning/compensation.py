@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from deploykit.core.data import DataSet
-from deploykit.hub.structure import attach_mask, bake
+from deploykit.hub.structure import attach_mask, bake, is_own, set_parameter
 from deploykit.layerwise.channels import mixes, weight_of
 from deploykit.layerwise.refit import refit
 from deploykit.pruning.surgery import Removed, read_by
@@ -38,5 +38,6 @@ def compensated(model: nn.Module, removed: Removed, data: DataSet) -> nn.Module:
     whole.load_state_dict({name: fitted.get(name, own) for name, own in whole.state_dict().items()})
     for name, layer in whole.named_modules():
         for leaf in list(layer.parametrizations) if parametrize.is_parametrized(layer) else []:
-            setattr(layer, leaf, fitted[f"{name}.{leaf}" if name else leaf])
+            if is_own(layer, leaf):  # others are not refitted
+                set_parameter(layer, leaf, fitted[f"{name}.{leaf}" if name else leaf])
     return whole

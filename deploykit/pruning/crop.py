@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
-from deploykit.hub.structure import mask_of
+from deploykit.hub.structure import is_own, mask_of
 from deploykit.layerwise.channels import Side, is_depthwise, sides, weight_axis, width
 
 
@@ -27,7 +27,7 @@ def can_be_cropped(layer: nn.Module) -> bool:
     if not parametrize.is_parametrized(layer):
         return True
     chains: Any = layer.parametrizations
-    return all(mask_of(layer, name) is not None and len(chain) == 1 for name, chain in chains.items())
+    return all(is_own(layer, name) for name in chains)
 
 
 def crop(model: nn.Module, removed: Mapping[Port, Iterable[int]]) -> None:

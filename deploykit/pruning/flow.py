@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from deploykit.core.errors import DeploykitError
 from deploykit.layerwise.channels import is_channelwise, mixes
+from deploykit.layerwise.watching import entered, evaluating, hooked
 from deploykit.losses import tensors
 
 Inputs = Mapping[str, Tensor]
@@ -52,6 +53,25 @@ def written(model: nn.Module, inputs: Inputs) -> dict[str, list[torch.Size]]:
     return shapes
 
 
+def called(model: nn.Module, layers: Mapping[str, nn.Module], inputs: Inputs) -> list[str]:
+    """Those of some layers whose forward runs: of others the model reads the weight itself (attention's projections).
+
+    Raises:
+        DeploykitError: the model does not run on these inputs.
+    """
+    seen: set[str] = set()
+
+    def note(name: str) -> Callable[..., None]:
+        return lambda *_: seen.add(name)
+
+    with (
+        evaluating(model),
+        hooked(layer.register_forward_pre_hook(note(name)) for name, layer in layers.items()),
+    ):
+        _run(model, inputs)
+    return [name for name in layers if name in seen]
+
+
 def follow(model: nn.Module, inputs: Inputs, write: Callable[[str, int], Tensor]) -> Flow:
     """One run in which mixing layers do not compute.
 
@@ -72,15 +92,15 @@ def follow(model: nn.Module, inputs: Inputs, write: Callable[[str, int], Tensor]
 @contextmanager
 def _replaced(model: nn.Module, write: Callable[[str, int], Tensor], flow: Flow) -> Iterator[None]:
     def stand_in(name: str) -> Callable[..., Tensor]:
-        def forward(x: Tensor, *_: Any, **__: Any) -> Tensor:
+        def forward(*given: Any, **named: Any) -> Tensor:
             calls = flow.read.setdefault(name, [])
-            calls.append(x.detach())
+            calls.append(entered(given, named).detach())
             return write(name, len(calls) - 1)
 
         return forward
 
     def note(name: str) -> Callable[..., None]:
-        return lambda _layer, inputs: flow.read.setdefault(name, []).append(inputs[0].detach())
+        return lambda _layer, given, named: flow.read.setdefault(name, []).append(entered(given, named).detach())
 
     own: list[tuple[nn.Module, Any]] = []
     hooks = []
@@ -90,7 +110,7 @@ def _replaced(model: nn.Module, write: Callable[[str, int], Tensor], flow: Flow)
                 own.append((layer, vars(layer).get("forward")))
                 layer.forward = stand_in(name)
             elif is_channelwise(layer):
-                hooks.append(layer.register_forward_pre_hook(note(name)))
+                hooks.append(layer.register_forward_pre_hook(note(name), with_kwargs=True))
         yield
     finally:
         for layer, forward in own:

@@ -7,15 +7,17 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
 
 from deploykit.core.errors import DeploykitError
+from deploykit.core.manifest import Finding
+from deploykit.hub.structure import set_parameter
 from deploykit.layerwise.channels import groups_of, mixes, weight_axis, weight_of, width
 from deploykit.losses import tensors
 from deploykit.pruning.crop import Port, crop
 from deploykit.pruning.flow import Inputs
 
 Removed = Mapping[Port, Sequence[int]]
+LEAVE_OUT = "the step prune can leave those layers out with skip"
 
 
 def without(model: nn.Module, removed: Removed) -> nn.Module:
@@ -31,16 +33,32 @@ def widths(model: nn.Module, removed: Removed) -> list[tuple[str, int, int]]:
     return [(p.layer, had[p.layer], had[p.layer] - len(own)) for p, own in removed.items() if p.side == "out"]
 
 
+def taken_out(step: str, whole: nn.Module, pruned: nn.Module, nothing: str) -> Finding:
+    """How many channels every layer lost, for the report.
+
+    Args:
+        step: that took them.
+        whole: the network before.
+        pruned: the network after.
+        nothing: what to say where none went, and what to do about it.
+    """
+    layers = {name: (width(m, "out"), width(pruned.get_submodule(name), "out"))
+              for name, m in whole.named_modules() if mixes(m)}  # fmt: skip
+    rows = tuple((name, had, left) for name, (had, left) in layers.items() if left < had)
+    every, gone = sum(had for had, _ in layers.values()), sum(had - left for _, had, left in rows)
+    said = f"{gone} of {every} channels taken out ({gone / every:.1%})" if gone else nothing
+    return Finding(step, "Channels taken out", ("layer", "channels", "left"), rows, summary=said)
+
+
 def zeroed(model: nn.Module, removed: Removed) -> nn.Module:
     """A copy of the same size, in which the weights that read those channels are zero."""
     same = copy.deepcopy(model)
     for (name, side), channels in removed.items():
         layer = same.get_submodule(name)
         if side == "in" and mixes(layer):
-            with torch.no_grad():
-                weight = weight_of(layer).clone()
-                weight[read_by(layer, channels)] = 0
-                layer.weight = weight if parametrize.is_parametrized(layer, "weight") else nn.Parameter(weight)
+            weight = weight_of(layer).detach().clone()
+            weight[read_by(layer, channels)] = 0
+            set_parameter(layer, "weight", weight)
     return same
 
 
@@ -56,17 +74,17 @@ def assert_equal(model: nn.Module, pruned: nn.Module, removed: Removed, inputs: 
     """Raises if the pruned network does not compute what the network with zeroed channels does.
 
     Raises:
-        DeploykitError: outputs differ by more than rounding, or cannot be computed.
+        DeploykitError: outputs differ by more than rounding, or cannot be computed (`said_by` names the step).
     """
     try:
         with torch.no_grad():
             expected, found = (tensors(copy.deepcopy(m).eval()(**inputs)) for m in (zeroed(model, removed), pruned))
     except Exception as error:  # the user's code and torch raise whatever they like
-        raise DeploykitError(f"prune: the pruned model does not run ({error}); leave layers out with skip") from None
+        raise DeploykitError(f"the pruned model does not run ({error}); {LEAVE_OUT}") from None
     for a, b in zip(expected, found, strict=True):
         tolerance = 1e-4 * max(1.0, float(a.abs().max()))
         if a.shape != b.shape or not torch.allclose(a.double(), b.double(), rtol=1e-3, atol=tolerance):
             raise DeploykitError(
-                "prune: the pruned model computes something else than the model with the same channels zeroed; "
-                "its code must depend on sizes that prune cannot see. Leave those layers out with skip."
+                "the pruned model computes something else than the model with the same channels zeroed; its code must "
+                f"depend on sizes that are not seen from outside; {LEAVE_OUT}"
             )

@@ -21,7 +21,7 @@ from deploykit.core.target import Need
 from deploykit.layerwise.channels import groups_of, mixes, weight_axis
 from deploykit.pruning.criteria.activation import activation
 from deploykit.pruning.criteria.bn_scale import bn_scale
-from deploykit.pruning.criteria.chance import chance
+from deploykit.pruning.criteria.chance import chance, chance_by_channel
 from deploykit.pruning.criteria.evidence import Evidence
 from deploykit.pruning.criteria.fisher import fisher
 from deploykit.pruning.criteria.fpgm import fpgm
@@ -46,6 +46,8 @@ class Criterion:
     """Whether scores are changes of the cost, which can be added and compared over the whole network."""
     rounds: int = 1
     """How often single weights are scored anew while they go."""
+    by_channel: Callable[[nn.Module, Sequence[Group], Evidence], list[Tensor]] | None = None
+    """What scores whole channels where sums over their weights would not do."""
 
 
 CRITERIA: Mapping[str, Criterion] = {
@@ -57,7 +59,7 @@ CRITERIA: Mapping[str, Criterion] = {
     "fisher": Criterion(fisher, "channels", ("data",), in_cost=True),
     "activation": Criterion(activation, "weights", ("data",)),
     "fpgm": Criterion(fpgm, "ports"),
-    "random": Criterion(chance, "weights"),
+    "random": Criterion(chance, "weights", by_channel=chance_by_channel),
     "synflow": Criterion(synflow, "weights", rounds=ROUNDS),
     "snip": Criterion(snip, "weights", ("data", "labels"), in_cost=True),
     "oracle": Criterion(oracle, "channels", ("data",), in_cost=True),
@@ -82,8 +84,9 @@ def importance(model: nn.Module, groups: Sequence[Group], name: str, evidence: E
         DeploykitError: the criterion needs what there is not, or finds nothing to go by.
     """
     chosen = criterion(name)
-    if chosen.scores == "channels":
-        return [scores.double() for scores in chosen.function(model, groups, evidence)]
+    whole = chosen.by_channel or (chosen.function if chosen.scores == "channels" else None)
+    if whole is not None:
+        return [scores.double() for scores in whole(model, groups, evidence)]
     layers = list(dict.fromkeys(port.layer for group in groups for port in group.ports))
     if chosen.scores == "weights":
         layers = [name for name in layers if mixes(model.get_submodule(name))]

@@ -14,6 +14,10 @@ from deploykit.core.errors import DeploykitError
 from deploykit.losses import Loss, TrainBatch, as_tensors, cross_entropy, tensors
 from deploykit.pruning.flow import Inputs
 
+OWN_LOSS = "[train] loss = 'file.py:function', or take a criterion without a cost (l2)"
+IGNORED = -100
+"""A label that cross-entropy passes over."""
+
 
 @dataclass(frozen=True)
 class Evidence:
@@ -43,14 +47,59 @@ class Evidence:
         """C: the mean cost of a batch, with gradients.
 
         Raises:
-            DeploykitError: there are no labels, and outputs that are not one tensor of class scores.
+            DeploykitError: no loss is given, and the outputs are not one tensor of class scores, or the labels are not
+                classes of theirs.
         """
         outputs: Any = model(**batch.inputs)
-        if self.loss is not None:
+        if self.loss is not None and self.loss is not cross_entropy:
             return self.loss(outputs, batch)
-        if batch.labels is None:
+        if self.loss is None and batch.labels is None:
             batch = TrainBatch(batch.inputs, own_answers(outputs))
+        if batch.labels is not None:
+            refuse_labels(class_scores(outputs), batch.labels)
         return cross_entropy(outputs, batch)
+
+
+def refuse_labels(scores: Tensor, labels: Tensor) -> None:
+    """Raises for labels that are no classes of the scores ``[n, classes, ...]``, nor probabilities of each.
+
+    Raises:
+        DeploykitError: says what was expected.
+    """
+    classes = scores.shape[1]
+    if labels.is_floating_point():
+        if labels.shape != scores.shape:
+            raise DeploykitError(
+                f"the criterion's cost is cross-entropy, and the labels {list(labels.shape)} are {labels.dtype}: give "
+                f"numbers of classes (int64), or {OWN_LOSS}"
+            )
+        return
+    if labels.shape != scores.shape[:1] + scores.shape[2:]:
+        raise DeploykitError(
+            f"the criterion's cost is cross-entropy, and labels {list(labels.shape)} do not fit class scores "
+            f"{list(scores.shape)}: give one class for each, or {OWN_LOSS}"
+        )
+    wrong = labels[(labels != IGNORED) & ((labels < 0) | (labels >= classes))]
+    if len(wrong):
+        raise DeploykitError(
+            f"label {int(wrong[0])} is no class: the model tells {classes} apart, 0 to {classes - 1}. Give other "
+            f"labels, or {OWN_LOSS}"
+        )
+
+
+def class_scores(outputs: Any) -> Tensor:
+    """The one output ``[n, classes, ...]``.
+
+    Raises:
+        DeploykitError: it is not one, or of one class: its cross-entropy is zero whatever it says.
+    """
+    scores = tensors(outputs)
+    if len(scores) != 1 or scores[0].ndim < 2 or scores[0].shape[1] < 2:
+        raise DeploykitError(
+            "the criterion needs a cost, and the outputs are not one tensor of class scores (two or more): give "
+            f"{OWN_LOSS}"
+        )
+    return scores[0]
 
 
 def own_answers(outputs: Any) -> Tensor:
@@ -61,10 +110,4 @@ def own_answers(outputs: Any) -> Tensor:
     Raises:
         DeploykitError: the outputs are not one tensor of class scores.
     """
-    scores = tensors(outputs)
-    if len(scores) != 1 or scores[0].ndim < 2 or scores[0].shape[1] < 2:
-        raise DeploykitError(
-            "the criterion needs a cost, and the outputs are not one tensor of class scores: "
-            "give [train] loss = 'file.py:function'"
-        )
-    return scores[0].detach().argmax(1)
+    return class_scores(outputs).detach().argmax(1)

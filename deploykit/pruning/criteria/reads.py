@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 
 from deploykit.core.errors import DeploykitError
+from deploykit.layerwise.watching import entered
 
 
 @contextmanager
@@ -20,19 +21,27 @@ def reads(model: nn.Module, layers: Sequence[str]) -> Iterator[dict[str, list[Te
     read: dict[str, list[Tensor]] = {}
 
     def note(name: str) -> Any:
-        def hook(_layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-            own = inputs[0].view_as(inputs[0])
+        def hook(_layer: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> Any:
+            x = entered(given, named)
+            own = x.view_as(x)
             read.setdefault(name, []).append(own)
-            return own, *inputs[1:]
+            return instead(given, named, own)
 
         return hook
 
-    hooks = [model.get_submodule(name).register_forward_pre_hook(note(name)) for name in layers]
+    hooks = [model.get_submodule(name).register_forward_pre_hook(note(name), with_kwargs=True) for name in layers]
     try:
         yield read
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def instead(given: tuple[Any, ...], named: Mapping[str, Any], x: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What a layer is called with, another tensor in the place of its first input (`watching.entered`)."""
+    if given:
+        return (x, *given[1:]), dict(named)
+    return given, {**named, next(iter(named)): x}
 
 
 def by_example(t: Tensor, axis: int, n: int) -> Tensor:
