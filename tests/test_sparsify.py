@@ -154,7 +154,10 @@ def test_what_is_not_counted_is_said() -> None:
     notes: list[Finding] = []
     sparse: Any = Sparsify(0.5, "l1")(Recurrent(), replace(here(), note=notes.append))
     assert zeros(sparse) == {"head": 0.5} and bool(sparse.lstm.weight_hh_l0.all())
-    assert "768 weights of other kinds stay whole and are not counted: lstm.weight_ih_l0" in notes[0].summary
+    assert (
+        "768 weights of other kinds, or that layers share, stay whole and are not counted: lstm.weight_ih_l0"
+        in notes[0].summary
+    )
     Sparsify(0.5, "l1")(net(), replace(here(), note=notes.append))
     assert notes[1].summary == ""
 
@@ -172,3 +175,27 @@ def test_weights_that_are_not_finite_are_named() -> None:
         model[3].weight[0] = torch.nan
     with pytest.raises(DeploykitError, match=r"sparsify: the weights '3\.weight' are not all finite"):
         Sparsify(0.5, "l1")(model, here())
+
+
+class Tied(nn.Module):
+    """A language model in small: what words are read by is what they are told apart by."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.words, self.middle, self.head = nn.Embedding(12, 16), nn.Linear(16, 16), nn.Linear(16, 12, bias=False)
+        self.head.weight = self.words.weight
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return self.head(self.middle(self.words(input)))  # type: ignore[no-any-return]
+
+
+def test_weights_that_layers_share_stay_whole_and_shared() -> None:
+    notes: list[Finding] = []
+    sparse: Any = Sparsify(0.5, "l1")(Tied(), replace(here(), note=notes.append))
+    assert sparse.head.weight is sparse.words.weight and bool(sparse.head.weight.all())
+    assert zeros(sparse)["middle"] == 0.5 and "192 weights of other kinds, or that layers share" in notes[0].summary
+    alike = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    alike[1].weight = alike[0].weight
+    with pytest.raises(DeploykitError, match=r"sparsify: all layers share their weights with others \(0, 1\)"):
+        Sparsify(0.5, "l1")(alike, here())

@@ -6,6 +6,7 @@ every sample; ``x`` are the k numbers that one output looks at.
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 from torch import Tensor, nn
@@ -82,3 +83,9 @@ def multiplies(layer: Any, x: Tensor, y: Tensor) -> bool:
     if layer.bias is not None:
         found = found + layer.bias.reshape(len(w), 1, -1)
     return bool((found - expected).abs().max() <= TOLERANCE * expected.abs().max())
+
+
+def sharing(model: nn.Module) -> set[str]:
+    """The products that share parameters with other modules: what is good for one would change the other."""
+    owners = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
+    return {name for name, layer in products(model).items() if any(owners[id(p)] > 1 for p in layer.parameters())}

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +28,7 @@ from deploykit.core.progress import track
 from deploykit.hub.structure import is_own, mask_of, set_parameter
 from deploykit.layerwise.channels import weight_of
 from deploykit.layerwise.covariance import DAMPING, Covariance, precise
-from deploykit.layerwise.products import inputs, matrix, multiplies, outputs, products
+from deploykit.layerwise.products import inputs, matrix, multiplies, outputs, products, sharing
 from deploykit.layerwise.watching import BATCH, Stop, entered, evaluating, hooked, watch
 from deploykit.losses import as_tensors
 
@@ -169,7 +168,7 @@ def _look(model: nn.Module, data: DataSet) -> tuple[dict[str, int], dict[str, nn
     """How often each product is called for a batch, 0 where it has to stay as it is; and which normalisation reads
     nothing but what it gives."""
     calls = dict.fromkeys(products(model), 0)
-    others = {name for name, layer in products(model).items() if not is_own(layer, "weight")} | _shared(model)
+    others = {name for name, layer in products(model).items() if not is_own(layer, "weight")} | sharing(model)
     given: dict[int, tuple[str, Tensor]] = {}
     norms: dict[str, list[nn.Module]] = {}
 
@@ -196,12 +195,6 @@ def _look(model: nn.Module, data: DataSet) -> tuple[dict[str, int], dict[str, nn
         model(**as_tensors(next(data.batches(1)).inputs))
     calls |= dict.fromkeys(others, 0)
     return calls, {name: found[0] for name, found in norms.items() if len(found) == calls[name] == 1}
-
-
-def _shared(model: nn.Module) -> set[str]:
-    """The products that share parameters with other modules: what fits one would be wrong for the other."""
-    owners = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
-    return {name for name, layer in products(model).items() if any(owners[id(p)] > 1 for p in layer.parameters())}
 
 
 def _refuse_other_widths(ours: Mapping[str, nn.Module], theirs: Mapping[str, nn.Module]) -> None:

@@ -17,7 +17,7 @@ from deploykit.core.progress import track
 from deploykit.hub.structure import attach_mask, mask_of
 from deploykit.layerwise.covariance import covariances, damped
 from deploykit.layerwise.fisher import fisher
-from deploykit.layerwise.products import matrix, products
+from deploykit.layerwise.products import matrix, products, sharing
 from deploykit.pruning.criteria import CRITERIA
 from deploykit.pruning.criteria.evidence import Evidence
 from deploykit.pruning.masks import Masks, Scores
@@ -65,7 +65,7 @@ def resolved(criterion: str, context: Context, who: str) -> str:
 
 
 def layers_of(model: nn.Module, skip: Sequence[str], who: str) -> dict[str, Any]:
-    """Convolutions and linear layers by path, without those that a pattern names.
+    """Convolutions and linear layers by path, without those that a pattern names, or that share their weights.
 
     Raises:
         DeploykitError: there are none; a pattern matches nothing; weights that are not finite.
@@ -75,8 +75,11 @@ def layers_of(model: nn.Module, skip: Sequence[str], who: str) -> dict[str, Any]
         raise DeploykitError(f"{who}: the model has no convolution or linear layer")
     with said_by(who):
         refuse_not_finite(model)
+    tied = sharing(model)
+    if len(tied) == len(found):
+        raise DeploykitError(f"{who}: all layers share their weights with others ({some(sorted(tied), 4)})")
     skipped = set(matching("layer", skip, found))
-    return {name: layer for name, layer in found.items() if name not in skipped}
+    return {name: layer for name, layer in found.items() if name not in skipped | tied}
 
 
 def masked(
@@ -117,7 +120,8 @@ def kept(model: nn.Module, step: str) -> Finding:
 
     Shares are of what can be masked, the weights of convolutions and linear layers; what else there is is said.
     """
-    alive = {name: _lives(layer) for name, layer in products(model).items()}
+    tied = sharing(model)
+    alive = {name: _lives(layer) for name, layer in products(model).items() if name not in tied}
     rows = tuple(
         (name, mask.numel(), int(mask.sum()), 100 * float((~mask).double().mean())) for name, mask in alive.items()
     )
@@ -127,15 +131,16 @@ def kept(model: nn.Module, step: str) -> Finding:
 
 
 def _uncounted(model: nn.Module) -> str:
-    """The matrices that no mask is on and no share counts (of recurrent layers, embeddings, attention), in words."""
-    counted = {id(p) for layer in products(model).values() for p in layer.parameters()}
+    """The matrices that no mask is on (of recurrent layers, embeddings, attention, or shared ones), in words."""
+    tied = sharing(model)
+    counted = {id(p) for name, layer in products(model).items() if name not in tied for p in layer.parameters()}
     others = {name: p for name, p in model.named_parameters() if p.ndim > 1 and id(p) not in counted}
     if not others:
         return ""
     number = sum(p.numel() for p in others.values())
     return (
-        f"shares are of convolutions and linear layers; {number:,} weights of other kinds stay whole and are not "
-        f"counted: {some(list(others), 4)}"
+        f"shares are of convolutions and linear layers; {number:,} weights of other kinds, or that layers share, stay "
+        f"whole and are not counted: {some(list(others), 4)}"
     )
 
 
