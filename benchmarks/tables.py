@@ -3,6 +3,7 @@
 * ``docs/results.md``: every row;
 * ``docs/support.md``: every cell of ``results/support.json``;
 * ``<!-- results -->`` … ``<!-- /results -->`` in the README: the rows about two trained networks;
+* ``<!-- steps -->`` … ``<!-- /steps -->`` there: a row for each kind of step that compresses;
 * ``<!-- row: NAME/CLAIM -->`` … ``<!-- /row -->`` on any page: the values of one row, the claim cut short at will;
 * ``docs/images/``: int8 beside fp32, accuracy over the budget of pruning, codebooks beside linear weights, accuracy
   over the bytes of files.
@@ -34,6 +35,20 @@ TITLES = {
     "deep_compression": "Deep Compression",
     "distill": "Distillation",
 }
+STEPS = {
+    "[prune](docs/passes/prune.md)": ("prune", "ResNet-20, 50% of the MACs removed, no training, refitted"),
+    "[sparsify](docs/passes/sparsify.md), [refit](docs/passes/refit.md)": (
+        "prune", "ResNet-20, 80% of the weights zero"
+    ),
+    "[low_rank](docs/passes/low_rank.md)": (
+        "low_rank", "ResNet-20, 50% of the parameters removed on data, no training: top-1"
+    ),
+    "[share](docs/passes/share.md), [pack](docs/formats/dkz.md)": (
+        "deep_compression", "LeNet-5, pruned, shared and coded: times smaller"
+    ),
+    "[distill](docs/passes/distill.md)": ("distill", "MNIST, student of 2 x 800 units: errors"),
+}  # fmt: skip
+"""By the steps, the row that shows what they are worth."""
 OVER = "ResNet-20, accuracy over the MACs removed"
 Rows = Sequence[Mapping[str, Any]]
 
@@ -107,6 +122,9 @@ def refreshed(text: str, found: Mapping[str, Rows]) -> str:
         text,
         flags=re.DOTALL,
     )
+    text = re.sub(
+        r"(<!-- steps -->\n).*?(<!-- /steps -->)", lambda m: f"{m[1]}{steps(found)}{m[2]}", text, flags=re.DOTALL
+    )
     return re.sub(
         r"(<!-- row: (\w+)/([^>]*?) -->\n).*?(<!-- /row -->)",
         lambda m: f"{m[1]}{values(find(found[m[2]], m[3]))}{m[4]}",
@@ -144,6 +162,15 @@ def headline(rows: Rows) -> str:
         f"images, run once. Measured by {'; '.join(origins(chosen))}.",
     ]
     return "\n".join([*lines, "", *notes, ""])
+
+
+def steps(found: Mapping[str, Rows]) -> str:
+    """What steps that compress are worth, for the README."""
+    lines = ["| step | | measured | others |", "|---|---|---|---|"]
+    for what, (name, claim) in STEPS.items():
+        row = find(found[name], claim)
+        lines.append(f"| {what} | {row['claim']} | {number(row['value'])} | {row['neighbour']} |")
+    return "\n".join([*lines, ""])
 
 
 def values(row: Mapping[str, Any]) -> str:
