@@ -1,8 +1,8 @@
 """Self-distillation on CIFAR-10: every exit against plain training and deep supervision, why, and what exits save.
 
 A ResNet-8 (16, 32 and 64 channels, one block a stage, an exit behind the first two stages) on JPEG CIFAR-10 for a few
-epochs, the same number with every method; a ResNet-20 for what early exits save. What the paper claims for ResNet-18 and 200 epochs is the part ``paper``,
-which wants a GPU.
+epochs, the same number with every method; a ResNet-20 for what early exits save. What the paper claims for ResNet-18 and
+200 epochs is the part ``paper``, which wants a GPU.
 
     python -m benchmarks.self_distillation accuracy reasons chain
     python -m benchmarks.self_distillation paper
@@ -10,6 +10,7 @@ which wants a GPU.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import statistics
 import tempfile
@@ -271,11 +272,10 @@ def timed(net: nn.Module, target: str) -> dict[str, float]:
         to = Path(folder)
         whole = pipeline.prepare(Model("ResNet-20", module=net), roles, None)
         alone = pipeline.prepare(accept_module(net.network), roles, None)
-        try:
+        with contextlib.suppress(GateFailed):  # the files are there all the same, and the rows tell
             write_chain(whole, device, to / "chain", settings, Wanted(max_drop=DROP))
+        with contextlib.suppress(GateFailed):
             pipeline.export(alone, [device], [to / "alone"], settings, Gate())
-        except GateFailed as error:  # the files are there all the same, and the rows tell
-            print(error, flush=True)
         variant = load_chain(to / "chain").variants[PRECISION]
         early, without = open_chain(to / "chain"), exporters.open_artifact(to / "alone").runner(PRECISION)
         spent = [0.0, 0.0]
