@@ -1,8 +1,8 @@
 """Self-distillation on CIFAR-10: every exit against plain training and deep supervision, why, and what exits save.
 
 A ResNet-8 (16, 32 and 64 channels, one block a stage, an exit behind the first two stages) on JPEG CIFAR-10 for a few
-epochs, the same number with every method; a ResNet-20 for what early exits save. What the paper claims for ResNet-18 and
-200 epochs is the part ``paper``, which wants a GPU.
+epochs, the same number with every method; a ResNet-20 for what early exits save. What the paper claims for ResNet-18
+and 200 epochs is the part ``paper``, which wants a GPU.
 
     python -m benchmarks.self_distillation accuracy reasons chain
     python -m benchmarks.self_distillation paper

@@ -87,9 +87,9 @@ def _refuse_labels(logits: Tensor, labels: Tensor) -> None:
 def distill_kl(temperature: float = 1.0) -> Loss:
     """Distillation: follow the teacher's softened probabilities (Hinton et al. 2015, section 2).
 
-    With logits z (student), v (teacher) ``[n, classes]`` and p = softmax(v/T), q = softmax(z/T):
+    With logits z (student), v (teacher) ``[n, classes, ...]`` and p = softmax(v/T), q = softmax(z/T):
 
-        L = T² · mean over n of  sum_c p_c (log p_c - log q_c)
+        L = T² · mean over n (and positions) of  sum_c p_c (log p_c - log q_c)
 
     T² keeps the size of the gradients when T changes. Several outputs are summed.
 
@@ -103,8 +103,8 @@ def distill_kl(temperature: float = 1.0) -> Loss:
         divergences = [
             F.kl_div(
                 F.log_softmax(z / temperature, dim=1), F.log_softmax(v / temperature, dim=1),
-                reduction="batchmean", log_target=True,
-            )
+                reduction="none", log_target=True,
+            ).sum(1).mean()
             for z, v in pairs(outputs, batch)
         ]  # fmt: skip
         return sum(divergences[1:], divergences[0]) * temperature**2

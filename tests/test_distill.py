@@ -354,6 +354,11 @@ def refused(step: Distill, here: Context, why: str) -> None:
         step(student(), here)
 
 
+def test_a_loss_that_sees_no_teacher_is_said(teacher: nn.Module, capsys: pytest.CaptureFixture[str]) -> None:
+    Distill(steps=2)(student(), context(teacher, points(), loss=cross_entropy))
+    assert "labels alone teach" in capsys.readouterr().err
+
+
 def test_other_class_counts_are_refused_at_once(taught: Path) -> None:
     here = context(Net(4, classes=5).eval())
     with pytest.raises(DeploykitError, match="the student tells 3 classes apart, its teacher 5"):

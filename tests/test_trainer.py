@@ -404,6 +404,13 @@ torch.save({"losses": torch.tensor(losses), **net.state_dict()}, f"{sys.argv[1]}
 """
 
 
+def test_distillation_of_maps_is_a_mean_over_positions_as_cross_entropy_is() -> None:
+    z, v = torch.randn(4, 3), torch.randn(4, 3)
+    flat = distill_kl(2.0)(z, TrainBatch({}, None, v))
+    maps = [y[:, :, None, None].expand(4, 3, 5, 6) for y in (z, v)]
+    torch.testing.assert_close(distill_kl(2.0)(maps[0], TrainBatch({}, None, maps[1])), flat)
+
+
 def test_one_sample_at_a_time_is_too_few_for_batch_normalisation() -> None:
     net = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
     data = DataSet.of({"input": np.zeros((8, 4), np.float32)}, np.zeros(8, np.int64))

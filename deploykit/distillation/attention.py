@@ -20,8 +20,9 @@ def attention(outputs: Any, batch: TrainBatch) -> Tensor:
 
         L = ½ sum over layers j of  mean over n of  ‖ Q_S^j/‖Q_S^j‖ - Q_T^j/‖Q_T^j‖ ‖²
 
-    Q^j = `attended` of layer j, as a vector. The paper's weight β = 10³ is divided by the number of positions: 10³/64
-    for maps of 8 × 8. A teacher's map of another size is resampled to the student's (section 3.1).
+    Q^j = `attended` of layer j, as a vector. The paper writes the distance, its authors' code the square as here. The
+    paper's weight β = 10³ is divided by the number of positions: 10³/64 for maps of 8 × 8. A teacher's map of another
+    size is resampled to the student's (section 3.1).
 
     Args:
         outputs: what the student's layers write, each ``[n, c, h, w]``.

@@ -2,7 +2,8 @@
 
 Bucila, Caruana & Niculescu-Mizil 2006, "Model Compression", section 2.3 and figure 2. The samples are few, a teacher
 can label as many as there are. Every sample trades attributes with its nearest neighbour, so what comes out stays where
-the data is, as noise or independent draws of the attributes would not.
+the data is, as noise or independent draws of the attributes would not. Neighbours are sought once, among the samples as
+they came; figure 2 seeks them among those that have traded already.
 
 For tables and small images: it compares every sample with every other.
 """

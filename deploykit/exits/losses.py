@@ -19,7 +19,7 @@ def self_distillation(alpha: float, temperature: float, hint: float, labels: Los
         L = Σ_i (1 - α_i) · CE(z_i, y) + α_i · T² KL(q_C ‖ q_i) + λ_i · ‖F_i - F_C‖²,    α_C = λ_C = 0
 
     q_C and F_C teach and are not taught: no gradient flows through them there. ‖·‖² is summed over the features and
-    averaged over samples; the authors' code sums over its batch of 128 as well and multiplies by 1e-6, which is
+    averaged over samples; luanyunteng's code sums over its batch of 128 as well and multiplies by 1e-6, which is
     λ = 1.3e-4 here. With α = λ = 0 this is deep supervision (Lee et al. 2015, "Deeply-Supervised Nets").
 
     Args:

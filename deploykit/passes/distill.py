@@ -106,8 +106,11 @@ class Distill:
             DeploykitError: as `foresee`; or the loss becomes NaN and there is no good state to go back to.
         """
         from deploykit.distillation.munge import munge
+        from deploykit.losses import cross_entropy
         from deploykit.retraining import split
 
+        if context.loss is cross_entropy and not self.layers:
+            say("note: loss = 'ce' in [train] takes the place of distill's own, and labels alone teach then")
         teacher = self._teachers(model, context)
         data, holdout = split(context.need("train", "distill"), context.data.get("holdout"))
         if self.munge:
