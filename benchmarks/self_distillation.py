@@ -219,16 +219,16 @@ def reasons() -> list[Row]:
     return [
         Row(
             f"noise of {worst:g} deviations on all weights: points lost, self-distilled less plain (mean)",
-            lost["self"] - lost["plain"], 0.0, "lower", about, command, list(SEEDS),
+            lost["self"] - lost["plain"], None, "lower", about, command, list(SEEDS),
             {f"{m} at {s:g}": statistics.mean(n[m][s] for n in noise) for m in labels for s in NOISE},
         ),
         Row(
-            "gradients of the first stage, self-distilled / plain (mean)", grown, 1.0, "higher", about, command,
+            "gradients of the first stage, self-distilled / plain (mean)", grown, None, "higher", about, command,
             list(SEEDS),
             {f"{m} {p}": statistics.mean(g[m][p] for g in gradients) for m in labels for p in gradients[0]["plain"]},
         ),
         Row(
-            "SSE/SSB of the features, the deepest exit / the first (mean)", ratios[-1] / ratios[0], 1.0, "lower",
+            "SSE/SSB of the features, the deepest exit / the first (mean)", ratios[-1] / ratios[0], None, "lower",
             about, command, list(SEEDS), {f"exit {k}": r for k, r in enumerate(ratios, 1)},
         ),
     ]  # fmt: skip
