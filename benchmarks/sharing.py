@@ -115,7 +115,7 @@ def beside(name: str, net: nn.Module, here: Context, evaluation: DataSet, about:
     gains = [values[f"codebook: {bits}"] - values[f"one scale: {bits}"] for bits in BITS]
     return Row(
         f"{name}: codebooks above linear quantization, one scale a layer, 2 to 5 bits, both fine-tuned (points, mean)",
-        sum(gains) / len(gains), 0.0, "higher", f"{about}; {STEPS} steps each, without labels", f"{COMMAND} codebooks",
+        sum(gains) / len(gains), None, "higher", f"{about}; {STEPS} steps each, without labels", f"{COMMAND} codebooks",
         [0], values, note=f"fp32 {top1(graph.bytes, evaluation):.2f}",
     )  # fmt: skip
 
