@@ -31,6 +31,7 @@ from deploykit.losses import TrainBatch, cross_entropy
 from deploykit.models import load_model, save_compressed
 from deploykit.passes.self_distill import SelfDistill
 from deploykit.passes.sparsify import Sparsify
+from deploykit.pipeline.steps import refuse_behind_exits
 from deploykit.training.trainer import Trainer
 
 pytest.importorskip("accelerate")
@@ -408,3 +409,11 @@ def test_features_are_those_of_every_exit() -> None:
     assert [f.shape for f in features] == [(40, 12)] * 3
     expected = whole.look(**few(40)).features
     assert all(np.allclose(a, b.detach(), atol=1e-6) for a, b in itertools.zip_longest(features, expected))
+
+
+def test_steps_that_train_do_not_stand_behind_exits_that_stay() -> None:
+    kept, tuned = SelfDistill(keep_exits=True), passes.build(Step("finetune", {"steps": 1}))
+    with pytest.raises(DeploykitError, match=r"Finetune\(.* cannot train a network with exits"):
+        refuse_behind_exits([kept, tuned])
+    refuse_behind_exits([tuned, kept, passes.build(Step("bias_correct", {}))])
+    refuse_behind_exits([SelfDistill(), tuned])

@@ -90,7 +90,9 @@ class Road:
         model_steps = self._early(chosen, "model")
         graph_steps = self._early(chosen, "graph")
         hub_steps = self._late(chosen)
-        for step in (*model_steps, *graph_steps, *(step for _, _, step in hub_steps)):
+        every = [*model_steps, *graph_steps, *(step for _, _, step in hub_steps)]
+        steps.refuse_behind_exits(every)
+        for step in every:
             if isinstance(step, Foresees):
                 step.foresee(context)
         model = self.prepared.model

@@ -151,6 +151,7 @@ def compress(prepared: Prepared, settings: Settings, target: Target | None, fold
         if p.left_out:
             say(f"{p.step!r} is left out: it {p.refusal}")
     steps = [p.step for p in planned if not p.left_out]
+    refuse_behind_exits(steps)
     findings: list[Finding] = []
     context = step_context(prepared, settings, device, findings)
     for step in steps:
@@ -173,6 +174,21 @@ def compress(prepared: Prepared, settings: Settings, target: Target | None, fold
             except MissingExtra as error:
                 say(f"no {REPORT} was written: {error}")
     return done
+
+
+def refuse_behind_exits(steps: Sequence[Pass]) -> None:
+    """Raises for a step that trains behind one that leaves exits in the network: losses know a single answer.
+
+    Args:
+        steps: in the order in which they run.
+    """
+    for number, step in enumerate(steps):
+        behind = [later for later in steps[number + 1 :] if "train" in later.needs]
+        if getattr(step, "keep_exits", False) and behind:
+            raise DeploykitError(
+                f"{behind[0]!r} cannot train a network with exits, which answers more than once: put it in front of "
+                f"{step!r}, or leave out keep_exits"
+            )
 
 
 def insist(step: Pass, why: str, force: bool) -> None:
