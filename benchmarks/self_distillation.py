@@ -105,31 +105,29 @@ def images(split: str, count: int) -> DataSet:
 @functools.cache
 def with_exits(seed: int) -> nn.Module:
     """The trained ResNet-20 with exits behind its stages, which learn while it goes on learning."""
-    train = images("train", TRAIN)
-    settings = TrainSettings(batch=BATCH, weight_decay=5e-4, augment=("flip", "crop"))
-    context = Context(
-        targets.load("x86"), {"train": train}, next(train.batches(2)).inputs, trainer=Trainer(settings, seed), seed=seed
-    )
-    started = time.perf_counter()
-    net = SelfDistill(keep_exits=True, steps=EXIT_STEPS, learning_rate=EXIT_RATE)(data.resnet20(), context)
-    print(f"exits of ResNet-20, seed {seed}: {time.perf_counter() - started:.0f} s", flush=True)
-    return net.eval().cpu()
+    step = SelfDistill(keep_exits=True, steps=EXIT_STEPS, learning_rate=EXIT_RATE)
+    return taught(step, data.resnet20(), TRAIN, seed)
 
 
 @functools.cache
 def trained(method: Method, seed: int, build: Callable[[int], nn.Module], count: int, epochs: int) -> nn.Module:
     """A network trained by a method; with its exits, where there are some."""
+    steps = max(1, epochs * count // BATCH)
+    step = SelfDistill(method=method, keep_exits=method != "plain", steps=steps, learning_rate=RATE)
+    return taught(step, build(seed), count, seed)
+
+
+def taught(step: SelfDistill, net: nn.Module, count: int, seed: int) -> nn.Module:
+    """The network after the step, on so many training images."""
     train = images("train", count)
     settings = TrainSettings(batch=BATCH, weight_decay=5e-4, augment=("flip", "crop"))
     context = Context(
         targets.load("x86"), {"train": train}, next(train.batches(2)).inputs, trainer=Trainer(settings, seed), seed=seed
     )
-    steps = max(1, epochs * count // BATCH)
-    step = SelfDistill(method=method, keep_exits=method != "plain", steps=steps, learning_rate=RATE)
     started = time.perf_counter()
-    net = step(build(seed), context).eval().cpu()
-    print(f"{method}, seed {seed}: {time.perf_counter() - started:.0f} s", flush=True)
-    return net
+    made = step(net, context).eval().cpu()
+    print(f"{step.method}, seed {seed}: {time.perf_counter() - started:.0f} s", flush=True)
+    return made
 
 
 def every_exit(net: nn.Module, test: DataSet) -> list[float]:

@@ -18,6 +18,7 @@ from deploykit.cost import cost
 from deploykit.layerwise.channels import axis, mixes
 from deploykit.layerwise.watching import BATCH, evaluating
 from deploykit.losses import as_tensors, tensors
+from deploykit.passes.prune import Prune
 from deploykit.pruning.crop import Port
 from deploykit.pruning.groups import Group, find_groups, together
 from deploykit.pruning.surgery import without, zeroed
@@ -117,3 +118,27 @@ def relative_error(model: nn.Module, original: nn.Module, data: DataSet) -> floa
                 noise += float((ours - z).double().square().sum())
                 power += float(z.double().square().sum())
     return noise / max(power, 1e-300)
+
+
+def plain(width: int = 32) -> nn.Module:
+    torch.manual_seed(0)
+    net = nn.Sequential()
+    for i, (a, b) in enumerate([(3, width), (width, 2 * width), (2 * width, 2 * width)]):
+        net.append(nn.Conv2d(a, b, 3, padding=1, bias=False)).append(nn.BatchNorm2d(b)).append(nn.ReLU())
+        if i == 0:
+            net.append(nn.Dropout(0.1))
+    return settled(net.append(nn.AdaptiveAvgPool2d(1)).append(nn.Flatten()).append(nn.Linear(2 * width, 5)))
+
+
+def prune(amount: float, **options: Any) -> Prune:
+    """Takes channels out and leaves the other weights as they are."""
+    return Prune(amount, refit=False, **options)
+
+
+class Named(nn.Module):
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body = body
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x)

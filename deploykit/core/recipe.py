@@ -61,6 +61,16 @@ class Follows(Protocol):
 
 
 @runtime_checkable
+class KeepsExits(Protocol):
+    """A model-stage pass that may leave a network that answers more than once."""
+
+    @property
+    def keep_exits(self) -> bool:
+        """Whether it does. Steps that train know a single answer, and have no place behind it."""
+        ...
+
+
+@runtime_checkable
 class Rehearses(Protocol):
     """A hub step that knows by the operators when it cannot run, and is asked before the calibration."""
 

@@ -38,10 +38,8 @@ class Indices:
     """Name of the codebook, an extent too if it is large enough."""
     values: NDArray[np.float32]
     """Of it, ``[k]``."""
-    bits: int
-    """Of an index, 4 or 8; of two in a byte, the first one is the lower half."""
-    count: int
-    """Of the indices."""
+    codes: NDArray[np.uint8]
+    """One for each weight, out of their bytes."""
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import numpy as np
+
 from deploykit.core.errors import DeploykitError
 from deploykit.core.files import no_such_file
 from deploykit.dkz.container import Extent, File, Indices
@@ -83,7 +85,7 @@ def _indices(graph: Any) -> dict[str, Indices]:
     """Initializers within the file that are indices of a codebook, as `deploykit.exporters.codebooks` writes them."""
     from onnx import TensorProto, numpy_helper
 
-    kinds = {TensorProto.UINT4: 4, TensorProto.UINT8: 8}
+    kinds = TensorProto.UINT4, TensorProto.UINT8
     held = {tensor.name: tensor for tensor in graph.initializer if tensor.raw_data}
     cast = {
         node.output[0]: held[node.input[0]] for node in graph.node if node.op_type == "Cast" and node.input[0] in held
@@ -93,9 +95,9 @@ def _indices(graph: Any) -> dict[str, Indices]:
         book, codes = (held.get(node.input[0]), cast.get(node.input[1])) if node.op_type == "Gather" else (None, None)
         if book is None or codes is None or codes.data_type not in kinds or book.data_type != TensorProto.FLOAT:
             continue
-        values, own = numpy_helper.to_array(book), numpy_helper.to_array(codes).astype(int)
+        values, own = numpy_helper.to_array(book), numpy_helper.to_array(codes).astype(np.uint8).reshape(-1)
         if values.ndim == 1 and own.size and own.max() < len(values):
-            found[codes.name] = Indices(book.name, values, kinds[codes.data_type], own.size)
+            found[codes.name] = Indices(book.name, values, own)
     return found
 
 

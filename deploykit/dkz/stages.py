@@ -111,12 +111,10 @@ def _weights(file: File, own: Chosen) -> tuple[NDArray[np.unsignedinteger[Any]],
     Indices count as the float32 weights that they stand for.
     """
     e, indices = own.extent, own.extent.indices
+    if indices is not None:
+        return indices.values.view(np.uint32)[indices.codes], indices.values.itemsize, len(indices.values)
     stored = np.frombuffer(file.data, f"<u{e.size}", e.count, e.start)
-    if indices is None:
-        return stored, e.size, 0 if own.symbols is None else len(own.symbols.book)
-    if indices.bits == 4:
-        stored = np.stack([stored & 15, stored >> 4], axis=-1).reshape(-1)[: indices.count]
-    return indices.values.view(np.uint32)[stored], indices.values.itemsize, len(indices.values)
+    return stored, e.size, 0 if own.symbols is None else len(own.symbols.book)
 
 
 def _least(gaps: NDArray[np.int64], count: int, bits: int) -> tuple[int, int]:

@@ -167,10 +167,8 @@ def rewind(pruned: nn.Module, model: nn.Module, what: str, seed: int) -> None:
     state, exact = source.state_dict(), model.state_dict() if what == "weights" else {}
     with torch.no_grad():
         for path, module in pruned.named_modules():
-            own = {
-                f"{path}.{leaf}".removeprefix("."): tensor for leaf, tensor in module.named_parameters(recurse=False)
-            }
-            own |= {f"{path}.{leaf}".removeprefix("."): tensor for leaf, tensor in module.named_buffers(recurse=False)}
+            own: dict[str, torch.Tensor] = dict(module.named_parameters(path, recurse=False))
+            own |= module.named_buffers(path, recurse=False)
             if not isinstance(module, ParametrizationList):
                 for name in own.keys() & state.keys():
                     own[name].copy_(state[name])

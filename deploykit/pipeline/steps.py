@@ -19,7 +19,7 @@ from deploykit.core.journal import Journal, beside
 from deploykit.core.manifest import Finding
 from deploykit.core.progress import say
 from deploykit.core.ranges import Ranges
-from deploykit.core.recipe import Follows, Foresees, Pass
+from deploykit.core.recipe import Follows, Foresees, KeepsExits, Pass
 from deploykit.core.request import Settings
 from deploykit.core.target import Profit, Target
 from deploykit.pipeline.prepared import Prepared
@@ -184,7 +184,7 @@ def refuse_behind_exits(steps: Sequence[Pass]) -> None:
     """
     for number, step in enumerate(steps):
         behind = [later for later in steps[number + 1 :] if "train" in later.needs]
-        if getattr(step, "keep_exits", False) and behind:
+        if isinstance(step, KeepsExits) and step.keep_exits and behind:
             raise DeploykitError(
                 f"{behind[0]!r} cannot train a network with exits, which answers more than once: put it in front of "
                 f"{step!r}, or leave out keep_exits"
