@@ -453,7 +453,7 @@ def shrink_notes(folder: Path, files: Sequence[File]) -> tuple[str, ...]:
     base = sizes.get("fp32")
     return tuple(
         f"{f.path} is {sizes[f.precision] / base:.2f} x the size of the fp32 file: the weights are too few to matter, "
-        "or they were not quantized"
+        "that file keeps them as codes already, or they were not quantized"
         for f in files
         if base and is_quantized(f.precision) and sizes[f.precision] > 0.5 * base
     )
