@@ -2,7 +2,8 @@
 
 ResNet-20 on JPEG CIFAR-10: 512 training images, without labels, choose and fit. CR-P is the share of the parameters
 that is removed, CR-F that of the multiply-accumulates. Bars are what a prototype reached; without data it was run again
-on the same 10,000 images (it counted convolutions and linear layers alone).
+on the same 10,000 images. It counted the weights of convolutions and linear layers alone, which is a little less to
+remove: the paper's algorithm, which it is, is run on its count.
 
     python -m benchmarks.low_rank
 """
@@ -66,6 +67,12 @@ def tops(model: nn.Module, evaluation: DataSet) -> tuple[float, float]:
     return float(one), float(five)
 
 
+def products_of(net: nn.Module) -> float:
+    """The share of the parameters that are weights of convolutions and linear layers."""
+    counted = sum(m.weight.numel() for m in net.modules() if isinstance(m, nn.Conv2d | nn.Linear))
+    return counted / sum(p.numel() for p in net.parameters())
+
+
 def weights() -> list[Row]:
     """On weights alone, beside the paper's own choice (three seeds) and the baselines."""
     net, evaluation = data.resnet20(), in_memory(data.cifar("test", 10_000))
@@ -77,9 +84,8 @@ def weights() -> list[Row]:
             one, five = tops(run(net, here, low_rank(amount, method=method)), evaluation)
             seconds[f"{method}, {amount:.0%}"] = time.process_time() - started
             values |= {f"{method}: top-1 (%)": one, f"{method}: top-5 (%)": five}
-        found = [
-            tops(run(net, replace(here, seed=seed), low_rank(amount, method="alds")), evaluation) for seed in range(3)
-        ]
+        alds = low_rank(amount * products_of(net), method="alds")
+        found = [tops(run(net, replace(here, seed=seed), alds), evaluation) for seed in range(3)]
         for i, what in enumerate(("top-1", "top-5")):
             own = [each[i] for each in found]
             values[f"alds: {what} (%)"] = statistics.mean(own)
@@ -91,7 +97,7 @@ def weights() -> list[Row]:
             Row(f"ResNet-20, {amount:.0%} of the parameters removed without data, no training: top-1 (%)",
                 values["weights: top-1 (%)"], bar, "higher", ALL, f"{COMMAND} weights", [0], values,
                 "the prototype of ALDS on these images"),
-            Row(f"ResNet-20, {amount:.0%} of the parameters removed by alds, no training: top-1 (%, mean of 3 seeds)",
+            Row(f"ResNet-20, {amount:.0%} of the weights removed by alds, no training: top-1 (%, mean of 3 seeds)",
                 values["alds: top-1 (%)"], bar, "higher", ALL, f"{COMMAND} weights", [0, 1, 2], values,
                 "the prototype of ALDS on these images"),
         ]  # fmt: skip

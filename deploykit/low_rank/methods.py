@@ -45,11 +45,10 @@ def choose(method: Method, cost: Number, seeds: int, seed: int, tables: Tables, 
     """What every layer becomes, for at most ``budget`` altogether; see `deploykit.low_rank.select`."""
     if method == "constant":
         return equal_ratio(tables, cost, budget)
+    if method == "alds":  # as the paper has it: what is left of the budget is left
+        return alternate(tables, cost, attrgetter("worst"), budget, seeds, seed)
     error: Number
-    if method == "alds":
-        error = attrgetter("worst")
-        found = alternate(tables, cost, error, budget, seeds, seed)
-    elif method in ("equal_error", "energy"):
+    if method in ("equal_error", "energy"):
         error = attrgetter("share" if method == "energy" else "worst")
         found = equal_error(tables, cost, error, budget)
     else:
