@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal
 
 import numpy as np
 import torch
@@ -152,16 +152,16 @@ def compared(part: str, name: str, build: Callable[[int], nn.Module], count: int
     scores: dict[Method, list[list[float]]] = {
         method: [every_exit(trained(method, seed, build, count, epochs), test) for seed in SEEDS] for method in METHODS
     }
-    gain = [s[-2] - p[0] for s, p in zip(scores["self"], scores["plain"], strict=True)]
-    values = {f"plain, seed {seed}": p[0] for seed, p in zip(SEEDS, scores["plain"], strict=True)}
-    for method in ("dsn", "self"):
-        for k, each in enumerate(zip(*scores[cast(Method, method)], strict=True)):
-            exits = len(scores[cast(Method, method)][0]) - 1
-            what = "ensemble" if k == exits else f"exit {k + 1} of {exits}"
-            values[f"{method}, {what}"] = statistics.mean(each)
-            values[f"{method}, {what}, deviation"] = statistics.stdev(each) if len(each) > 1 else 0.0
+    gain = [s[-2] - p[-2] for s, p in zip(scores["self"], scores["plain"], strict=True)]
+    values = {f"{m}, seed {seed}": s[-2] for m in METHODS for seed, s in zip(SEEDS, scores[m], strict=True)}
+    last = len(scores["self"][0]) - 1
+    for method, found in scores.items():
+        *exits, together = zip(*found, strict=True)
+        named = {f"exit {last - len(exits) + k} of {last}": each for k, each in enumerate(exits, 1)}
+        for what, each in (named if method == "plain" else named | {"ensemble": together}).items():
+            values |= {f"{method}: {what}": statistics.mean(each), f"{method}: {what}, ±": statistics.stdev(each)}
     about = f"{count:,} JPEG CIFAR-10 training images, {epochs} epochs; {TEST:,} test images"
-    control = [d[-2] - p[0] for d, p in zip(scores["dsn"], scores["plain"], strict=True)]
+    control = [d[-2] - p[-2] for d, p in zip(scores["dsn"], scores["plain"], strict=True)]
     return [
         Row(
             f"{name}, self-distilled: the deepest exit against plain training, points (mean)", statistics.mean(gain),

@@ -148,7 +148,7 @@ class Prune:
             if self.at_most is not None:
                 least = f"; the least possible is {self.at_most * (1 - error.possible) / (1 - amount):,.6g} {unit}"
             raise DeploykitError(
-                f"prune: {error} of the {unit}{least}. Layers keep a multiple of {multiple} channels, and at most "
+                f"prune: of the {unit}, {error}{least}. Layers keep a multiple of {multiple} channels, and at most "
                 f"{self.most:.0%} of one goes: a smaller `multiple` or a larger `most` allows more"
                 f"{' (measured, on a machine that may be busy)' if self.of == 'ms' else ''}."
             ) from None
