@@ -21,7 +21,7 @@ from deploykit.hub.slices import Slicer
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-IN_MEMORY = 4 << 20
+IN_MEMORY = 1 << 20
 """A tensor's activations above this many bytes wait on disk."""
 
 

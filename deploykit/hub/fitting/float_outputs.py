@@ -117,7 +117,7 @@ def _copy(graph: FloatGraph) -> tuple[ir.Model, dict[str, ir.Value]]:
 def _session(model: ir.Model, outputs: Sequence[ir.Value]) -> Any:
     model.graph.outputs[:] = outputs
     drop_unused(model.graph)
-    return session(ir.to_proto(model))
+    return session(model)
 
 
 def _shapes(graph: FloatGraph, names: Sequence[str], inputs: Mapping[str, NDArray[Any]]) -> dict[str, tuple[int, ...]]:
