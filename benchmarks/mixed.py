@@ -189,7 +189,7 @@ def headroom() -> list[Row]:
             claim = f"{case.name}, weights in 4 or 8 bits at about {CLAIMED} of the int8 bytes, {step}"
             found.append(
                 Row(f"{claim}: best of {count} random assignments above largest layers first (points)",
-                    max(others) - first, 2.0, "higher", case.about, f"{COMMAND} headroom", [1], values,
+                    max(others) - first, None, "higher", case.about, f"{COMMAND} headroom", [1], values,
                     note="chosen on the evaluation data: what choosing could gain, not a result")
             )  # fmt: skip
     return found
