@@ -155,8 +155,8 @@ def compared(part: str, name: str, build: Callable[[int], nn.Module], count: int
     gain = [s[-2] - p[-2] for s, p in zip(scores["self"], scores["plain"], strict=True)]
     values = {f"{m}, seed {seed}": s[-2] for m in METHODS for seed, s in zip(SEEDS, scores[m], strict=True)}
     last = len(scores["self"][0]) - 1
-    for method, found in scores.items():
-        *exits, together = zip(*found, strict=True)
+    for method in reversed(METHODS):  # those with all exits name the columns of the table
+        *exits, together = zip(*scores[method], strict=True)
         named = {f"exit {last - len(exits) + k} of {last}": each for k, each in enumerate(exits, 1)}
         for what, each in (named if method == "plain" else named | {"ensemble": together}).items():
             values |= {f"{method}: {what}": statistics.mean(each), f"{method}: {what}, ±": statistics.stdev(each)}
