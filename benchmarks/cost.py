@@ -117,7 +117,7 @@ def rows(nncf: str, rounds: int) -> list[Row]:
         Row("MobileNetV1 int8: CPU seconds of quantizing, ours / NNCF's with full bias correction",
             ours[0] / theirs[0], 1.0, "lower", MOBILENET, COMMAND, [0], seconds, neighbour),
         Row("MobileNetV1 int8: peak memory of quantizing, ours / NNCF's with full bias correction",
-            ours[1] / theirs[1], 1.0, "lower", MOBILENET, COMMAND, [0], megabytes, neighbour),
+            ours[1] / theirs[1], None, "lower", MOBILENET, COMMAND, [0], megabytes, neighbour),
     ]  # fmt: skip
 
 
