@@ -52,8 +52,8 @@ EPOCHS, BATCH, RATE = 8, 128, 4e-3
 FEW, FEW_EPOCHS = 2_000, 40
 NOISE = (0.0, 0.05, 0.1, 0.2)
 """Of the standard deviation of each weight tensor."""
-DROP, CHOSEN = 0.5, 0.25
-"""Points that leaving early may cost, and by how many thresholds are chosen: other samples lose more."""
+DROP = 0.5
+"""Points that leaving early may cost."""
 TIMED = 500
 """Test images that chains answer one by one, in turns with the network without exits."""
 PRECISION = "int8"
@@ -278,7 +278,7 @@ def timed(net: nn.Module, target: str) -> dict[str, float]:
         whole = pipeline.prepare(Model("ResNet-8", module=net), roles, None)
         alone = pipeline.prepare(accept_module(net.network), roles, None)
         with contextlib.suppress(GateFailed):  # the files are there all the same, and the rows tell
-            write_chain(whole, device, to / "chain", settings, Wanted(max_drop=CHOSEN))
+            write_chain(whole, device, to / "chain", settings, Wanted(max_drop=DROP))
         with contextlib.suppress(GateFailed):
             pipeline.export(alone, [device], [to / "alone"], settings, Gate())
         variant = load_chain(to / "chain").variants[PRECISION]

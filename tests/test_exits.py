@@ -71,6 +71,37 @@ def test_the_cheapest_thresholds_are_those_of_brute_force(exits: int, samples: i
         assert ours.accuracy >= least and ours.cost == pytest.approx(best)
 
 
+@pytest.mark.parametrize(("exits", "samples", "levels"), [(2, 12, 0), (3, 9, 0), (3, 9, 3), (4, 6, 0)])
+@pytest.mark.parametrize("seed", range(3))
+def test_standard_errors_of_the_loss_must_fit_in_as_well(exits: int, samples: int, levels: int, seed: int) -> None:
+    confidence, right = drawn(exits, samples, seed, levels)
+    costs = [1.0, 2.5, 4.0, 7.0][:exits]
+
+    def loss(found: Outcome) -> float:
+        """In points, with two standard errors of the mean of (right at the last exit) - (right where it left)."""
+        left = leaves(confidence, found.thresholds)
+        each = right[-1].astype(float) - right[left, np.arange(samples)]
+        return 100 * float(each.mean() + 2 * each.std() / np.sqrt(samples))
+
+    for allowed in (0.0, 20.0, 60.0):
+        ours = cheapest(confidence, right, costs, allowed, errors=2.0)
+        best = min(o.cost for o in every_outcome(confidence, right, costs) if loss(o) <= allowed + 1e-9)
+        assert loss(ours) <= allowed + 1e-9 and ours.cost == pytest.approx(best)
+
+
+def test_what_was_chosen_on_some_samples_holds_on_others() -> None:
+    """Exits as right as they are sure, in front of one that is right 9 times in 10: who leaves, loses."""
+    costs, lost = (1.0, 2.0, 3.0), {0.0: np.zeros(10), 2.0: np.zeros(10)}
+    for seed, errors in itertools.product(range(10), lost):
+        random = np.random.default_rng(seed)
+        confidence = random.random((3, 1000))
+        right = random.random((3, 1000)) < np.stack([confidence[0], confidence[1], np.full(1000, 0.9)])
+        chosen = cheapest(confidence[:, ::2], right[:, ::2], costs, 2.0, errors)
+        there = outcome(confidence[:, 1::2], right[:, 1::2], costs, chosen.thresholds)
+        lost[errors][seed] = 100 * right[-1, 1::2].mean() - there.accuracy
+    assert lost[2.0].mean() <= 2.0 < lost[0.0].mean()
+
+
 @pytest.mark.parametrize(("exits", "samples", "levels"), [(2, 12, 0), (2, 12, 4), (3, 9, 0), (3, 9, 3), (4, 6, 0)])
 @pytest.mark.parametrize("seed", range(3))
 def test_the_most_accurate_thresholds_are_those_of_brute_force(

@@ -52,6 +52,8 @@ WHY_NOT: Mapping[str, str] = {
 RUNS, SECONDS = 30, 1.0
 """Rounds at least in which segments are timed, and how long that goes on."""
 BATCH = 16
+DOUBT = 2.0
+"""Standard errors of the loss that must fit into what may be lost."""
 SAME: Mapping[str, float] = {"fp32": 1e-4}
 """Largest difference of a probability between the chain and the file of the whole, where that is not `ALIKE`."""
 ALIKE = 0.05
@@ -63,7 +65,7 @@ class Wanted:
     """When samples shall leave: exactly one of the three."""
 
     max_drop: float | None = None
-    """Points of accuracy that may be lost; the cheapest thresholds that do."""
+    """Points of accuracy that may be lost; the cheapest thresholds that lose no more, two standard errors included."""
     max_ms: float | None = None
     """Mean latency on this machine; the most accurate thresholds that reach it."""
     thresholds: tuple[float, ...] = ()
@@ -284,7 +286,7 @@ def _choose(confidence: NDArray[Any], right: NDArray[Any], costs: NDArray[Any], 
     if wanted.max_ms is not None:
         return most_accurate(confidence, right, tuple(costs), wanted.max_ms)
     assert wanted.max_drop is not None
-    return cheapest(confidence, right, tuple(costs), wanted.max_drop)
+    return cheapest(confidence, right, tuple(costs), wanted.max_drop, DOUBT)
 
 
 def _times(runners: Sequence[Any], data: DataSet, target: Target) -> tuple[float, ...]:

@@ -84,8 +84,14 @@ def check_allowed(points: float) -> None:
         raise DeploykitError(f"the accuracy that may be lost is 0 points or more; given {points:g}")
 
 
-def cheapest(confidence: NDArray[Any], right: NDArray[Any], costs: Sequence[float], allowed: float) -> Outcome:
+def cheapest(
+    confidence: NDArray[Any], right: NDArray[Any], costs: Sequence[float], allowed: float, errors: float = 0.0
+) -> Outcome:
     """The thresholds of least mean cost that lose no more than ``allowed`` percentage points against the last exit.
+
+    The best of many combinations is in part the luckiest: other samples lose more by it. So the loss and some standard
+    errors of it must fit in. With d of n samples lost, and D answers right at one exit and wrong at the other, the
+    standard error of d is √(D - d²/n) (paired proportions).
 
     All combinations of thresholds are compared, as far as samples tell them apart: exactly with up to three exits and
     4,096 samples; beyond that, thresholds in front of the last one are tried at evenly spaced ranks, 64 of them with
@@ -96,15 +102,18 @@ def cheapest(confidence: NDArray[Any], right: NDArray[Any], costs: Sequence[floa
         right: ``[exits, n]`` bool.
         costs: ``[exits]``: of everything that was computed when a sample leaves by an exit.
         allowed: points of accuracy.
+        errors: how many standard errors of the loss must fit in as well.
 
     Raises:
         DeploykitError: ``allowed`` is below 0.
     """
     check_allowed(allowed)
-    least = np.asarray(right, bool)[-1].sum() - allowed / 100.0 * right.shape[1] - 1e-9
+    n, at_last = right.shape[1], np.asarray(right, bool)[-1].sum()
 
-    def rank(correct: NDArray[Any], cost: NDArray[Any]) -> NDArray[Any]:
-        return np.where(correct >= least, -cost, -np.inf)
+    def rank(correct: NDArray[Any], cost: NDArray[Any], unlike: NDArray[Any]) -> NDArray[Any]:
+        lost = at_last - correct
+        deviation = np.sqrt(np.maximum(unlike - lost * lost / n, 0.0))
+        return np.where(lost + errors * deviation <= allowed / 100.0 * n + 1e-9, -cost, -np.inf)
 
     found = _best(confidence, right, costs, rank, lambda correct, cost: correct)
     assert found is not None  # nobody leaves: nothing is lost
@@ -119,7 +128,7 @@ def most_accurate(confidence: NDArray[Any], right: NDArray[Any], costs: Sequence
     """
     most = budget * confidence.shape[1] * (1 + 1e-12)
 
-    def rank(correct: NDArray[Any], cost: NDArray[Any]) -> NDArray[Any]:
+    def rank(correct: NDArray[Any], cost: NDArray[Any], _unlike: NDArray[Any]) -> NDArray[Any]:
         return np.where(cost <= most, correct, -np.inf)
 
     found = _best(confidence, right, costs, rank, lambda correct, cost: -cost)
@@ -130,30 +139,34 @@ def most_accurate(confidence: NDArray[Any], right: NDArray[Any], costs: Sequence
     return found
 
 
-Rank = Callable[["NDArray[Any]", "NDArray[Any]"], "NDArray[Any]"]
+Rank = Callable[["NDArray[Any]", "NDArray[Any]", "NDArray[Any]"], "NDArray[Any]"]
+Tie = Callable[["NDArray[Any]", "NDArray[Any]"], "NDArray[Any]"]
 
 
 def _best(
-    confidence: NDArray[Any], right: NDArray[Any], costs: Sequence[float], rank: Rank, tie: Rank
+    confidence: NDArray[Any], right: NDArray[Any], costs: Sequence[float], rank: Rank, tie: Tie
 ) -> Outcome | None:
     """The thresholds of highest rank, and among equals of the highest tie; None where every rank is -inf.
 
-    Ranks are of the number of right answers and the summed cost. The last threshold is always exact: with samples in
-    order of confidence, all its values are sums over a first and a last part.
+    Ranks are of the number of right answers, the summed cost, and how many answers are right where the last exit's is
+    wrong or the other way round; ties of the first two. The last threshold is always exact: with samples in order of
+    confidence, all its values are sums over a first and a last part.
     """
     _same_lengths(confidence, right, costs)
     confidence, right = np.asarray(confidence, np.float64), np.asarray(right, np.int64)
     early = len(confidence) - 2
     levels = max(2, int(WORK ** (1 / early) + 1e-9)) if early > 0 else 0
     best: tuple[float, float, tuple[float, ...]] | None = None
-    for taken, alive, correct, cost in _fixed(confidence, right, costs, early, levels):
+    differs = (right != right[-1]).astype(np.int64)
+    for taken, alive, correct, cost, unlike in _fixed(confidence, right, differs, costs, early, levels):
         order = alive[np.argsort(-confidence[early, alive], kind="stable")]
         stay = right[-1, order].sum() - np.cumsum([0, *right[-1, order]])
         total = correct + np.cumsum([0, *right[early, order]]) + stay
         count = np.arange(len(order) + 1)
         spent = cost + count * costs[early] + (len(order) - count) * costs[-1]
         ends = _ends(confidence[early, order])
-        ranks, ties = rank(total[ends], spent[ends]), tie(total[ends], spent[ends])
+        apart = unlike + np.cumsum([0, *differs[early, order]])
+        ranks, ties = rank(total[ends], spent[ends], apart[ends]), tie(total[ends], spent[ends])
         top = int(np.lexsort((ties, ranks))[-1])
         key = (float(ranks[top]), float(ties[top]))
         if np.isfinite(key[0]) and (best is None or key > best[:2]):
@@ -161,26 +174,35 @@ def _best(
     return None if best is None else outcome(confidence, right, costs, best[2])
 
 
+Fixed = tuple[tuple[float, ...], "NDArray[np.int64]", int, float, int]
+
+
 def _fixed(
-    confidence: NDArray[Any], right: NDArray[Any], costs: Sequence[float], early: int, levels: int
-) -> Iterator[tuple[tuple[float, ...], NDArray[np.int64], int, float]]:
-    """Every choice of the first ``early`` thresholds: these, who is still there, right answers and cost of the rest."""
-    open_: list[tuple[tuple[float, ...], NDArray[np.int64], int, float]] = [
-        ((), np.arange(confidence.shape[1]), 0, 0.0)
-    ]
+    confidence: NDArray[Any],
+    right: NDArray[Any],
+    differs: NDArray[Any],
+    costs: Sequence[float],
+    early: int,
+    levels: int,
+) -> Iterator[Fixed]:
+    """Every choice of the first ``early`` thresholds: these, who is still there; of the rest the number of right
+    answers, the cost and how many answers differ from the last exit's in being right."""
+    open_: list[Fixed] = [((), np.arange(confidence.shape[1]), 0, 0.0, 0)]
     while open_:
-        taken, alive, correct, cost = open_.pop()
+        taken, alive, correct, cost, unlike = open_.pop()
         k = len(taken)
         if k == early:
-            yield taken, alive, correct, cost
+            yield taken, alive, correct, cost, unlike
             continue
         order = alive[np.argsort(-confidence[k, alive], kind="stable")]
         ends = _ends(confidence[k, order])
         ends = ends[np.unique(np.linspace(0, len(ends) - 1, min(levels, len(ends))).round().astype(int))]
         for end in ends:
-            gone = right[k, order[:end]].sum()
-            at = _between(confidence[k, order], int(end))
-            open_.append(((*taken, at), order[end:], correct + int(gone), cost + int(end) * costs[k]))
+            gone, at = order[:end], _between(confidence[k, order], int(end))
+            open_.append(
+                ((*taken, at), order[end:], correct + int(right[k, gone].sum()), cost + int(end) * costs[k],
+                 unlike + int(differs[k, gone].sum()))
+            )  # fmt: skip
 
 
 def _ends(descending: NDArray[Any]) -> NDArray[np.int64]:
