@@ -67,7 +67,7 @@ def tops(model: nn.Module, evaluation: DataSet) -> tuple[float, float]:
     return float(one), float(five)
 
 
-def products_of(net: nn.Module) -> float:
+def share_of_weights(net: nn.Module) -> float:
     """The share of the parameters that are weights of convolutions and linear layers."""
     counted = sum(m.weight.numel() for m in net.modules() if isinstance(m, nn.Conv2d | nn.Linear))
     return counted / sum(p.numel() for p in net.parameters())
@@ -84,7 +84,7 @@ def weights() -> list[Row]:
             one, five = tops(run(net, here, low_rank(amount, method=method)), evaluation)
             seconds[f"{method}, {amount:.0%}"] = time.process_time() - started
             values |= {f"{method}: top-1 (%)": one, f"{method}: top-5 (%)": five}
-        alds = low_rank(amount * products_of(net), method="alds")
+        alds = low_rank(amount * share_of_weights(net), method="alds")
         found = [tops(run(net, replace(here, seed=seed), alds), evaluation) for seed in range(3)]
         for i, what in enumerate(("top-1", "top-5")):
             own = [each[i] for each in found]

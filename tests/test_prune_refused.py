@@ -101,7 +101,8 @@ def test_layers_that_are_called_by_keyword_are_followed() -> None:
             self.conv, self.norm, self.last = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 5, 1)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.last(input=torch.relu(self.norm(input=self.conv(input=x)))).mean((2, 3))  # type: ignore[no-any-return]
+            y: Tensor = self.last(input=torch.relu(self.norm(input=self.conv(input=x))))
+            return y.mean((2, 3))
 
     net = ByName().eval()
     for criterion in ("fisher", "taylor", "activation"):
