@@ -6,6 +6,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -60,37 +61,68 @@ def test_training_learns(tiny_mlp: nn.Module) -> None:
     assert accuracy(tiny_mlp, points()) == 1.0
 
 
-def test_steps_are_adams(tiny_mlp: nn.Module) -> None:
-    """Three steps written out: AdamW, decay on matrices only, clipped gradients, the schedule's learning rate."""
-    data, settings = points(8), TrainSettings(batch=8, learning_rate=0.01, weight_decay=0.1)
-    other = type(tiny_mlp)()
-    other.load_state_dict(tiny_mlp.state_dict())
-    Trainer(settings, seed=3).fit(tiny_mlp, data, cross_entropy, steps=3)
+def followed(
+    net: nn.Module, settings: TrainSettings, step: Callable[[int, str, nn.Parameter, torch.Tensor, float], None]
+) -> None:
+    """Trains for three steps on eight points, and beside it a twin by hand; both must end with the same weights.
 
-    random = np.random.default_rng(3)
-    everything = next(data.batches(8))
-    moments = {n: (torch.zeros_like(p), torch.zeros_like(p)) for n, p in other.named_parameters()}
-    for step in range(3):
+    Args:
+        net: trained in place.
+        settings: of the trainer.
+        step: changes a parameter in place; given the number of the step, name, parameter, gradient and norm of all.
+    """
+    data, twin = points(8), type(net)()
+    twin.load_state_dict(net.state_dict())
+    Trainer(settings, seed=3).fit(net, data, cross_entropy, steps=3)
+    random, everything = np.random.default_rng(3), next(data.batches(8))
+    assert everything.labels is not None
+    for number in range(3):
         order = random.permutation(8)
-        assert everything.labels is not None
         x, y = torch.from_numpy(everything.inputs["x"][order]), torch.from_numpy(everything.labels[order])
-        log_p = other(x).log_softmax(1)
-        other.zero_grad()
-        (-log_p[torch.arange(8), y].mean()).backward()
-        gradients = {n: p.grad for n, p in other.named_parameters() if p.grad is not None}
-        norm = torch.sqrt(sum((g**2).sum() for g in gradients.values()))  # type: ignore[arg-type]
-        lr = 0.01 * schedule(step, 3)
+        twin.zero_grad()
+        (-twin(x).log_softmax(1)[torch.arange(8), y].mean()).backward()
+        gradients = [p.grad for p in twin.parameters() if p.grad is not None]
+        norm = float(torch.sqrt(torch.stack([(g**2).sum() for g in gradients]).sum()))
         with torch.no_grad():
-            for name, p in other.named_parameters():
-                g = gradients[name] * min(1.0, CLIP / float(norm))
-                if p.ndim > 1:
-                    p -= lr * 0.1 * p
-                m, v = moments[name]
-                m.mul_(0.9).add_(0.1 * g)
-                v.mul_(0.999).add_(0.001 * g**2)
-                p -= lr * (m / (1 - 0.9 ** (step + 1))) / ((v / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8)
-    for (name, a), (_, b) in zip(tiny_mlp.named_parameters(), other.named_parameters(), strict=True):
+            for (name, p), g in zip(twin.named_parameters(), gradients, strict=True):
+                step(number, name, p, g, norm)
+    for (name, a), (_, b) in zip(net.named_parameters(), twin.named_parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_steps_are_adams(tiny_mlp: nn.Module) -> None:
+    """AdamW, decay on matrices only, clipped gradients, the schedule's learning rate."""
+    moments = {n: (torch.zeros_like(p), torch.zeros_like(p)) for n, p in tiny_mlp.named_parameters()}
+
+    def step(number: int, name: str, p: nn.Parameter, g: torch.Tensor, norm: float) -> None:
+        lr = 0.01 * schedule(number, 3)
+        g = g * min(1.0, CLIP / norm)
+        if p.ndim > 1:
+            p -= lr * 0.1 * p
+        m, v = moments[name]
+        m.mul_(0.9).add_(0.1 * g)
+        v.mul_(0.999).add_(0.001 * g**2)
+        p -= lr * (m / (1 - 0.9 ** (number + 1))) / ((v / (1 - 0.999 ** (number + 1))).sqrt() + 1e-8)
+
+    followed(tiny_mlp, TrainSettings(batch=8, learning_rate=0.01, weight_decay=0.1), step)
+
+
+def test_steps_are_nesterovs_where_sgd_is_asked_for(tiny_mlp: nn.Module) -> None:
+    """Sutskever et al. 2013, as torch has it: decay is a part of the gradient, and nothing is clipped."""
+    with torch.no_grad():
+        for p in tiny_mlp.parameters():
+            p *= 4  # for gradients that would be clipped
+    velocity = {n: torch.zeros_like(p) for n, p in tiny_mlp.named_parameters()}
+    norms = []
+
+    def step(number: int, name: str, p: nn.Parameter, g: torch.Tensor, norm: float) -> None:
+        norms.append(norm)
+        g = g + 0.1 * p if p.ndim > 1 else g
+        velocity[name] = 0.9 * velocity[name] + g
+        p -= 2.0 * schedule(number, 3) * (g + 0.9 * velocity[name])
+
+    followed(tiny_mlp, TrainSettings(batch=8, learning_rate=2.0, weight_decay=0.1, optimizer="sgd"), step)
+    assert max(norms) > CLIP
 
 
 def test_the_learning_rate_rises_then_falls_to_zero() -> None:

@@ -110,6 +110,8 @@ class TrainSettings:
     weight_decay: float = 0.0
     augment: tuple[Literal["flip", "crop"], ...] = ()
     """Random horizontal flip; random crop after padding by an eighth with zeros. Images only."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """``sgd`` wants a learning rate some hundred times as high."""
 
     def __post_init__(self) -> None:
         """Refuses settings that cannot train."""
