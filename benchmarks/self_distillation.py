@@ -32,6 +32,7 @@ from benchmarks.rows import Row, main
 from deploykit import exporters, pipeline, targets
 from deploykit.chain.chain import load_chain, open_chain
 from deploykit.chain.write import Wanted, write_chain
+from deploykit.core.artifact import Arrays
 from deploykit.core.context import Context, Role
 from deploykit.core.data import DataSet
 from deploykit.core.errors import GateFailed
@@ -268,37 +269,72 @@ def reasons() -> list[Row]:
 def chain() -> list[Row]:
     """What leaving early saves, in ONNX Runtime and LiteRT: the files themselves, image by image."""
     rows = []
+    command = f"{COMMAND} chain"
+    about = (
+        f"ResNet-8 of twice the channels, {PRECISION}; {TEST // 2:,} JPEG CIFAR-10 test images choose thresholds, "
+        "the others score"
+    )
     for target, runtime in (("x86", "ONNX Runtime"), ("mobile-arm", "LiteRT")):
-        times, lost, values = [], [], {}
-        for seed in SEEDS:
-            found = timed(trained("self", seed, WIDE), target)
-            times.append(found["ms"] / found["ms without exits"])
-            lost.append(found["lost"])
-            values |= {f"seed {seed}: {name}": value for name, value in found.items()}
-        about = (
-            f"ResNet-8 of twice the channels, {PRECISION}; {TEST // 2:,} JPEG CIFAR-10 test images choose thresholds, "
-            "the others score"
-        )
-        command = f"{COMMAND} chain"
+        found = {f"seed {seed}": timed(trained("self", seed, WIDE), target) for seed in SEEDS}
         rows += [
             Row(
-                f"early exits in {runtime}: mean time / network without exits (mean)", statistics.mean(times), None,
-                "lower", about, command, list(SEEDS), values, note=f"{TIMED} images one by one, one thread",
+                f"early exits in {runtime}: mean time / network without exits (mean)",
+                statistics.mean(t.chosen.time for t in found.values()), None, "lower", about, command, list(SEEDS),
+                {f"{seed}: {name}": value for seed, t in found.items() for name, value in t.values.items()},
+                note=f"{TIMED} images one by one, one thread",
             ),
             Row(
-                f"early exits in {runtime}: points lost (mean)", statistics.mean(lost), DROP, "lower", about, command,
-                list(SEEDS), {f"seed {seed}": v for seed, v in zip(SEEDS, lost, strict=True)},
+                f"early exits in {runtime}: points lost (mean)", statistics.mean(t.lost for t in found.values()), DROP,
+                "lower", about, command, list(SEEDS), {seed: t.lost for seed, t in found.items()},
+            ),
+            Row(
+                f"early exits in {runtime}, accuracy over time: points lost in the time of the network without exits "
+                "(mean)", statistics.mean(t.lost_at(1.0) for t in found.values()), None, "lower", about, command,
+                list(SEEDS),
+                {
+                    f"{runtime}, {seed}: {100 * p.time:.1f}%": p.accuracy for seed, t in found.items()
+                    for p in t.frontier
+                } | {f"{runtime}, without exits: 100%": statistics.mean(t.without for t in found.values())},
+                note="% of the time of the network without exits",
             ),
         ]  # fmt: skip
     return rows
 
 
-def timed(net: nn.Module, target: str) -> dict[str, float]:
+@dataclass(frozen=True)
+class Reached:
+    """What thresholds come to."""
+
+    time: float
+    """Of the network without exits."""
+    accuracy: float
+
+
+@dataclass(frozen=True)
+class Timed:
+    """A chain beside the network without exits."""
+
+    chosen: Reached
+    lost: float
+    """Points, against its own last exit."""
+    without: float
+    """Accuracy of the network without exits, as a file, on the samples that thresholds were not chosen on."""
+    frontier: tuple[Reached, ...]
+    values: dict[str, float]
+
+    def lost_at(self, time: float) -> float:
+        """Points, against the file without exits, by the best thresholds that take no longer (or by the fastest)."""
+        quick = [p for p in self.frontier if p.time <= time] or [min(self.frontier, key=lambda p: p.time)]
+        return self.without - max(p.accuracy for p in quick)
+
+
+def timed(net: nn.Module, target: str) -> Timed:
     """A chain and the network without exits, written, and run in turns image by image."""
     assert isinstance(net, WithExits)
     device, test = targets.load(target), images("test", TEST)
     roles: dict[Role, DataSet] = {"calibration": images("train", CALIBRATION), "eval": test}
     settings = Settings(precisions=(PRECISION,), benchmark=False)
+    scored = test.pick(np.arange(1, len(test), 2))
     with tempfile.TemporaryDirectory() as folder:
         to = Path(folder)
         whole = pipeline.prepare(Model("ResNet-8", module=net), roles, None)
@@ -308,21 +344,31 @@ def timed(net: nn.Module, target: str) -> dict[str, float]:
         with contextlib.suppress(GateFailed):
             pipeline.export(alone, [device], [to / "alone"], settings, Gate())
         variant = load_chain(to / "chain").variants[PRECISION]
-        early, without = open_chain(to / "chain"), exporters.open_artifact(to / "alone").runner(PRECISION)
-        spent = [0.0, 0.0]
-        singles = [b.inputs for b in test.pick(np.arange(1, len(test), 2)).spread(TIMED).batches(1)]
-        for run in (early, without):  # warm
+        without = exporters.open_artifact(to / "alone").runner(PRECISION)
+        chains = [open_chain(to / "chain", thresholds=t) for t in (None, *(p.thresholds for p in variant.frontier))]
+        runs: list[Callable[[Arrays], object]] = [without, *chains]
+        spent = [0.0] * len(runs)
+        singles = [b.inputs for b in scored.spread(TIMED).batches(1)]
+        for run in runs:  # warm
             run(singles[0])
         for x in singles:
-            for i, run in enumerate((early, without)):
+            for i, run in enumerate(runs):
                 started = time.perf_counter()
                 run(x)
                 spent[i] += 1000 * (time.perf_counter() - started) / len(singles)
+        right = [
+            (next(iter(without(b.inputs).values())).argmax(1) == b.labels).mean() for b in scored.batches(1)
+        ]  # fmt: skip
+    base, chosen, *others = spent
     shares = {f"% leave by exit {k}": 100 * share for k, share in enumerate(variant.shares, 1)}
-    return {
-        "ms": spent[0], "ms without exits": spent[1], "lost": variant.last_accuracy - variant.accuracy,
+    values = {
+        "ms": chosen, "ms without exits": base, "lost": variant.last_accuracy - variant.accuracy,
         "accuracy": variant.accuracy, "accuracy in float, without exits": top1(net.network, test), **shares,
     }  # fmt: skip
+    frontier = tuple(Reached(ms / base, p.accuracy) for ms, p in zip(others, variant.frontier, strict=True))
+    return Timed(
+        Reached(chosen / base, variant.accuracy), values["lost"], 100 * float(np.mean(right)), frontier, values
+    )
 
 
 if __name__ == "__main__":

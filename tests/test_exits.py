@@ -32,7 +32,7 @@ from deploykit.exits.network import WithExits, attach, with_cuts
 from deploykit.exits.places import Places, Stage
 from deploykit.exits.segments import ports, segment
 from deploykit.exits.stages import named
-from deploykit.exits.thresholds import Outcome, cheapest, leaves, most_accurate, outcome
+from deploykit.exits.thresholds import Outcome, cheapest, frontier, leaves, most_accurate, outcome
 from deploykit.hub.graph import Hub
 from deploykit.hub.lower import lower
 from deploykit.models import Model, save_compressed
@@ -113,6 +113,18 @@ def test_the_most_accurate_thresholds_are_those_of_brute_force(
         ours = most_accurate(confidence, right, costs, budget)
         best = max(o.accuracy for o in every_outcome(confidence, right, costs) if o.cost <= budget + 1e-9)
         assert ours.cost <= budget + 1e-9 and ours.accuracy == pytest.approx(best)
+
+
+@pytest.mark.parametrize(("exits", "samples", "levels"), [(2, 12, 0), (2, 12, 4), (3, 9, 0), (3, 9, 3), (4, 6, 0)])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_frontier_is_the_most_accurate_for_every_budget(exits: int, samples: int, levels: int, seed: int) -> None:
+    confidence, right = drawn(exits, samples, seed, levels)
+    costs = [1.0, 2.5, 4.0, 7.0][:exits]
+    found = frontier(confidence, right, costs, points=5)
+    each = [most_accurate(confidence, right, costs, budget) for budget in np.linspace(1.0, costs[-1], 5)]
+    better = [o for k, o in enumerate(each) if all(o.accuracy > before.accuracy for before in each[:k])]
+    assert [o.accuracy for o in found] == pytest.approx([o.accuracy for o in better])
+    assert [o.cost for o in found] == pytest.approx([o.cost for o in better])
 
 
 def test_what_thresholds_do_by_hand() -> None:
@@ -290,6 +302,15 @@ def test_the_books_of_a_chain_are_right(made: dict[str, Path], precision: str) -
     assert variant.macs == pytest.approx(macs[left].mean())
     assert variant.whole < (1e-4 if precision == "fp32" else 1e-12)
     assert variant.macs < macs[-1]
+
+
+def test_the_frontier_of_a_chain_is_what_its_thresholds_come_to(made: dict[str, Path]) -> None:
+    variant = load_chain(made["x86"]).variants["int8"]
+    scored = images().pick(np.arange(1, 60, 2))
+    for point in (variant.frontier[0], variant.frontier[-1]):
+        answers, left = open_chain(made["x86"], "int8", point.thresholds)(next(scored.batches(60)).inputs)
+        assert point.accuracy == pytest.approx(100 * (answers.argmax(1) == scored.labels).mean())
+        assert point.ms == pytest.approx(np.cumsum(variant.ms)[left].mean())
 
 
 def test_thresholds_decide_how_far_a_sample_goes(made: dict[str, Path]) -> None:

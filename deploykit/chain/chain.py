@@ -38,6 +38,19 @@ class Segment:
 
 
 @dataclass(frozen=True)
+class Point:
+    """What other thresholds would come to, on the samples that all figures are of."""
+
+    thresholds: tuple[float, ...]
+    accuracy: float
+    """Percent."""
+    macs: float
+    """Mean over samples."""
+    ms: float | None
+    """Mean over samples on the machine that wrote it; None: not measured."""
+
+
+@dataclass(frozen=True)
 class Variant:
     """The chain in one precision: when samples leave, and what that came to."""
 
@@ -61,11 +74,18 @@ class Variant:
     """Largest difference between an answer of the chain and that of the file in ``whole``."""
     ms: tuple[float, ...] = ()
     """Of each segment alone, medians on the machine that wrote it; empty: not measured."""
+    frontier: tuple[Point, ...] = ()
+    """The most accurate thresholds for mean costs from the first exit's to the last's, as they were chosen."""
 
     @property
     def mean_ms(self) -> float | None:
         """Mean over samples; None: not measured."""
-        return float(np.cumsum(self.ms) @ np.asarray(self.shares)) if self.ms else None
+        return mean_ms(self.ms, self.shares)
+
+
+def mean_ms(ms: Sequence[float], shares: Sequence[float]) -> float | None:
+    """Of samples that leave by each exit in these shares, with milliseconds of every segment; None without these."""
+    return float(np.cumsum(ms) @ np.asarray(shares)) if ms else None
 
 
 @dataclass(frozen=True)

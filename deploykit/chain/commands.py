@@ -96,3 +96,9 @@ def show(folder: Path, chain: Chain, as_json: bool) -> None:
         print(f"  leave by exit 1 to {len(v.shares)}: {left} %; thresholds {at}")
         time = "" if v.mean_ms is None else f"; on this machine {v.mean_ms:.3f} ms of {sum(v.ms):.3f}"
         print(f"  multiply-accumulates {100 * v.macs / whole:.1f} % of all segments'{time}")
+        others = [f"{p.accuracy:.2f} % for {_cost(p.ms, p.macs / whole)}" for p in v.frontier]
+        print(f"  to be had by other thresholds: {', '.join(others)}")
+
+
+def _cost(ms: float | None, share: float) -> str:
+    return f"{ms:.3f} ms" if ms is not None else f"{100 * share:.0f} % of the multiply-accumulates"

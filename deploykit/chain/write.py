@@ -17,7 +17,7 @@ import numpy as np
 
 from deploykit import exporters
 from deploykit.bench.timing import in_turns
-from deploykit.chain.chain import WHOLE, Chain, Running, Segment, Variant
+from deploykit.chain.chain import WHOLE, Chain, Point, Running, Segment, Variant, mean_ms
 from deploykit.core.data import DataSet
 from deploykit.core.errors import DeploykitError, GateFailed
 from deploykit.core.files import folder_in_place, refuse_existing
@@ -29,7 +29,7 @@ from deploykit.core.request import Gate, Request, Settings
 from deploykit.core.target import Target
 from deploykit.exits import thresholds as rules
 from deploykit.exits.confidence import probabilities
-from deploykit.exits.thresholds import Outcome, cheapest, most_accurate, outcome
+from deploykit.exits.thresholds import Outcome, cheapest, frontier, most_accurate, outcome
 from deploykit.models import Model
 from deploykit.pipeline.judge import HUB_SAMPLES, Judge
 from deploykit.pipeline.prepared import Prepared
@@ -272,11 +272,15 @@ def _variant(
     costs = np.cumsum(ms if wanted.max_ms is not None else [s.macs for s in segments], dtype=np.float64)
     chosen = _choose(confidence[:, ::2], right[:, ::2], costs, wanted)
     macs = np.cumsum([s.macs for s in segments], dtype=np.float64)
+    points = []
+    for thresholds in [found.thresholds for found in frontier(confidence[:, ::2], right[:, ::2], tuple(macs))]:
+        o = outcome(confidence[:, 1::2], right[:, 1::2], tuple(macs), thresholds)
+        points.append(Point(o.thresholds, o.accuracy, o.cost, mean_ms(ms, o.shares)))
     scored = outcome(confidence[:, 1::2], right[:, 1::2], tuple(macs), chosen.thresholds)
     exits = tuple(100.0 * float(each) for each in right[:, 1::2].mean(axis=1))
     return Variant(
         chosen.thresholds, 0 if wanted.thresholds else right[:, ::2].shape[1], right[:, 1::2].shape[1],
-        scored.accuracy, exits[-1], exits, scored.shares, scored.cost, difference, ms,
+        scored.accuracy, exits[-1], exits, scored.shares, scored.cost, difference, ms, tuple(points),
     )  # fmt: skip
 
 

@@ -139,6 +139,41 @@ def most_accurate(confidence: NDArray[Any], right: NDArray[Any], costs: Sequence
     return found
 
 
+def frontier(
+    confidence: NDArray[Any], right: NDArray[Any], costs: Sequence[float], points: int = 9
+) -> tuple[Outcome, ...]:
+    """What accuracy costs: the most accurate thresholds of mean costs from the first exit's to the last's.
+
+    Budgets are evenly spaced. What costs more than another without answering better is left out.
+
+    Args:
+        confidence: ``[exits, n]``.
+        right: ``[exits, n]`` bool.
+        costs: ``[exits]``, rising.
+        points: budgets, two or more.
+
+    Returns:
+        rising in cost and in accuracy.
+    """
+    budgets = np.linspace(costs[0], costs[-1], points) * confidence.shape[1] * (1 + 1e-12)
+    best: list[tuple[int, float, tuple[float, ...]] | None] = [None] * points
+    for some in _candidates(confidence, right, costs):
+        at_least = np.maximum.accumulate(some.correct[::-1])[::-1]  # of what costs as much or less: more leave
+        first = len(some.cost) - np.searchsorted(some.cost[::-1], budgets, side="right")
+        for k in np.flatnonzero(first < len(some.cost)):
+            correct, known = int(at_least[first[k]]), best[k]
+            if known is None or correct >= known[0]:
+                top = int(np.flatnonzero(some.correct == correct)[-1])
+                key = correct, -float(some.cost[top])
+                if known is None or key > known[:2]:
+                    best[k] = *key, some.thresholds(top)
+    found: list[Outcome] = []
+    for at in best:
+        if at is not None and (not found or at[0] > round(found[-1].accuracy / 100 * confidence.shape[1])):
+            found.append(outcome(confidence, right, costs, at[2]))
+    return tuple(found)
+
+
 Rank = Callable[["NDArray[Any]", "NDArray[Any]", "NDArray[Any]"], "NDArray[Any]"]
 Tie = Callable[["NDArray[Any]", "NDArray[Any]"], "NDArray[Any]"]
 
@@ -149,29 +184,61 @@ def _best(
     """The thresholds of highest rank, and among equals of the highest tie; None where every rank is -inf.
 
     Ranks are of the number of right answers, the summed cost, and how many answers are right where the last exit's is
-    wrong or the other way round; ties of the first two. The last threshold is always exact: with samples in order of
-    confidence, all its values are sums over a first and a last part.
+    wrong or the other way round; ties of the first two.
+    """
+    best: tuple[float, float, tuple[float, ...]] | None = None
+    for some in _candidates(confidence, right, costs):
+        ranks, ties = rank(some.correct, some.cost, some.unlike), tie(some.correct, some.cost)
+        top = int(np.lexsort((ties, ranks))[-1])
+        key = (float(ranks[top]), float(ties[top]))
+        if np.isfinite(key[0]) and (best is None or key > best[:2]):
+            best = (*key, some.thresholds(top))
+    return None if best is None else outcome(confidence, right, costs, best[2])
+
+
+@dataclass(frozen=True)
+class _Candidates:
+    """All choices of the last threshold behind one choice of the others. Arrays are one value for each."""
+
+    taken: tuple[float, ...]
+    """The other thresholds."""
+    sure: NDArray[np.float64]
+    """Confidence of the samples that are still there, descending."""
+    ends: NDArray[np.int64]
+    """How many of them leave."""
+    correct: NDArray[np.int64]
+    """Right answers, of all samples."""
+    cost: NDArray[np.float64]
+    """Summed over all samples."""
+    unlike: NDArray[np.int64]
+    """Answers that are right where the last exit's is wrong, or the other way round."""
+
+    def thresholds(self, which: int) -> tuple[float, ...]:
+        """Of one of them."""
+        return (*self.taken, _between(self.sure, int(self.ends[which])))
+
+
+def _candidates(confidence: NDArray[Any], right: NDArray[Any], costs: Sequence[float]) -> Iterator[_Candidates]:
+    """All thresholds, as far as samples tell them apart.
+
+    The last one is always exact: with samples in order of confidence, all its values are sums over a first and a last
+    part.
     """
     _same_lengths(confidence, right, costs)
     confidence, right = np.asarray(confidence, np.float64), np.asarray(right, np.int64)
     early = len(confidence) - 2
     levels = max(2, int(WORK ** (1 / early) + 1e-9)) if early > 0 else 0
-    best: tuple[float, float, tuple[float, ...]] | None = None
     differs = (right != right[-1]).astype(np.int64)
     for taken, alive, correct, cost, unlike in _fixed(confidence, right, differs, costs, early, levels):
         order = alive[np.argsort(-confidence[early, alive], kind="stable")]
-        stay = right[-1, order].sum() - np.cumsum([0, *right[-1, order]])
-        total = correct + np.cumsum([0, *right[early, order]]) + stay
+        stay = right[-1, order].sum() - _sums(right[-1, order])
+        total = correct + _sums(right[early, order]) + stay
         count = np.arange(len(order) + 1)
         spent = cost + count * costs[early] + (len(order) - count) * costs[-1]
-        ends = _ends(confidence[early, order])
-        apart = unlike + np.cumsum([0, *differs[early, order]])
-        ranks, ties = rank(total[ends], spent[ends], apart[ends]), tie(total[ends], spent[ends])
-        top = int(np.lexsort((ties, ranks))[-1])
-        key = (float(ranks[top]), float(ties[top]))
-        if np.isfinite(key[0]) and (best is None or key > best[:2]):
-            best = (*key, (*taken, _between(confidence[early, order], int(ends[top]))))
-    return None if best is None else outcome(confidence, right, costs, best[2])
+        apart = unlike + _sums(differs[early, order])
+        sure = confidence[early, order]
+        ends = _ends(sure)
+        yield _Candidates(taken, sure, ends, total[ends], spent[ends], apart[ends])
 
 
 Fixed = tuple[tuple[float, ...], "NDArray[np.int64]", int, float, int]
@@ -205,10 +272,15 @@ def _fixed(
             )  # fmt: skip
 
 
+def _sums(x: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Of the first 0, 1, 2, … values."""
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(x)])
+
+
 def _ends(descending: NDArray[Any]) -> NDArray[np.int64]:
     """How many may leave together: equally sure samples cannot be told apart."""
     inner = np.flatnonzero(descending[1:] < descending[:-1]) + 1
-    return np.unique([0, *inner, len(descending)]).astype(np.int64)
+    return np.unique(np.concatenate([[0], inner, [len(descending)]])).astype(np.int64)
 
 
 def _between(descending: NDArray[Any], count: int) -> float:
