@@ -78,7 +78,7 @@ def lines(title: str, curves: Mapping[str, Points], unit: str = "%", ticks: Sequ
             f'<path d="M{left + wide + 20} {y}h22" stroke="{colour}" stroke-width="3"/>',
             f'<text x="{left + wide + 50}" y="{y + 5}">{escape(name)}</text>',
         ]
-    return _drawn(left + wide + 170, top + high + 40, shapes)
+    return _drawn(left + wide + 60 + 8 * max(map(len, curves)), top + high + 40, shapes)
 
 
 def _drawn(width: int, height: int, shapes: Sequence[str]) -> str:

@@ -6,12 +6,13 @@
 * ``<!-- steps -->`` … ``<!-- /steps -->`` there: a row for each kind of step that compresses;
 * ``<!-- row: NAME/CLAIM -->`` … ``<!-- /row -->`` on any page: the values of one row, the claim cut short at will;
 * ``docs/images/``: int8 beside fp32, accuracy over the budget of pruning, codebooks beside linear weights, accuracy
-  over the bytes of files.
+  over the bytes of files, over time with early exits.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -95,7 +96,7 @@ def section(name: str, rows: Rows) -> str:
             bar = f"{'≥' if row['better'] == 'higher' else '≤'} {number(row['bar'])}"
             state = "met" if met(row) else "**not met**"
         value = f"**{number(row['value'])}**" + (f" ({details(row)})" if row["values"] else "")
-        note = f" {row['note']}" if row["note"] else ""
+        note = f"; {row['note']}" if row["note"] else ""
         lines.append(f"| {row['claim']} | {value} | {bar} | {state} | {row['neighbour']} | {row['data']}{note} |")
     return "\n".join([*lines, "", "Measured by:", "", *(f"- {line}" for line in origins(rows))])
 
@@ -241,7 +242,7 @@ def written(found: Mapping[str, Rows]) -> dict[Path, str]:
         most = max(x for points in curves.values() for x, _ in points)
         made[images / "exits.svg"] = charts.lines(
             "ResNet-8 with exits: top-1 % over time, of the network without", curves, "%",
-            range(0, int(most) + 50, 50),
+            range(0, 50 * math.ceil(most / 50) + 1, 50),
         )  # fmt: skip
     made[ROOT / "docs" / "support.md"] = support_page.page(support_page.load())
     return made | {path: refreshed(path.read_text(encoding="utf-8"), found) for path in PAGES if path not in made}

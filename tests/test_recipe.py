@@ -72,7 +72,15 @@ def test_a_wrong_recipe_says_what_and_where(tmp_path: Path, text: str, expected:
 
 
 @pytest.mark.parametrize(
-    "options", [{"epochs": 0}, {"learning_rate": -1}, {"batch": 0}, {"weight_decay": -0.1}, {"epochs": float("nan")}]
+    "options",
+    [
+        {"epochs": 0},
+        {"learning_rate": -1},
+        {"batch": 0},
+        {"weight_decay": -0.1},
+        {"optimizer": "adam"},
+        {"epochs": float("nan")},
+    ],
 )
 def test_settings_that_cannot_train_are_refused(options: Any) -> None:
     with pytest.raises(ValueError):

@@ -75,7 +75,8 @@ class Variant:
     ms: tuple[float, ...] = ()
     """Of each segment alone, medians on the machine that wrote it; empty: not measured."""
     frontier: tuple[Point, ...] = ()
-    """The most accurate thresholds for mean costs from the first exit's to the last's, as they were chosen."""
+    """The most accurate thresholds for mean costs from the first exit's to the last's, on the samples that thresholds
+    are chosen on; on those that figures are of, a dearer one may do worse."""
 
     @property
     def mean_ms(self) -> float | None:

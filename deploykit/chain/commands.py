@@ -97,7 +97,7 @@ def show(folder: Path, chain: Chain, as_json: bool) -> None:
         time = "" if v.mean_ms is None else f"; on this machine {v.mean_ms:.3f} ms of {sum(v.ms):.3f}"
         print(f"  multiply-accumulates {100 * v.macs / whole:.1f} % of all segments'{time}")
         others = [f"{p.accuracy:.2f} % for {_cost(p.ms, p.macs / whole)}" for p in v.frontier]
-        print(f"  to be had by other thresholds: {', '.join(others)}")
+        print(f"  with other thresholds (chain.json has them): {', '.join(others)}")
 
 
 def _cost(ms: float | None, share: float) -> str:

@@ -266,6 +266,8 @@ def _variant(
         difference = max(difference, float(np.abs(probabilities(logits) - probabilities(theirs)).max()))
         found.append(logits)
     p = probabilities(np.concatenate(found, axis=1), wanted.ensemble)
+    if not np.isfinite(p).all():
+        raise DeploykitError(f"{precision}: an exit's answer is not finite on an evaluation sample")
     answers, confidence = p.argmax(-1), p.max(-1)
     right = answers == (answers[-1] if data.labels is None else np.asarray(data.labels))
     ms = _times(runners, data, target)
@@ -273,7 +275,7 @@ def _variant(
     chosen = _choose(confidence[:, ::2], right[:, ::2], costs, wanted)
     macs = np.cumsum([s.macs for s in segments], dtype=np.float64)
     points = []
-    for thresholds in [found.thresholds for found in frontier(confidence[:, ::2], right[:, ::2], tuple(macs))]:
+    for thresholds in [found.thresholds for found in frontier(confidence[:, ::2], right[:, ::2], tuple(costs))]:
         o = outcome(confidence[:, 1::2], right[:, 1::2], tuple(macs), thresholds)
         points.append(Point(o.thresholds, o.accuracy, o.cost, mean_ms(ms, o.shares)))
     scored = outcome(confidence[:, 1::2], right[:, 1::2], tuple(macs), chosen.thresholds)

@@ -115,6 +115,8 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         """Refuses settings that cannot train."""
+        if self.optimizer not in ("adamw", "sgd"):
+            raise ValueError(f"optimizer must be adamw or sgd, given {self.optimizer!r}")
         fits = self.epochs > 0 and self.learning_rate > 0 and self.batch >= 1 and self.weight_decay >= 0
         if not fits:  # written so that NaN does not fit either
             raise ValueError("epochs and learning_rate must be above 0, batch at least 1, weight_decay at least 0")

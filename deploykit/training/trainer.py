@@ -45,8 +45,8 @@ EVALUATIONS = 10
 class Trainer:
     """Adam with decoupled weight decay (Loshchilov & Hutter 2019), a short warm-up and cosine decay to zero.
 
-    Or, as most papers on image classifiers train, stochastic gradient descent with Nesterov's momentum: gradients are
-    not clipped, and weight decay is a part of them.
+    Or stochastic gradient descent with Nesterov's momentum (Sutskever et al. 2013, as torch has it): gradients are not
+    clipped, and weight decay is a part of them.
 
     The same seed, data and settings give the same weights (on a GPU: up to the order of its sums), as long as torch
     runs with as many threads: its sums are split among them. A manifest keeps that number, and ``reproduce`` sets it.
