@@ -5,7 +5,7 @@ epochs, the same number with every method; on a tenth of the images for more epo
 augmented, which it cannot learn by heart. What the paper claims for ResNet-18 and 200 epochs is the part ``paper``,
 which wants a GPU.
 
-    python -m benchmarks.self_distillation accuracy few augmented reasons chain
+    python -m benchmarks.self_distillation accuracy rate few augmented reasons chain
     python -m benchmarks.self_distillation paper
 """
 
@@ -198,6 +198,13 @@ def accuracy() -> list[Row]:
     return compared("accuracy", PLAIN_IMAGES, 0.0)
 
 
+def rate() -> list[Row]:
+    """The same at three times the learning rate: whether exits help more than a higher rate does."""
+    higher = replace(SGD, learning_rate=3 * SGD.learning_rate)
+    setting = replace(PLAIN_IMAGES, name=f"{PLAIN_IMAGES.name}, three times the rate", train=higher)
+    return compared("rate", setting, None)
+
+
 def few() -> list[Row]:
     """Half as many steps on a tenth of the images."""
     return compared("few", FEW_IMAGES, 0.0)
@@ -372,4 +379,4 @@ def timed(net: nn.Module, target: str) -> Timed:
 
 
 if __name__ == "__main__":
-    main(__doc__ or "", "distill", [accuracy, few, augmented, reasons, chain, paper])
+    main(__doc__ or "", "distill", [accuracy, rate, few, augmented, reasons, chain, paper])
