@@ -96,9 +96,11 @@ class Trainer:
         require_accelerate()
         import torch
         from accelerate import Accelerator
+        from accelerate.utils import DistributedDataParallelKwargs
 
         chosen = replace(self.settings, **settings)
-        accelerator = Accelerator()
+        # a loss need not reach every parameter: hints reach those in front of the layers that follow the teacher's
+        accelerator = Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
         rank, world = accelerator.process_index, accelerator.num_processes
         total = steps or max(1, round(chosen.epochs * len(data) / (chosen.batch * world)))
         layout = data.preprocess.layout if data.preprocess else "NCHW"
