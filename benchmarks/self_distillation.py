@@ -286,7 +286,7 @@ def chain() -> list[Row]:
         rows += [
             Row(
                 f"early exits in {runtime}: mean time / network without exits (mean)",
-                statistics.mean(t.chosen.time for t in found.values()), None, "lower", about, command, list(SEEDS),
+                statistics.mean(t.time for t in found.values()), None, "lower", about, command, list(SEEDS),
                 {f"{seed}: {name}": value for seed, t in found.items() for name, value in t.values.items()},
                 note=f"{TIMED} images one by one, one thread",
             ),
@@ -321,7 +321,8 @@ class Reached:
 class Timed:
     """A chain beside the network without exits."""
 
-    chosen: Reached
+    time: float
+    """Of the network without exits."""
     lost: float
     """Points, against its own last exit."""
     without: float
@@ -373,9 +374,7 @@ def timed(net: nn.Module, target: str) -> Timed:
         "accuracy": variant.accuracy, "accuracy in float, without exits": top1(net.network, test), **shares,
     }  # fmt: skip
     frontier = tuple(Reached(ms / base, p.accuracy) for ms, p in zip(others, variant.frontier, strict=True))
-    return Timed(
-        Reached(chosen / base, variant.accuracy), values["lost"], 100 * float(np.mean(right)), frontier, values
-    )
+    return Timed(chosen / base, values["lost"], 100 * float(np.mean(right)), frontier, values)
 
 
 if __name__ == "__main__":

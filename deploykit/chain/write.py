@@ -272,16 +272,15 @@ def _variant(
     right = answers == (answers[-1] if data.labels is None else np.asarray(data.labels))
     ms = _times(runners, data, target)
     costs = np.cumsum(ms if wanted.max_ms is not None else [s.macs for s in segments], dtype=np.float64)
-    chosen = _choose(confidence[:, ::2], right[:, ::2], costs, wanted)
+    choosing, scoring = ((confidence[:, part], right[:, part]) for part in (slice(0, None, 2), slice(1, None, 2)))
+    chosen = _choose(*choosing, costs, wanted)
     macs = np.cumsum([s.macs for s in segments], dtype=np.float64)
-    points = []
-    for thresholds in [found.thresholds for found in frontier(confidence[:, ::2], right[:, ::2], tuple(costs))]:
-        o = outcome(confidence[:, 1::2], right[:, 1::2], tuple(macs), thresholds)
-        points.append(Point(o.thresholds, o.accuracy, o.cost, mean_ms(ms, o.shares)))
-    scored = outcome(confidence[:, 1::2], right[:, 1::2], tuple(macs), chosen.thresholds)
-    exits = tuple(100.0 * float(each) for each in right[:, 1::2].mean(axis=1))
+    others = [outcome(*scoring, tuple(macs), each.thresholds) for each in frontier(*choosing, tuple(costs))]
+    points = [Point(o.thresholds, o.accuracy, o.cost, mean_ms(ms, o.shares)) for o in others]
+    scored = outcome(*scoring, tuple(macs), chosen.thresholds)
+    exits = tuple(100.0 * float(each) for each in scoring[1].mean(axis=1))
     return Variant(
-        chosen.thresholds, 0 if wanted.thresholds else right[:, ::2].shape[1], right[:, 1::2].shape[1],
+        chosen.thresholds, 0 if wanted.thresholds else choosing[1].shape[1], scoring[1].shape[1],
         scored.accuracy, exits[-1], exits, scored.shares, scored.cost, difference, ms, tuple(points),
     )  # fmt: skip
 
