@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import lzma
+import math
 import struct
 import tempfile
 import time
@@ -23,10 +24,11 @@ from benchmarks.rows import Row, main
 from deploykit import exporters, targets
 from deploykit.bench.memory import peak_megabytes
 from deploykit.core.manifest import load_manifest
-from deploykit.dkz.container import Extent, File, pack
+from deploykit.dkz.container import pack
 from deploykit.dkz.extents import files_of
 from deploykit.dkz.front import CODERS
 from deploykit.dkz.reading import unpack
+from deploykit.dkz.weights import Extent, File, Shape
 from deploykit.exporters.codebooks import store_codebooks
 from deploykit.hub.lower import lower
 from deploykit.hub.sharing.codebooks import share, weights, with_weights
@@ -62,8 +64,13 @@ def squeezenet() -> list[Row]:
     """Weights that are pruned and share 256 values a layer already."""
     raw = (data.ROOT / SQUEEZENET).read_bytes()
     (length,) = struct.unpack("<Q", raw[:8])
-    tensors = [own["data_offsets"] for name, own in json.loads(raw[8 : 8 + length]).items() if name != "__metadata__"]
-    extents = [Extent(8 + length + start, (end - start) // 4, 4) for start, end in sorted(tensors)]
+    tensors = [own for name, own in json.loads(raw[8 : 8 + length]).items() if name != "__metadata__"]
+    extents = []
+    for own in sorted(tensors, key=lambda told: told["data_offsets"]):
+        (start, end), dims = own["data_offsets"], own["shape"]
+        kernel = math.prod(dims[2:])
+        shape = Shape(dims[0], dims[1], kernel) if len(dims) > 1 else None
+        extents.append(Extent(8 + length + start, (end - start) // 4, 32, shape=shape))
     file = File(SQUEEZENET, raw, extents)
     values: dict[str, float] = {coder: len(pack([file], coder)) for coder in CODERS}
     container = pack([file])

@@ -21,12 +21,13 @@ from deploykit.coding.lanes import LENGTH, lanes
 from deploykit.coding.symbols import sparse, symbols, values
 from deploykit.core.errors import DeploykitError
 from deploykit.dkz import lzma2
-from deploykit.dkz.container import STREAMS, Extent, File, pack, packed
+from deploykit.dkz.container import STREAMS, pack, packed
 from deploykit.dkz.files import unpack_file
-from deploykit.dkz.front import HEAD, front_of
+from deploykit.dkz.front import HEAD, VERSION, front_of
 from deploykit.dkz.lzma2 import PIECE
 from deploykit.dkz.reading import peak, unpack
 from deploykit.dkz.stages import REST, Stage, stages
+from deploykit.dkz.weights import Extent, File
 
 MANY = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 CODERS: list[Any] = [rans, huffman]
@@ -170,7 +171,7 @@ def shared(count: int, share: float, many: int, seed: int = 0) -> NDArray[np.flo
 def file_of(*weights: NDArray[Any], name: str = "net.bin") -> File:
     data, extents = b"begin", []
     for own in weights:
-        extents.append(Extent(len(data), own.size, own.itemsize, f"w{len(extents)}"))
+        extents.append(Extent(len(data), own.size, 8 * own.itemsize, f"w{len(extents)}"))
         data += own.tobytes() + b"between"
     return File(name, data, extents)
 
@@ -223,7 +224,7 @@ def mutated(data: bytes, random: np.random.Generator) -> bytes:
 
 def sealed(body: bytes, length: int) -> bytes:
     """A container with that body, whose checksum fits."""
-    return HEAD.pack(b"DKZ", 1, length, zlib.crc32(body)) + body
+    return HEAD.pack(b"DKZ", VERSION, length, zlib.crc32(body)) + body
 
 
 def refronted(data: bytes, change: Any) -> bytes:

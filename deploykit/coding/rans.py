@@ -48,9 +48,18 @@ def frequencies(table: NDArray[np.uint8]) -> NDArray[np.int64]:
         raise DeploykitError("a table of frequencies has numbers out of range")
     grid = np.where(table > 0, OCTAVES[table.astype(np.int64) - 1], 0)
     found = np.where(table > 0, np.maximum(1, grid * M // int(grid.sum())), 0)
-    while (missing := M - int(found.sum())) != 0:  # the most frequent gives or takes, by half at most
-        most = int(found.argmax())
-        found[most] += max(missing, -(int(found[most]) // 2))
+    return summing(found[None]).reshape(-1)
+
+
+def summing(f: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Rows of frequencies that sum to M: what is missing or too much is the most frequent symbol's, who gives half of
+    what it has at most, again and again ``[n, symbols]``."""
+    found, rows = f.copy(), np.arange(len(f))
+    while len(rows):
+        missing = M - found[rows].sum(1)
+        rows, missing = rows[missing != 0], missing[missing != 0]
+        most = found[rows].argmax(1)
+        found[rows, most] += np.maximum(missing, -(found[rows, most] // 2))
     return found
 
 
@@ -71,18 +80,66 @@ def encode(streams: Sequence[NDArray[Any]], tables: Sequence[NDArray[np.uint8]])
     """
     deal = lanes([len(s) for s in streams])
     pairs = [(s, frequencies(own)) for s, own in zip(streams, tables, strict=True) if len(s)]
-    f = np.concatenate([f[s] for s, f in pairs] or [NONE]).astype(np.uint64)
-    c = np.concatenate([(np.cumsum(f) - f)[s] for s, f in pairs] or [NONE]).astype(np.uint64)
-    x = np.full(len(deal.stream), LOWEST, np.uint64)
+    f = np.concatenate([f[s] for s, f in pairs] or [NONE])
+    c = np.concatenate([(np.cumsum(f) - f)[s] for s, f in pairs] or [NONE])
+    return written(f, c, [deal.at(step) for step in range(len(deal.active))], len(deal.stream))
+
+
+def written(f: NDArray[Any], c: NDArray[Any], steps: Sequence[slice | NDArray[np.int64]], lanes: int) -> bytes:
+    """States and words of some symbols.
+
+    Args:
+        f: frequency of each ``[n]``.
+        c: sum of those before it ``[n]``.
+        steps: the symbols that the first lanes decode at once.
+        lanes: how many there are.
+    """
+    f, c, x = f.astype(np.uint64), c.astype(np.uint64), np.full(lanes, LOWEST, np.uint64)
     words: list[NDArray[np.uint16]] = []
-    for step in reversed(range(len(deal.active))):  # last in, first out
-        at = deal.at(step)
-        own, fs = x[: len(at)], f[at]
+    for at in reversed(steps):  # last in, first out
+        fs = f[at]
+        own = x[: len(fs)]
         full = own >= fs << np.uint64(2 * WORD - PRECISION)
         words.append(own[full].astype(np.uint16)[::-1])
         own = np.where(full, own >> np.uint64(WORD), own)
-        x[: len(at)] = (own // fs << np.uint64(PRECISION)) + c[at] + own % fs
+        x[: len(fs)] = (own // fs << np.uint64(PRECISION)) + c[at] + own % fs
     return x.astype("<u4").tobytes() + np.concatenate([*words, NONE])[::-1].astype("<u2").tobytes()
+
+
+class Reader:
+    """The lanes of a decoder.
+
+    Raises:
+        DeploykitError: the data are too short or too long, or do not come from an encoder.
+    """
+
+    def __init__(self, data: bytes | memoryview, lanes: int) -> None:
+        """All of them are where their encoder ended."""
+        if len(data) < 4 * lanes or len(data) % 2:
+            raise DeploykitError("a coded stream is cut off")
+        self.lanes, self._at = lanes, 0
+        self._x = np.frombuffer(data, "<u4", lanes).astype(np.uint32)
+        self._words = np.frombuffer(data, "<u2", offset=4 * lanes).astype(np.uint32)
+
+    def slots(self, n: int) -> NDArray[np.uint32]:
+        """x mod M of the first n lanes: it says which symbol comes."""
+        return self._x[:n] & np.uint32(M - 1)
+
+    def advance(self, f: NDArray[np.uint32], above: NDArray[np.uint32]) -> None:
+        """Past a symbol of the first lanes, with its frequency and how far x mod M is above those before it."""
+        n = len(f)
+        x = f * (self._x[:n] >> np.uint32(PRECISION)) + above
+        empty = np.flatnonzero(x < LOWEST)
+        if self._at + len(empty) > len(self._words):
+            raise DeploykitError("a coded stream is cut off")
+        x[empty] = x[empty] << np.uint32(WORD) | self._words[self._at : self._at + len(empty)]
+        self._at += len(empty)
+        self._x[:n] = x
+
+    def end(self) -> None:
+        """Everything was read, and all lanes are where their encoder began."""
+        if self._at != len(self._words) or not bool((self._x == LOWEST).all()):
+            raise DeploykitError("a coded stream does not end where its encoder began")
 
 
 def decode(
@@ -99,11 +156,7 @@ def decode(
         DeploykitError: the data are too short or too long, do not come from an encoder, or a table is none.
     """
     deal = lanes(counts)
-    n = len(deal.stream)
-    if len(data) < 4 * n or len(data) % 2:
-        raise DeploykitError("a coded stream is cut off")
-    x = np.frombuffer(data, "<u4", n).astype(np.uint32)
-    words = np.frombuffer(data, "<u2", offset=4 * n).astype(np.uint32)
+    reader = Reader(data, len(deal.stream))
     symbol, own, above = (np.zeros(len(tables) * M, kind) for kind in (np.uint16, np.uint32, np.uint32))
     for i, (quarters, count) in enumerate(zip(tables, counts, strict=True)):
         if count:
@@ -112,18 +165,10 @@ def decode(
             places = slice(i * M, (i + 1) * M)
             symbol[places], own[places], above[places] = s, f[s], np.arange(M) - (np.cumsum(f) - f)[s]
     table = (deal.stream * M).astype(np.uint32)
-    found, at = np.empty(sum(counts), np.uint16), 0
+    found = np.empty(sum(counts), np.uint16)
     for step, active in enumerate(deal.active):
-        here = x[:active]
-        slot = (here & np.uint32(M - 1)) + table[:active]
+        slot = reader.slots(active) + table[:active]
         found[deal.at(step)] = symbol[slot]
-        here = own[slot] * (here >> np.uint32(PRECISION)) + above[slot]
-        empty = np.flatnonzero(here < LOWEST)
-        if at + len(empty) > len(words):
-            raise DeploykitError("a coded stream is cut off")
-        here[empty] = here[empty] << np.uint32(WORD) | words[at : at + len(empty)]
-        at += len(empty)
-        x[:active] = here
-    if at != len(words) or not bool((x == LOWEST).all()):
-        raise DeploykitError("a coded stream does not end where its encoder began")
+        reader.advance(own[slot], above[slot])
+    reader.end()
     return np.split(found, np.cumsum(counts)[:-1])

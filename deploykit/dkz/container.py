@@ -14,15 +14,18 @@ import json
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from deploykit.coding.symbols import Symbols, symbols
+from deploykit.coding import contexts
+from deploykit.coding.contexts import Model
+from deploykit.coding.symbols import symbols
 from deploykit.core.errors import unknown
-from deploykit.dkz.front import CODERS, HEAD, MAGIC, VERSION
+from deploykit.dkz.front import CODERS, CONTEXTS, HEAD, MAGIC, VERSION, by_model
 from deploykit.dkz.lzma2 import compressed, squeezed
+from deploykit.dkz.surroundings import with_contexts
+from deploykit.dkz.weights import Chosen, File
 
 BLOCK = 1 << 22
 """Weights of a block, unless one alone has more."""
@@ -31,64 +34,10 @@ STREAMS = 512
 
 
 @dataclass(frozen=True)
-class Indices:
-    """What an extent stands for whose elements are indices of a codebook beside it."""
-
-    book: str
-    """Name of the codebook, an extent too if it is large enough."""
-    values: NDArray[np.float32]
-    """Of it, ``[k]``."""
-    codes: NDArray[np.uint8]
-    """One for each weight, out of their bytes."""
-
-
-@dataclass(frozen=True)
-class Extent:
-    """Weights within a file."""
-
-    start: int
-    """Byte."""
-    count: int
-    size: int
-    """Bytes of one, 1, 2 or 4."""
-    name: str = ""
-    """In its file; for people alone, a container does not have it."""
-    indices: Indices | None = None
-    """What it stands for; for people alone, as well."""
-
-
-@dataclass(frozen=True)
-class File:
-    """A file to be packed."""
-
-    name: str
-    data: bytes
-    extents: Sequence[Extent]
-    """In order; they do not overlap."""
-
-
-Coded = tuple[Extent, Symbols]
-"""Weights that are not left in the skeleton."""
-
-
-@dataclass(frozen=True)
-class Chosen:
-    """What became of some weights."""
-
-    extent: Extent
-    alone: int
-    """Bytes of them as LZMA2 alone."""
-    symbols: Symbols | None
-    """What a coder codes; None: they are left in the skeleton, as LZMA2."""
-
-
-@dataclass(frozen=True)
 class Container:
     """A container, and how it was made."""
 
     data: bytes
-    coder: str
-    """Of all blocks; empty: there are none."""
     weights: tuple[Chosen, ...]
     """Of all files, in order."""
 
@@ -103,50 +52,74 @@ def packed(files: Sequence[File], coder: str | None = None) -> Container:
 
     Args:
         files: in order.
-        coder: of the streams; None: whichever makes the smaller container.
+        coder: of the streams; None: whichever makes the smallest container.
 
     Raises:
         DeploykitError: no such coder.
     """
-    if coder is not None and coder not in CODERS:
-        raise unknown("coder", coder, CODERS)
-    left = [Chosen(e, len(compressed(_values(f, e).tobytes())), None) for f in files for e in f.extents]
-    tries = [_packed(files, _coded(files, left, name), name) for name in ([coder] if coder else CODERS)]
-    return min(*tries, _packed(files, left, ""), key=lambda made: len(made.data))  # weights may be as good as random
+    if coder is not None and coder not in (*CODERS, CONTEXTS):
+        raise unknown("coder", coder, (*CODERS, CONTEXTS))
+    made = [_packed(files, own) for own in _ways(files, coder)]
+    return min(made, key=lambda own: len(own.data))
+
+
+def _ways(files: Sequence[File], coder: str | None) -> Iterator[list[Chosen]]:
+    """What could be chosen: LZMA2 for all, since weights may be as good as random, or coders where they are better."""
+    left = [Chosen(e, len(compressed(file.stored(e)))) for file in files for e in file.extents]
+    yield left
+    for name in CODERS:
+        coded = _coded(files, left, name)
+        if coder in (None, name):
+            yield coded
+        if name == "rans" and coder in (None, CONTEXTS):
+            yield with_contexts(files, coded)
 
 
 def _coded(files: Sequence[File], left: Sequence[Chosen], coder: str) -> list[Chosen]:
     """The weights, those as symbols for which a coder needs less than LZMA2 alone."""
+    module, found = CODERS[coder], []
     places = [(file, e) for file in files for e in file.extents]
-    found = [symbols(_values(file, e), CODERS[coder]) for file, e in places]
-    return [
-        replace(own, symbols=s) if s.bits(CODERS[coder]) < 8 * own.alone else own
-        for own, s in zip(left, found, strict=True)
-    ]
+    for own, (file, e) in zip(left, places, strict=True):
+        s = symbols(file.elements(e), module)
+        words = sum(float(module.size(np.bincount(stream))) for stream in s.streams)
+        tried = replace(own, coder=coder, symbols=s, words=words)
+        found.append(tried if tried.bits < own.bits else own)
+    return found
 
 
-def _packed(files: Sequence[File], weights: Sequence[Chosen], coder: str) -> Container:
-    """The container that has some of the weights coded."""
-    about, skeleton, coded = [], list[bytes](), list[Coded]()
+def _packed(files: Sequence[File], weights: Sequence[Chosen]) -> Container:
+    """The container of weights as they were chosen."""
+    about, skeleton, coded = [], list[bytes](), list[Chosen]()
+    models = list({id(w.around.model): w.around.model for w in weights if w.around is not None}.values())
     every = iter(weights)
     for file in files:
-        chosen = list(itertools.islice(every, len(file.extents)))
-        own = [(w.extent, w.symbols) for w in chosen if w.symbols is not None]
-        extents = [[e.start, e.count, e.size, s.gap_bits, len(s.streams[-1]), len(s.book)] for e, s in own]
-        about.append([file.name, len(file.data), zlib.crc32(file.data), extents])
+        own = [w for w in itertools.islice(every, len(file.extents)) if w.coder]
+        about.append([file.name, len(file.data), zlib.crc32(file.data), [_told(w, models) for w in own]])
         skeleton += _between(file, own)
         coded += own
     whole = b"".join(skeleton)
     sections, blocks = [squeezed(whole)], []
     for block in _blocks(coded):
-        side, words = _sections(block, coder)
+        side, words, lanes = _sections(block, models)
         sections += [squeezed(side), words]
-        blocks.append([coder, len(block), len(side), len(sections[-2]), len(words)])
-    told = [about, [len(whole), len(sections[0])], blocks]
-    front = _deflated(json.dumps(told, separators=(",", ":")).encode())
+        told = [block[0].coder, len(block), len(side), len(sections[-2]), len(words)]
+        blocks.append([*told, lanes] if lanes else told)
+    surroundings = [[m.kernel, m.passes, m.distances, m.mean.tolist(), m.spread.tolist()] for m in models]
+    whole_front = [about, [len(whole), len(sections[0])], blocks, surroundings]
+    front = _deflated(json.dumps(whole_front, separators=(",", ":")).encode())
     body = front + b"".join(sections)
-    data = HEAD.pack(MAGIC, VERSION, len(front), zlib.crc32(body)) + body
-    return Container(data, coder if blocks else "", tuple(weights))
+    return Container(HEAD.pack(MAGIC, VERSION, len(front), zlib.crc32(body)) + body, tuple(weights))
+
+
+def _told(own: Chosen, models: Sequence[Model]) -> list[int]:
+    """What a front says of some weights."""
+    e, s = own.extent, own.symbols
+    assert s is not None
+    found = [e.start, e.count, e.bits, s.gap_bits, len(s.streams[-1]), len(s.book)]
+    if own.around is None:
+        return found
+    assert e.shape is not None
+    return [*found, _number(models, own.around.model), e.shape.rows, e.shape.outer]
 
 
 def _deflated(data: bytes) -> bytes:
@@ -154,38 +127,51 @@ def _deflated(data: bytes) -> bytes:
     return writer.compress(data) + writer.flush()
 
 
-def _values(file: File, extent: Extent) -> NDArray[Any]:
-    """The bits of some weights."""
-    return np.frombuffer(file.data, f"<u{extent.size}", extent.count, extent.start)
-
-
-def _between(file: File, own: Sequence[Coded]) -> Iterator[bytes]:
+def _between(file: File, own: Sequence[Chosen]) -> Iterator[bytes]:
     """What a file has around its weights."""
     at = 0
-    for extent, _ in own:
-        yield file.data[at : extent.start]
-        at = extent.start + extent.count * extent.size
+    for w in own:
+        yield file.data[at : w.extent.start]
+        at = w.extent.start + w.extent.bytes
     yield file.data[at:]
 
 
-def _blocks(weights: Sequence[Coded]) -> Iterator[list[Coded]]:
-    """Weights one after the other until there are enough."""
-    block: list[Coded] = []
-    for pair in weights:
-        more = [*block, pair]
-        if block and (sum(e.count for e, _ in more) > BLOCK or sum(len(s.streams) for _, s in more) > STREAMS):
+def _blocks(weights: Sequence[Chosen]) -> Iterator[list[Chosen]]:
+    """Weights of one coder one after the other until there are enough."""
+    block: list[Chosen] = []
+    for own in weights:
+        more = [*block, own]
+        streams = sum(len(w.symbols.streams) for w in more if w.symbols is not None)
+        full = sum(w.extent.count for w in more) > BLOCK or streams > STREAMS
+        if block and (full or own.coder != block[0].coder):
             yield block
             block = []
-        block.append(pair)
+        block.append(own)
     if block:
         yield block
 
 
-def _sections(block: Sequence[Coded], coder: str) -> tuple[bytes, bytes]:
-    """Side and words: codebooks and tables, then the streams."""
-    module = CODERS[coder]
-    streams = [stream for _, s in block for stream in s.streams]
-    tables = [module.table(np.bincount(stream)) for stream in streams]
-    side = b"".join(s.book.astype(f"<u{e.size}").tobytes() for e, s in block)
-    side += b"".join(len(table).to_bytes(2, "little") + table.tobytes() for table in tables)
-    return side, module.encode(streams, tables)
+def _sections(block: Sequence[Chosen], models: Sequence[Model]) -> tuple[bytes, bytes, int]:
+    """Side, with codebooks and tables, and words of the streams; and their lanes, if a decoder has to be told."""
+    coded = [w.symbols for w in block if w.symbols is not None]
+    books = b"".join(s.book.astype(s.book.dtype.newbyteorder("<")).tobytes() for s in coded)
+    around = [w.around for w in block if w.around is not None]
+    if around:
+        tables = b"".join(_table(own.layer.table) + own.layer.levels.tobytes() for own in around)
+        groups = []
+        for members in by_model([_number(models, own.model) for own in around]):
+            layers = [around[i].layer for i in members]
+            groups.append(((around[members[0]].model, layers), [coded[i].streams[0] for i in members]))
+        return books + tables, *contexts.encode([group for group, _ in groups], [codes for _, codes in groups])
+    module = CODERS[block[0].coder]
+    streams = [stream for s in coded for stream in s.streams]
+    found = [module.table(np.bincount(stream)) for stream in streams]
+    return books + b"".join(_table(table) for table in found), module.encode(streams, found), 0
+
+
+def _table(own: NDArray[np.uint8]) -> bytes:
+    return len(own).to_bytes(2, "little") + own.tobytes()
+
+
+def _number(models: Sequence[Model], model: Model) -> int:
+    return next(i for i, own in enumerate(models) if own is model)

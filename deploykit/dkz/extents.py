@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -11,11 +13,12 @@ import numpy as np
 
 from deploykit.core.errors import DeploykitError
 from deploykit.core.files import no_such_file
-from deploykit.dkz.container import Extent, File, Indices
+from deploykit.dkz.weights import Extent, File, Indices, Shape
 
 LEAST = 64
 """Weights that are worth a codebook."""
-SIZES = (1, 2, 4)
+LARGE = 64
+"""Positions from which on a kernel is looked at as a matrix."""
 
 
 def files_of(path: Path) -> list[File]:
@@ -36,7 +39,7 @@ def files_of(path: Path) -> list[File]:
         found = KNOWN.get(path.suffix.lower(), _other)(path)
         for file in found:
             for e in file.extents:
-                if e.start < 0 or e.start + e.count * e.size > len(file.data):
+                if e.start < 0 or e.start + e.bytes > len(file.data):
                     raise DeploykitError(f"{file.name} is shorter than {path} says: '{e.name}' lies beyond its end")
         return found
     except DeploykitError:
@@ -58,13 +61,14 @@ def _onnx(path: Path) -> list[File]:
     indices = _indices(graph)
     own, beside, at = list[Extent](), dict[str, list[Extent]](), 0
     for name, tensor in _tensors(graph):
-        size = _item(tensor.data_type)
+        bits, shape = _bits(tensor.data_type), list(tensor.dims)
         if uses_external_data(tensor):
             info = ExternalDataInfo(tensor)
-            length = info.length or 0
-            beside.setdefault(info.location, []).append(Extent(info.offset or 0, length // size, size, name))
-        elif (found := data.find(tensor.raw_data, at)) >= 0 and len(tensor.raw_data) >= LEAST * size:
-            own.append(Extent(found, len(tensor.raw_data) // size, size, name, indices.get(name)))
+            place = _extent(info.offset or 0, info.length or 0, bits, name, shape)
+            beside.setdefault(info.location, []).append(place)
+        elif (found := data.find(tensor.raw_data, at)) >= 0 and 8 * len(tensor.raw_data) >= LEAST * bits:
+            place = _extent(found, len(tensor.raw_data), bits, name, shape)
+            own.append(replace(place, indices=indices.get(name)))
             at = found + len(tensor.raw_data)
     others = [File(file, (path.parent / file).read_bytes(), _apart(places)) for file, places in sorted(beside.items())]
     return [File(path.name, data, _apart(own)), *others]
@@ -101,13 +105,42 @@ def _indices(graph: Any) -> dict[str, Indices]:
     return found
 
 
-def _item(kind: int) -> int:
-    """Bytes of one element; packed ones are taken byte by byte, wide ones in halves."""
+def _bits(kind: int) -> int:
+    """Of one element; wide ones are taken in halves."""
     import onnx
 
-    if kind in (onnx.TensorProto.INT4, onnx.TensorProto.UINT4, onnx.TensorProto.STRING):
-        return 1
-    return min(4, int(onnx.helper.tensor_dtype_to_np_dtype(kind).itemsize))
+    if kind in (onnx.TensorProto.INT4, onnx.TensorProto.UINT4):
+        return 4
+    return 8 if kind == onnx.TensorProto.STRING else 8 * min(4, onnx.helper.tensor_dtype_to_np_dtype(kind).itemsize)
+
+
+def _extent(start: int, length: int, bits: int, name: str, dims: Sequence[int], last: bool = True) -> Extent:
+    """Weights of so many bytes.
+
+    Args:
+        start: byte.
+        length: bytes.
+        bits: of one.
+        name: in its file.
+        dims: of the tensor.
+        last: whether positions of a kernel are its last dimensions, else they are those behind the first.
+    """
+    count, whole = 8 * length // bits, math.prod(dims)
+    if bits == 4 and count != whole:  # half a byte is left
+        return Extent(start, length, 8, name)
+    return Extent(start, count, bits, name, shape=_shape(dims, last) if count == whole and count else None)
+
+
+def _shape(dims: Sequence[int], last: bool) -> Shape | None:
+    """How weights lie, if they are a matrix or kernels."""
+    if len(dims) < 2:
+        return None
+    if len(dims) == 5:  # groups, then what each of them has
+        dims = [dims[0] * dims[1], *dims[2:]]
+    kernel = math.prod(dims[2:] if last else dims[1:-1])
+    if 1 < kernel < LARGE:
+        return Shape(dims[0], dims[1] if last else 1, kernel)
+    return Shape(dims[0], math.prod(dims[1:]))
 
 
 def _openvino(path: Path) -> list[File]:
@@ -116,43 +149,42 @@ def _openvino(path: Path) -> list[File]:
     for layer in ElementTree.parse(path).iter("layer"):
         told = layer.find("data")
         if told is not None and "offset" in told.attrib and "element_type" in told.attrib:
-            digits = "".join(c for c in told.attrib["element_type"] if c.isdigit()) or "8"
-            size = min(4, max(1, int(digits) // 8))
+            digits = int("".join(c for c in told.attrib["element_type"] if c.isdigit()) or "8")
+            bits = min(32, digits) if digits in (4, 8, 16, 32, 64) else 8
+            dims = [int(n) for n in told.attrib.get("shape", "").split(",") if n.strip()]
             start, length = int(told.attrib["offset"]), int(told.attrib["size"])
-            places.append(Extent(start, length // size, size, layer.attrib.get("name", "")))
+            places.append(_extent(start, length, bits, layer.attrib.get("name", ""), dims))
     return [File(path.name, path.read_bytes(), ()), File(path.with_suffix(".bin").name, data, _apart(places))]
 
 
 def _tflite(path: Path) -> list[File]:
     from deploykit.exporters.tflite.schema import schema
 
-    data = path.read_bytes()
+    data, kinds = path.read_bytes(), schema.TensorType
+    wide = {kinds.FLOAT32: 32, kinds.INT32: 32, kinds.INT64: 32, kinds.FLOAT16: 16, kinds.INT16: 16, kinds.INT4: 4}
     model = schema.Model.GetRootAs(data, 0)
     held = {}
     for g in range(model.SubgraphsLength()):
         for t in range(model.Subgraphs(g).TensorsLength()):
             tensor = model.Subgraphs(g).Tensors(t)
-            size = {
-                schema.TensorType.FLOAT32: 4, schema.TensorType.INT32: 4, schema.TensorType.INT64: 4,
-                schema.TensorType.FLOAT16: 2, schema.TensorType.INT16: 2,
-            }.get(tensor.Type(), 1)  # fmt: skip
-            held[tensor.Buffer()] = size, (tensor.Name() or b"").decode()
+            dims = [tensor.Shape(i) for i in range(tensor.ShapeLength())]
+            held[tensor.Buffer()] = wide.get(tensor.Type(), 8), (tensor.Name() or b"").decode(), dims
     places = []
-    for i, (size, name) in held.items():
+    for i, (bits, name, dims) in held.items():
         table = model.Buffers(i)._tab
         vector = table.Offset(4)
         if vector:
-            places.append(Extent(table.Vector(vector), table.VectorLen(vector) // size, size, name))
+            places.append(_extent(table.Vector(vector), table.VectorLen(vector), bits, name, dims, last=False))
     return [File(path.name, data, _apart(places))]
 
 
 def _apart(places: list[Extent]) -> list[Extent]:
     """In order, without those that are small or lie within others: tensors may share bytes."""
     found, end = list[Extent](), 0
-    for extent in sorted(places, key=lambda e: (e.start, -e.count * e.size)):
+    for extent in sorted(places, key=lambda e: (e.start, -e.bytes)):
         if extent.start >= end and extent.count >= LEAST:
             found.append(extent)
-            end = extent.start + extent.count * extent.size
+            end = extent.start + extent.bytes
     return found
 
 

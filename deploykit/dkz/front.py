@@ -9,18 +9,27 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import msgspec
+import numpy as np
 
 from deploykit.coding import huffman, rans
+from deploykit.coding.contexts import Model
 from deploykit.coding.symbols import MOST
 from deploykit.core.errors import DeploykitError
 
-MAGIC, VERSION = b"DKZ", 1
+MAGIC, VERSION = b"DKZ", 2
 HEAD = struct.Struct("<3sBII")
 LIMIT = 1 << 32
 """Bytes that a container may unpack to, unless the caller allows more."""
 FRONT = 1 << 26
 """Bytes of a front, at most."""
 CODERS: dict[str, Any] = {"rans": rans, "huffman": huffman}
+"""Of streams."""
+CONTEXTS = "contexts"
+"""The coder that looks at what is around a weight."""
+LARGEST = 512
+"""Values of a codebook that it takes."""
+PASSES, NEIGHBOURS, FARTHEST = 256, 16, 1 << 16
+"""Of a model, at most."""
 
 
 class Weights(NamedTuple):
@@ -28,22 +37,36 @@ class Weights(NamedTuple):
 
     start: int
     values: int
-    size: int
+    bits: int
     gap_bits: int
     entries: int
     """Symbols of a stream."""
     book: int
     """Values of the codebook; 0: there is none."""
+    model: int = -1
+    """Number of the model of its surroundings; -1: it is coded without."""
+    rows: int = 1
+    outer: int = 1
+
+    @property
+    def bytes(self) -> int:
+        """Of all values."""
+        return self.values * self.bits // 8
+
+    @property
+    def element(self) -> int:
+        """Bytes of a value while it is decoded."""
+        return max(1, self.bits // 8)
 
     @property
     def streams(self) -> int:
         """How many there are."""
-        return self.size if not self.book else 2 if self.gap_bits else 1
+        return self.element if not self.book else 2 if self.gap_bits else 1
 
     @property
     def making(self) -> int:
         """Bytes that it takes at most to make it of its symbols: copies, and places of sparse values in 64 bits."""
-        return (2 if self.book else 3) * self.values * self.size + (24 * self.entries if self.gap_bits else 0)
+        return (2 if self.book else 3) * self.values * self.element + (24 * self.entries if self.gap_bits else 0)
 
 
 class Told(NamedTuple):
@@ -58,13 +81,30 @@ class Told(NamedTuple):
 class Block(NamedTuple):
     """A block, as a front tells of it."""
 
-    coder: Literal["rans", "huffman"]
+    coder: Literal["rans", "huffman", "contexts"]
     weights: int
     side: int
     """Bytes of the side."""
     squeezed: int
     """And of its section."""
     words: int
+    lanes: int = 0
+    """Of the coder with contexts."""
+
+
+class Surroundings(NamedTuple):
+    """A model, as a front tells of it; see `deploykit.coding.contexts.Model`."""
+
+    kernel: int
+    passes: int
+    distances: list[int]
+    mean: list[list[int]]
+    spread: list[list[int]]
+
+    def model(self) -> Model:
+        """It."""
+        mean = np.asarray(self.mean, np.int8).reshape(len(self.mean), len(self.distances))
+        return Model(self.kernel, self.passes, tuple(self.distances), mean, np.asarray(self.spread, np.int8))
 
 
 class Front(NamedTuple):
@@ -74,6 +114,10 @@ class Front(NamedTuple):
     skeleton: int
     squeezed: int
     blocks: tuple[Block, ...]
+    models: tuple[Surroundings, ...]
+
+
+FRONT_TYPE = tuple[list[Told], tuple[int, int], list[Block], list[Surroundings]]
 
 
 def front_of(data: bytes | memoryview, limit: int = LIMIT) -> Front:
@@ -109,10 +153,11 @@ def _read(front: bytes) -> Front:
         DeploykitError: it is not as it should be.
     """
     try:
-        files, skeleton, blocks = msgspec.json.decode(front, type=tuple[list[Told], tuple[int, int], list[Block]])
+        files, skeleton, blocks, models = msgspec.json.decode(front, type=FRONT_TYPE)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise DeploykitError(f"this .dkz is damaged: {error}") from None
-    return Front(tuple(files), *skeleton, tuple(blocks))
+    bytes_, squeezed = skeleton
+    return Front(tuple(files), bytes_, squeezed, tuple(blocks), tuple(models))
 
 
 def _inflated(front: memoryview) -> bytes:
@@ -133,23 +178,50 @@ def _assert_sound(front: Front, limit: int) -> None:
         DeploykitError: says that they do not, or that too much would come out.
     """
     extents = [e for file in front.files for e in file.extents]
-    numbers = [front.skeleton, front.squeezed, *(n for e in extents for n in e), *(file.size for file in front.files)]
-    numbers += [n for block in front.blocks for n in block[1:]]
+    numbers = [front.skeleton, front.squeezed, *(n for e in extents for n in (*e[:6], *e[7:]))]
+    numbers += [file.size for file in front.files] + [n for block in front.blocks for n in block[1:]]
     total = sum(file.size for file in front.files)
     sound = min(numbers) >= 0
     sound &= sum(block.weights for block in front.blocks) == len(extents)
-    sound &= total == front.skeleton + sum(e.values * e.size for e in extents)
+    sound &= total == front.skeleton + sum(e.bytes for e in extents)
     sound &= min(parts(front.files), default=0) >= 0
-    for e in extents:
-        sound &= e.size in (1, 2, 4) and e.gap_bits <= 16 and e.book <= min(MOST, 256**e.size)
-        sound &= e.entries <= e.values if e.gap_bits and e.book else e.entries == e.values
-    sound = sound and all(
-        block.side <= sum(e.book * e.size + e.streams * (2 + MOST) for e in own) for block, own in grouped(front)
-    )
+    sound = sound and all(map(_is_model, front.models)) and all(_is_weight(e, front.models) for e in extents)
+    for block, own in grouped(front) if sound else ():
+        sound &= block.side <= sum(e.book * e.element + e.streams * (2 + MOST) + LARGEST for e in own)
+        sound &= all((e.model >= 0) == (block.coder == CONTEXTS) for e in own)
+        sound &= 4 * block.lanes <= block.words and (block.lanes > 0) == (block.coder == CONTEXTS)
     if not sound:
         raise DeploykitError("this .dkz is damaged: the numbers of its front do not fit each other")
     if total > limit:
         raise DeploykitError(f"this .dkz unpacks to {total:,} bytes, more than the limit of {limit:,}")
+
+
+def _is_weight(e: Weights, models: Sequence[Surroundings]) -> bool:
+    """Whether the numbers fit each other."""
+    sound = e.bits in (4, 8, 16, 32) and e.gap_bits <= 16 and e.book <= min(MOST, 1 << e.bits)
+    sound &= e.entries <= e.values if e.gap_bits and e.book else e.entries == e.values
+    if e.bits == 4:
+        sound &= e.values % 2 == 0 and e.book > 0
+    if e.model != -1:
+        sound = sound and 0 <= e.model < len(models) and not e.gap_bits and 0 < e.book <= LARGEST and e.values > 0
+        inner = e.rows * e.outer * models[e.model].kernel if sound else 0
+        sound = sound and inner > 0 and e.values % inner == 0
+    return sound
+
+
+def _is_model(own: Surroundings) -> bool:
+    """Whether the numbers fit each other, and bytes hold the coefficients."""
+    sets, n = len(own.mean), len(own.distances)
+    sound = 1 <= own.passes <= PASSES and own.kernel in (1, own.passes)
+    sound &= sets in (1, own.passes) and len(own.spread) == sets and n <= NEIGHBOURS
+    sound &= all(abs(d) <= FARTHEST for d in own.distances)
+    sound &= all(len(row) == n for row in own.mean) and all(len(row) == n + 4 for row in own.spread)
+    return sound and all(-128 <= a <= 127 for rows in (own.mean, own.spread) for row in rows for a in row)
+
+
+def by_model(models: Sequence[int]) -> list[list[int]]:
+    """Of a block's weights, which have the same model; models in the order of their numbers."""
+    return [[i for i, own in enumerate(models) if own == number] for number in sorted(set(models))]
 
 
 def grouped(front: Front) -> Iterator[tuple[Block, list[Weights]]]:
@@ -163,7 +235,7 @@ def parts(files: Sequence[Told]) -> list[int]:
     """Bytes before, between and after the weights of every file."""
     found = []
     for file in files:
-        ends = [0, *(e.start + e.values * e.size for e in file.extents)]
+        ends = [0, *(e.start + e.bytes for e in file.extents)]
         starts = [*(e.start for e in file.extents), file.size]
         found += [start - end for end, start in zip(ends, starts, strict=True)]
     return found

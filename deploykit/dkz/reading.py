@@ -9,11 +9,28 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from deploykit.coding import contexts
+from deploykit.coding.contexts import Layer, Model
 from deploykit.coding.lanes import LENGTH
+from deploykit.coding.nibbles import packed
 from deploykit.coding.symbols import MOST, Symbols, values
 from deploykit.core.errors import DeploykitError
-from deploykit.dkz.front import CODERS, LIMIT, Block, Front, Told, Weights, grouped, opened, parts
+from deploykit.dkz.front import (
+    CODERS,
+    CONTEXTS,
+    LIMIT,
+    Block,
+    Front,
+    Surroundings,
+    Told,
+    Weights,
+    by_model,
+    grouped,
+    opened,
+    parts,
+)  # fmt: skip
 from deploykit.dkz.lzma2 import PIECE, spread, window
+from deploykit.dkz.weights import Shape
 
 HELD = 1 << 19
 """Bytes that decoding takes whatever is decoded."""
@@ -46,44 +63,90 @@ def peak(front: Front) -> int:
     of them. The skeleton takes what LZMA2 looks back to, and a few pieces.
     """
     own = [e for file in front.files for e in file.extents]
-    told = 1024 * (len(front.files) + len(own) + len(front.blocks))
+    told = 1024 * (len(front.files) + len(own) + len(front.blocks)) + sum(map(_told, front.models))
     skeleton = window(front.skeleton) + 4 * min(front.skeleton, PIECE)
-    handed = max((e.values * e.size for e in own), default=0)  # a piece that the caller may still hold
-    return HELD + told + skeleton + handed + max((_needed(*pair) for pair in grouped(front)), default=0)
+    handed = max((e.bytes for e in own), default=0)  # a piece that the caller may still hold
+    needed = max((_needed(front.models, *pair) for pair in grouped(front)), default=0)
+    return HELD + told + skeleton + handed + needed
 
 
-def _needed(block: Block, own: Sequence[Weights]) -> int:
+def _told(model: Surroundings) -> int:
+    """Bytes of a model, as the front has it and as it is used."""
+    return 64 * len(model.spread) * (2 * len(model.distances) + 8)
+
+
+def _needed(models: Sequence[Surroundings], block: Block, own: Sequence[Weights]) -> int:
     """Bytes that a block takes at most."""
+    side = window(block.side) + 3 * block.side
+    making = max((e.making for e in own), default=0)
+    if block.coder == CONTEXTS:
+        groups = [(models[own[g[0]].model], [own[i] for i in g]) for g in by_model([e.model for e in own])]
+        decoding = max(_looking(*group) for group in groups) + 2 * block.words + 16 * block.lanes
+        return side + 4 * sum(e.values for e in own) + max(decoding, making)
     streams = sum(e.streams for e in own)
     total = sum(e.streams * e.entries for e in own)
     lanes = total // LENGTH + streams
     # a mark for each lane and step, words in 32 bits, tables, the states of lanes and what a step makes of them
     decoding = LENGTH * lanes + 2 * block.words + TABLE * streams + 256 * lanes
-    making = max((e.making for e in own), default=0)
-    side = window(block.side) + 3 * block.side
     return side + np.dtype(np.uint16).itemsize * total + max(decoding, making)
+
+
+def _looking(model: Surroundings, own: Sequence[Weights]) -> int:
+    """Bytes that it takes at most to decode weights by their surroundings."""
+    sizes = [(e.rows, e.values // e.rows) for e in own]
+    n = sum(rows * -(-columns // model.passes) for rows, columns in sizes)  # of a pass, at most
+    kinds = min(contexts.CLASSES * len(own), n)
+    piece = min(n, contexts.PIECE) * 16 * (2 * len(model.distances) + 12)
+    tables = 64 * max(e.book for e in own) * (kinds + len(own))
+    kept = 4 * sum(e.values for e in own) + 8 * max(map(abs, model.distances), default=0)
+    sums = sum(32 * (rows + columns) for rows, columns in sizes)
+    return kept + sums + 32 * contexts.GROUPS * contexts.CLASSES * len(own) + 96 * n + piece + tables
 
 
 def _weights(front: Front, sections: Iterator[memoryview]) -> Iterator[bytes]:
     """The bytes of all weights, in order; nothing of a block is left when the next one is decoded."""
+    models = [own.model() for own in front.models]
     for block, own in grouped(front):
-        yield from _decoded(block, own, next(sections), next(sections))
+        yield from _decoded(block, own, models, next(sections), next(sections))
 
 
-def _decoded(block: Block, own: Sequence[Weights], section: memoryview, words: memoryview) -> Iterator[bytes]:
+def _decoded(
+    block: Block, own: Sequence[Weights], models: Sequence[Model], section: memoryview, words: memoryview
+) -> Iterator[bytes]:
     """The bytes of a block's weights, in order."""
     side = b"".join(spread(section, [block.side]))
     books, at = [], 0
     for e in own:
-        if len(side) < at + e.book * e.size:
+        if len(side) < at + e.book * e.element:
             raise DeploykitError("this .dkz is damaged: a codebook is cut off")
-        books.append(np.frombuffer(side, f"<u{e.size}", e.book, at))
-        at += e.book * e.size
-    counts = [e.entries for e in own for _ in range(e.streams)]
-    streams = iter(CODERS[block.coder].decode(words, list(_tables(side[at:], len(counts))), counts))
+        books.append(np.frombuffer(side, f"<u{e.element}", e.book, at))
+        at += e.book * e.element
+    if block.coder == CONTEXTS:
+        streams = iter(_around(own, models, side[at:], words, block.lanes))
+    else:
+        counts = [e.entries for e in own for _ in range(e.streams)]
+        streams = iter(CODERS[block.coder].decode(words, list(_tables(side[at:], len(counts))), counts))
     for e, book in zip(own, books, strict=True):
         found = Symbols(book, tuple(itertools.islice(streams, e.streams)), e.gap_bits)
-        yield values(found, e.values).tobytes()
+        made = values(found, e.values)
+        yield (packed(made) if e.bits == 4 else made).tobytes()
+
+
+def _around(
+    own: Sequence[Weights], models: Sequence[Model], data: bytes, words: memoryview, lanes: int
+) -> list[NDArray[np.uint16]]:
+    """The codes of weights that are decoded by their surroundings."""
+    layers, at = list[Layer](), 0
+    for e in own:
+        (table,) = _tables(data[at:], 1)
+        at += 2 + len(table) + e.book
+        if len(data) < at or len(table) != e.book:
+            raise DeploykitError("this .dkz is damaged: a table is cut off")
+        layers.append(Layer(e.rows, e.values // e.rows, table, np.frombuffer(data, np.int8, e.book, at - e.book)))
+    groups = by_model([e.model for e in own])
+    found = contexts.decode(words, [(models[own[g[0]].model], [layers[i] for i in g]) for g in groups], lanes)
+    codes = dict(zip(itertools.chain(*groups), itertools.chain(*found), strict=True))
+    return [Shape(e.rows, e.outer, models[e.model].kernel).apart(codes[i]) for i, e in enumerate(own)]
 
 
 def _tables(data: bytes, count: int) -> Iterator[NDArray[np.uint8]]:

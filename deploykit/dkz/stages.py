@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from deploykit.coding.symbols import Symbols
-from deploykit.dkz.container import Chosen, Container, File
-from deploykit.dkz.front import CODERS, Front, front_of
+from deploykit.dkz.container import Container
+from deploykit.dkz.front import Front, front_of
+from deploykit.dkz.weights import Chosen, File
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -56,7 +56,7 @@ class Stage:
     coded: int
     """In the container: words, tables and codebook, as they are there."""
     coder: str
-    """rans, huffman, or lzma: left in the skeleton."""
+    """rans, huffman, contexts, or lzma: left in the skeleton."""
     streams: str
     """What was coded: sparse, dense or bytes, as ``docs/formats/dkz.md`` has it; empty for lzma."""
 
@@ -78,43 +78,42 @@ def stages(files: Sequence[File], made: Container) -> tuple[Stage, ...]:
         if e.name in beside:  # a codebook belongs to the weight that has its indices
             continue
         book = beside.get(e.indices.book, 0) if e.indices is not None else 0
-        rows.append(_stage(file, own, made.coder, bytes_ + book))
+        rows.append(_stage(file, own, bytes_ + book))
     small = sum(bytes_ for name, bytes_ in of_book.items() if name not in beside)
-    rest = whole - small - sum(e.count * e.size for _, e in places)
+    rest = whole - small - sum(e.bytes for _, e in places)
     left = len(made.data) - sum(row.coded for row in rows)
     return (*rows, Stage(REST, "", 0, 0.0, rest, rest, 0, 0, rest, left, "", ""))
 
 
-def _stage(file: File, own: Chosen, coder: str, coded: int) -> Stage:
+def _stage(file: File, own: Chosen, coded: int) -> Stage:
     e, s = own.extent, own.symbols
-    bits, size, k = _weights(file, own)
-    at = np.flatnonzero(bits)
+    weights, bits, k = _weights(file, own)
+    at, book = np.flatnonzero(weights), -(-k * bits // 8)
     gaps = np.diff(at, prepend=-1) - 1
-    before = len(bits) * size
-    pruned, gap = _least(gaps, len(bits), 8 * size)
+    before = len(weights) * bits // 8
+    pruned, gap = _least(gaps, len(weights), bits)
     shared, code = pruned, 0
     if k:
         width = max(1, math.ceil(math.log2(k)))
-        codes, b = _least(gaps, len(bits), width)
-        if codes + k * size < pruned:
-            shared, gap, code = codes + k * size, b, width
+        codes, b = _least(gaps, len(weights), width)
+        if codes + book < pruned:
+            shared, gap, code = codes + book, b, width
     streams = "" if s is None else "bytes" if not len(s.book) else "sparse" if s.gap_bits else "dense"
     return Stage(
-        e.name, file.name, len(bits), 100 * len(at) / len(bits), before, pruned, gap, code, shared, coded,
-        "lzma" if s is None else coder, streams,
+        e.name, file.name, len(weights), 100 * len(at) / len(weights), before, pruned, gap, code, shared, coded,
+        own.coder or "lzma", streams,
     )  # fmt: skip
 
 
 def _weights(file: File, own: Chosen) -> tuple[NDArray[np.unsignedinteger[Any]], int, int]:
-    """The bits of each weight, its bytes, and how many values all of them share; 0: there is no codebook.
+    """The bits of each weight, how many those are, and how many values all weights share; 0: there is no codebook.
 
     Indices count as the float32 weights that they stand for.
     """
     e, indices = own.extent, own.extent.indices
     if indices is not None:
-        return indices.values.view(np.uint32)[indices.codes], indices.values.itemsize, len(indices.values)
-    stored = np.frombuffer(file.data, f"<u{e.size}", e.count, e.start)
-    return stored, e.size, 0 if own.symbols is None else len(own.symbols.book)
+        return indices.values.view(np.uint32)[indices.codes], 8 * indices.values.itemsize, len(indices.values)
+    return file.elements(e), e.bits, 0 if own.symbols is None else len(own.symbols.book)
 
 
 def _least(gaps: NDArray[np.int64], count: int, bits: int) -> tuple[int, int]:
@@ -138,25 +137,14 @@ def _coded(made: Container, front: Front) -> list[int]:
     """
     left = [own.alone for own in made.weights if own.symbols is None]
     skeleton = iter(_dealt(front.squeezed, [*left, max(0, front.squeezed - sum(left))]))
-    coded = iter([(own.symbols, own.extent.size) for own in made.weights if own.symbols is not None])
+    coded = iter([own for own in made.weights if own.symbols is not None])
     blocks = list[int]()
     for block in front.blocks:
         own = list(itertools.islice(coded, block.weights))
-        sides = _dealt(block.squeezed, [_side(s, size) for s, size in own])
-        words = _dealt(block.words, [_words(s, block.coder) for s, _ in own])
+        sides, words = _dealt(block.squeezed, [w.side for w in own]), _dealt(block.words, [w.words for w in own])
         blocks += [side + word for side, word in zip(sides, words, strict=True)]
     within = iter(blocks)
     return [next(skeleton if own.symbols is None else within) for own in made.weights]
-
-
-def _side(own: Symbols, size: int) -> int:
-    """Bytes of codebook and tables."""
-    return len(own.book) * size + sum(2 + len(np.bincount(stream)) for stream in own.streams)
-
-
-def _words(own: Symbols, coder: str) -> float:
-    """Bits of the streams."""
-    return sum(float(CODERS[coder].size(np.bincount(stream))) for stream in own.streams)
 
 
 def _dealt(total: int, shares: Sequence[float]) -> list[int]:
