@@ -38,8 +38,8 @@ def levels(values: NDArray[Any], codes: NDArray[Any]) -> NDArray[np.int8]:
         codes: of all weights.
     """
     counts = np.bincount(codes.reshape(-1), minlength=len(values))
-    scale = float(np.sqrt((counts * values.astype(float) ** 2).sum() / counts.sum())) or 1.0
-    return _bytes(UNIT / scale * values)
+    exact = values.astype(float)  # of the smallest float32, too
+    return _bytes(UNIT * exact / (float(np.sqrt((counts * exact**2).sum() / counts.sum())) or 1.0))
 
 
 def start(kernel: int, layers: Sequence[Layer], codes: Sequence[NDArray[Any]], shared: bool) -> Model:
