@@ -10,7 +10,9 @@ from typing import Annotated, Any
 
 import typer
 
-Coder = Annotated[str | None, typer.Option(help="rans, huffman or contexts; default: whichever is shortest", metavar="CODER")]
+Coder = Annotated[
+    str | None, typer.Option(help="rans, huffman or contexts; default: whichever is shortest", metavar="CODER")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there")]
 

@@ -1,0 +1,63 @@
+"""Bit rounding: float weights, codebooks and biases keep few bits behind the point, and a file that is packed needs not
+keep the rest.
+
+Zender 2016, "Bit Grooming", and Klöwer et al. 2021, "Compressing atmospheric data into its real information content",
+section "Rounding": a float32 is rounded to the nearest that has only k of the 23 bits of its mantissa, to the even one
+of two that are as near. It is off by 2^-(k+1) of itself at most, far less than sharing and pruning change. Numbers that
+stand alone (limits, epsilons) are left: they are often exact.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+
+from deploykit.core.context import Context
+from deploykit.core.recipe import Stage
+from deploykit.core.target import Need, Profit
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from deploykit.hub.graph import FloatGraph
+
+MANTISSA = 23
+"""Bits of a float32's."""
+
+
+@dataclass(frozen=True)
+class Bitround:
+    """Rounds float constants to ``keep`` bits of mantissa; 7 are those of a bfloat16, 10 those of a float16."""
+
+    keep: int = 7
+
+    stage: ClassVar[Stage] = "graph"
+    needs: ClassVar[tuple[Need, ...]] = ()
+    pays_if: ClassVar[tuple[Profit, ...]] = ("small_file",)
+
+    def __post_init__(self) -> None:
+        """Refuses bits that a float32 does not have."""
+        if not 1 <= self.keep < MANTISSA:
+            raise ValueError(f"keep must lie between 1 and {MANTISSA - 1}, given {self.keep}")
+
+    def __call__(self, graph: FloatGraph, context: Context) -> FloatGraph:
+        """The graph with rounded constants."""
+        from deploykit.hub.graph import constant
+        from deploykit.hub.sharing.codebooks import with_weights
+
+        held = {name: constant(value) for name, value in graph.model.graph.initializers.items()}
+        floats = {name: own for name, own in held.items() if own is not None and own.dtype == np.float32}
+        return with_weights(graph, {name: rounded(own, self.keep) for name, own in floats.items() if own.size > 1})
+
+
+def rounded(x: NDArray[np.float32], keep: int) -> NDArray[np.float32]:
+    """The nearest numbers with so many bits of mantissa; what is not finite, or would not be, stays as it is."""
+    drop = np.uint32(MANTISSA - keep)
+    bits = np.ascontiguousarray(x).view(np.uint32)
+    even = (bits >> drop) & np.uint32(1)
+    half = np.uint32((1 << (MANTISSA - keep - 1)) - 1)
+    with np.errstate(over="ignore"):
+        found = ((bits + half + even) >> drop << drop).view(np.float32)
+    return np.where(np.isfinite(x) & np.isfinite(found), found, x)
