@@ -27,7 +27,7 @@ from deploykit.dkz.front import HEAD, VERSION, front_of
 from deploykit.dkz.lzma2 import PIECE
 from deploykit.dkz.reading import peak, unpack
 from deploykit.dkz.stages import REST, Stage, stages
-from deploykit.dkz.weights import Extent, File
+from deploykit.dkz.weights import Extent, File, Shape
 
 MANY = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 CODERS: list[Any] = [rans, huffman]
@@ -168,10 +168,19 @@ def shared(count: int, share: float, many: int, seed: int = 0) -> NDArray[np.flo
     return np.where(random.random(count) < share, random.choice(book, count), 0).astype(np.float32)
 
 
+def kernels(rows: int, columns: int, kernel: int = 9, seed: int = 0) -> NDArray[np.float32]:
+    """Whose positions are like those beside them, some rows larger than others, ``[rows, columns, kernel]``."""
+    random = np.random.default_rng(seed)
+    noise, sizes = random.normal(size=(rows, columns, kernel + 2)), random.uniform(0.5, 2.5, (rows, 1, 1))
+    return np.round(sizes * (noise[..., 2:] + noise[..., 1:-1] + noise[..., :-2])).astype(np.float32) / 7 + 0
+
+
 def file_of(*weights: NDArray[Any], name: str = "net.bin") -> File:
+    """With shapes of those that are kernels."""
     data, extents = b"begin", []
     for own in weights:
-        extents.append(Extent(len(data), own.size, 8 * own.itemsize, f"w{len(extents)}"))
+        shape = Shape(*own.shape) if own.ndim == 3 else None
+        extents.append(Extent(len(data), own.size, 8 * own.itemsize, f"w{len(extents)}", shape=shape))
         data += own.tobytes() + b"between"
     return File(name, data, extents)
 
@@ -201,12 +210,13 @@ def test_random_bytes_cost_hardly_more_than_they_are() -> None:
     assert len(pack([file])) < len(file.data) + 100
 
 
-@pytest.fixture(scope="module")
-def small() -> bytes:
-    data = pack([file_of(shared(1500, 0.1, 16), np.zeros(300, np.uint8))], "rans")
+@pytest.fixture(scope="module", params=["rans", "contexts"])
+def small(request: pytest.FixtureRequest) -> bytes:
+    weights = shared(1500, 0.1, 16) if request.param == "rans" else kernels(40, 20)
+    data = pack([file_of(weights, np.zeros(300, np.uint8))], request.param)
     told: list[Any] = []
     refronted(data, told.append)
-    assert told[0][2]  # it has a block
+    assert told[0][2][0][0] == request.param  # it has such a block
     return data
 
 
@@ -252,7 +262,7 @@ def test_forged_containers_whose_checksum_fits_never_crash(small: bytes) -> None
     """Either an error of ours, or the same content: a checksum is on each file, too."""
     random = np.random.default_rng(0)
     whole, length = [*opened(small).values()], HEAD.unpack_from(small)[2]
-    for _ in range(1500):
+    for _ in range(800):
         try:
             assert [*opened(sealed(mutated(small[HEAD.size :], random), length)).values()] == whole
         except DeploykitError:
@@ -326,16 +336,19 @@ LARGE: dict[str, list[NDArray[Any]]] = {
     "sparse": [shared(600_000, 0.02, 7)],
     "bytes": [np.random.default_rng(0).normal(size=150_000).astype(np.float32)],
     "narrow": [np.random.default_rng(0).normal(0, 9, 900_000).astype(np.int8)],
+    "kernels": [kernels(200, 300), kernels(300, 100, 25, 1)],
+    "small kernels": [kernels(20, 20, seed=i) for i in range(12)],
     "many small ones": [np.random.default_rng(i).integers(0, 3, 1000).astype(np.int8) for i in range(200)],
 }
 
 
-@pytest.mark.parametrize("coder", ["rans", "huffman"])
+@pytest.mark.parametrize("coder", ["rans", "huffman", "contexts"])
 @pytest.mark.parametrize("kind", LARGE)
 @pytest.mark.usefixtures("quick")
 def test_decoding_takes_no_more_memory_than_is_told_and_not_much_less(coder: str, kind: str) -> None:
     data = pack([file_of(*LARGE[kind])], coder)
     assert front_of(data).blocks
+    assert (coder == "contexts" and "kernels" in kind) == ("contexts" in [b.coder for b in front_of(data).blocks])
     assert memory(data) <= peak(front_of(data)) < 3 * memory(data)
 
 
@@ -377,12 +390,14 @@ def test_a_block_has_a_bounded_number_of_tables() -> None:
 @MANY
 @given(
     counts=st.lists(st.integers(70, 4000), min_size=1, max_size=4), share=st.sampled_from([0.0, 0.05, 0.4, 1.0]),
-    many=st.sampled_from([1, 3, 30, 5000]), coder=st.sampled_from([None, "rans", "huffman"]), seed=st.integers(0, 99),
+    many=st.sampled_from([1, 3, 30, 5000]), seed=st.integers(0, 99),
+    coder=st.sampled_from([None, "rans", "huffman", "contexts"]),
 )  # fmt: skip
 def test_what_stages_tell_sums_to_the_container(
     counts: list[int], share: float, many: int, coder: str | None, seed: int
 ) -> None:
     weights = [shared(count, share, many, seed + i) for i, count in enumerate(counts)]
+    weights[0] = kernels(counts[0] // 40, 10, seed=seed)
     files = [file_of(*weights), File("other", b"as it is", ())]
     made = packed(files, coder)
     rows = stages(files, made)
@@ -393,7 +408,8 @@ def test_what_stages_tell_sums_to_the_container(
     for row, own in zip(rows, weights, strict=False):
         assert (row.count, row.kept) == (own.size, pytest.approx(100 * np.count_nonzero(own) / own.size))
         assert row.before >= row.pruned >= row.shared
-        assert {row.coder} <= {"lzma", *([coder] if coder else ["rans", "huffman"])}
+        allowed = {None: ["rans", "huffman", "contexts"], "contexts": ["rans", "contexts"]}.get(coder, [coder])
+        assert row.coder in ("lzma", *allowed)
         assert (row.coder == "lzma") == (row.streams == "")
 
 

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from test_dkz import kernels
 
 from deploykit.coding import contexts, fitting, rans
 from deploykit.coding.contexts import Group, Layer, Model
@@ -22,14 +23,6 @@ from deploykit.dkz.reading import unpack
 from deploykit.dkz.weights import Extent, File, Shape
 
 MANY = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-
-
-def smooth(rows: int, columns: int, kernel: int, seed: int = 0) -> NDArray[np.float64]:
-    """Kernels whose neighbours are alike, ``[rows, columns, kernel]``; some rows are larger than others."""
-    random = np.random.default_rng(seed)
-    noise = random.normal(size=(rows, columns, kernel + 2))
-    sizes = random.uniform(0.3, 2.0, (rows, 1, 1))
-    return sizes * (noise[..., 2:] + noise[..., 1:-1] + noise[..., :-2])
 
 
 def spots(rows: int, side: int, seed: int = 0) -> NDArray[np.float64]:
@@ -242,7 +235,7 @@ def beside(weights: NDArray[np.float32], shape: Shape) -> tuple[int, int]:
 
 
 def test_smooth_kernels_take_less_than_their_entropy() -> None:
-    with_them, without = beside(shared(smooth(48, 48, 9), 32), Shape(48, 48, 9))
+    with_them, without = beside(kernels(48, 48), Shape(48, 48, 9))
     assert with_them < 0.9 * without
 
 
@@ -297,7 +290,7 @@ def test_shapes_put_kernels_together_and_apart(rows: int, outer: int, kernel: in
 
 def test_both_layouts_of_kernels_save_as_much() -> None:
     """ONNX has positions behind channels, TFLite between them."""
-    weights = shared(smooth(32, 40, 9), 16)
+    weights = kernels(32, 40)
     one = pack([file_of((weights, Shape(32, 40, 9)))])
     two = pack([file_of((np.ascontiguousarray(weights.swapaxes(1, 2)), Shape(32, 1, 9)))])
     assert abs(len(one) - len(two)) < 5
@@ -314,7 +307,7 @@ def test_halves_of_bytes_come_back(data: bytes) -> None:
 @pytest.mark.parametrize("coder", [None, "rans", "huffman", "contexts"])
 @pytest.mark.parametrize("kind", ["u1", "<u2", "<u4", "four bits", "mixed"])
 def test_weights_of_every_width_come_back(kind: str, coder: str | None) -> None:
-    codes = np.round(smooth(16, 10, 9) * 1.5).clip(-7, 8).astype(np.int64) + 7
+    codes = np.round(7 * kernels(16, 10)).clip(-7, 8).astype(np.int64) + 7
     shape = Shape(16, 10, 9)
     if kind == "four bits":
         data = joined(codes.reshape(-1).astype(np.uint8)).tobytes()
@@ -338,7 +331,7 @@ def test_layers_with_one_value_or_hardly_any_come_back(weights: NDArray[np.float
 
 
 def test_what_is_no_number_is_coded_without_contexts() -> None:
-    weights = shared(smooth(16, 10, 9), 16)
+    weights = kernels(16, 10)
     weights[3, 4, 5], weights[0, 0, 0] = np.nan, np.inf
     file = file_of((weights, Shape(16, 10, 9)))
     assert opened(pack([file], "contexts")) == file.data
@@ -358,7 +351,7 @@ def test_words_that_are_cut_off_or_too_long_are_refused() -> None:
 
 
 def test_a_container_with_contexts_is_smaller_than_xz_of_the_same_file() -> None:
-    file = file_of((shared(smooth(48, 48, 9), 16), Shape(48, 48, 9)), (shared(spots(200, 28), 16), Shape(200, 784)))
+    file = file_of((kernels(48, 48), Shape(48, 48, 9)), (shared(spots(200, 28), 16), Shape(200, 784)))
     data = pack([file])
     assert [block.coder for block in front_of(data).blocks] == ["contexts"]
     assert len(data) < 0.8 * len(lzma.compress(file.data, preset=9 | lzma.PRESET_EXTREME))
