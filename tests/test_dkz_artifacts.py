@@ -14,7 +14,7 @@ from deploykit import exporters, targets
 from deploykit.core.errors import MissingExtra
 from deploykit.core.precision import Precision, is_quantized, spec_of
 from deploykit.core.target import Target
-from deploykit.dkz.extents import KNOWN
+from deploykit.dkz.extents import KNOWN, files_of
 from deploykit.dkz.files import Packed, pack_file, unpack_file
 from deploykit.hub.graph import FloatGraph, Hub
 from deploykit.hub.quantize import quantize
@@ -81,6 +81,24 @@ def test_every_file_of_an_artifact_comes_back_bit_by_bit(name: str, tmp_path: Pa
         assert sum(row.before for row in packed.layers) == packed.whole
         if path.suffix in KNOWN:
             assert_weights_are_found(path, packed)
+
+
+@pytest.mark.parametrize("name", ["onnx", "openvino", "tflite"])
+def test_kernels_lie_together_whatever_the_layout_of_the_runtime(name: str, tmp_path: Path) -> None:
+    exporter, target = exporters.load(name), targets.load(TARGETS[name])
+    try:
+        exporter.export({"fp32": hub(target, "fp32")}, target, tmp_path)
+    except MissingExtra as missing:
+        pytest.skip(str(missing))
+    (path,) = [path for path in tmp_path.rglob("*") if path.suffix in KNOWN]
+    laid = [
+        e.shape.together(e.values(file.elements(e)))
+        for file in files_of(path)
+        for e in file.extents
+        if e.shape is not None and e.shape.kernel == 9
+    ]
+    for weight in (normal(0, 16, 3, 3, 3), normal(2, 64, 16, 3, 3)):
+        assert any(np.array_equal(own, weight.reshape(len(weight), -1)) for own in laid)
 
 
 def assert_weights_are_found(path: Path, packed: Packed) -> None:
