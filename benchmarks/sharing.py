@@ -204,8 +204,8 @@ def curve(
             0.85, "lower", about, command, [0], of_plain, "xz -9e"),
         Row(f"{name}: pruned or shared, container / xz of the same file (worst)", max(of_xz.values()), 0.85, "lower",
             about, command, [0], of_xz, "xz -9e",
-            "files that keep codes already: xz comes within a few percent of their entropy, which no coder of "
-            "independent codes goes below"),
+            "files that keep codes already: xz comes within a few percent of their entropy, and contexts find "
+            "little more where neither zeros nor kernels tell of their neighbours"),
     ]  # fmt: skip
 
 
