@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from graphs import graph
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -41,18 +42,18 @@ def test_zeros_infinities_and_the_largest_stay() -> None:
     assert rounded(x, 7).tobytes() == x.tobytes()
 
 
-def held(graph: FloatGraph) -> dict[str, NDArray[Any]]:
+def held(found: FloatGraph) -> dict[str, NDArray[Any]]:
     """Initializers by name."""
-    model = onnx.load_model_from_string(graph.bytes)
+    model = onnx.load_model_from_string(found.bytes)
     return {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
 
 
 def test_biases_and_weights_are_rounded_and_numbers_that_stand_alone_are_not() -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Hardtanh(0.1, 5.9), nn.Flatten(), nn.Linear(8 * 4, 5)).eval()
-    graph = lower(net, {"input": np.zeros((2, 3, 4, 4), np.float32)})
-    before = held(graph)
-    after = held(Bitround(7)(graph, Context(targets.load("x86"), {})))
+    made = lower(net, {"input": np.zeros((2, 3, 4, 4), np.float32)})
+    before = held(made)
+    after = held(Bitround(7)(made, Context(targets.load("x86"), {})))
     floats = {name for name, own in before.items() if own.dtype == np.float32}
     arrays = {name for name in floats if before[name].size > 1}
     assert len(arrays) == 4
@@ -74,6 +75,16 @@ def test_what_was_rounded_takes_half_in_a_container() -> None:
     bias = np.random.default_rng(0).normal(size=2000).astype(np.float32)
     sizes = [len(pack([File("net", own.tobytes(), [Extent(0, own.size, 32)])])) for own in (bias, rounded(bias, 7))]
     assert sizes[1] < 0.6 * sizes[0]
+
+
+def test_sizes_are_no_weights() -> None:
+    found = graph(
+        """(float[1,3,8,8] x) => (float[1,3,h,w] y) { y = Resize(x, nothing, scales) }""",
+        nothing=np.zeros(0, np.float32), scales=np.asarray([1, 1, 2.3, 2.3], np.float32),
+    )  # fmt: skip
+    assert (
+        held(Bitround(7)(found, Context(targets.load("x86"), {})))["scales"].tolist() == held(found)["scales"].tolist()
+    )
 
 
 @pytest.mark.parametrize("keep", [0, 23, -1])

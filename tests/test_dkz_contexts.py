@@ -249,7 +249,7 @@ def test_neighbours_above_and_below_are_found_where_a_matrix_reads_images() -> N
     book, codes = np.unique(weights, return_inverse=True)
     laid = codes.reshape(100, 400)
     layer = Layer(100, 400, rans.table(np.bincount(codes.reshape(-1))), fitting.levels(book, codes))
-    assert {-20, 20, -1, 1} <= set(fitting.start(1, [layer], [laid], True).distances)
+    assert {-20, 20, -1, 1} <= set(fitting.neighbours(1, [layer], [laid]))
 
 
 def test_noise_is_coded_without() -> None:
@@ -267,7 +267,7 @@ def test_coefficients_are_those_of_least_squares() -> None:
     codes = np.cumsum(steps, 2).reshape(200, 160)
     levels = (4 * np.arange(-15, codes.max() - 14)).astype(np.int8)
     layer = Layer(200, 160, rans.table(np.bincount(codes.reshape(-1))), levels)
-    model = fitting.fit(fitting.start(8, [layer], [codes], False), [layer], [codes])
+    model = fitting.fits(8, [layer], [codes])[1]
     first = model.distances.index(-1)
     assert abs(int(model.mean[7, first]) - fitting.SHARE) <= 3 and np.abs(np.delete(model.mean[7], first)).max() <= 2
     assert contexts.sizes((model, [layer]), [codes])[0] < 0.85 * rans.size(np.bincount(codes.reshape(-1)))

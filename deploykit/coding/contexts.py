@@ -41,12 +41,15 @@ LEARNT = 256
 
 LANE = 1024
 """Bytes of words for which an encoder takes one lane: each costs 3, and few of them are slow."""
+LONGEST = 1 << 14
+"""Symbols of a lane, at most: there are as many steps."""
 PIECE = 1 << 13
 """Weights whose surroundings are looked at at once."""
 NONE = np.zeros(0, np.int64)
 
 Ints = NDArray[np.int64]
 Index = NDArray[np.int32]
+Short = NDArray[np.uint16]
 
 
 @dataclass(frozen=True)
@@ -94,8 +97,14 @@ class Places:
     def pieces(self) -> Iterator[Places]:
         """Few weights at once, so that what is known of each of them does not fill memory."""
         for start in range(0, len(self.place), PIECE):
-            own = slice(start, start + PIECE)
-            yield Places(self.layer[own], self.place[own], self.row[own], self.column[own])
+            yield self._some(slice(start, start + PIECE))
+
+    def every(self, step: int) -> Places:
+        """One of so many."""
+        return self._some(slice(None, None, step))
+
+    def _some(self, own: slice) -> Places:
+        return Places(self.layer[own], self.place[own], self.row[own], self.column[own])
 
 
 @dataclass(frozen=True)
@@ -217,14 +226,20 @@ Group = tuple[Model, Sequence[Layer]]
 """Layers that are decoded together."""
 
 
-def _passes(group: Group, codes: Sequence[NDArray[Any]]) -> Iterator[tuple[Places, Ints, Ints]]:
+def fewest(values: int) -> int:
+    """Lanes that so many values have at least."""
+    return max(1, -(-values // LONGEST))
+
+
+def _passes(group: Group, codes: Sequence[NDArray[Any]]) -> Iterator[tuple[Places, Short, Short]]:
     """Of known codes, pass by pass: places, the frequency of each and the sum of those before it ``[n]``."""
     seen, every = Seen(*group), np.concatenate([own.reshape(-1) for own in codes]).astype(np.int64)
     for number in range(group[0].passes):
         told = seen.ask(number)
         own = every[told.at.place]
         f = told.frequencies[told.table, own]
-        yield told.at, f, np.cumsum(told.frequencies, 1)[told.table, own] - f
+        c = np.cumsum(told.frequencies, 1)[told.table, own] - f
+        yield told.at, f.astype(np.uint16), c.astype(np.uint16)
         seen.learn(told, own)
 
 
@@ -232,7 +247,7 @@ def sizes(group: Group, codes: Sequence[NDArray[Any]]) -> NDArray[np.float64]:
     """Bits of each layer, without tables and levels."""
     found = np.zeros(len(codes))
     for at, f, _ in _passes(group, codes):
-        found += np.bincount(at.layer, rans.PRECISION - np.log2(f), len(codes))
+        found += np.bincount(at.layer, rans.PRECISION - np.log2(f.astype(float)), len(codes))
     return found
 
 
@@ -243,11 +258,12 @@ def encode(groups: Sequence[Group], codes: Sequence[Sequence[NDArray[Any]]]) -> 
         groups: in order.
         codes: of the layers of each ``[rows, columns]``.
     """
-    passes = [own for pair in zip(groups, codes, strict=True) for own in _passes(*pair)]
-    n = 1 + int(sum(float((rans.PRECISION - np.log2(f)).sum()) for _, f, _ in passes)) // (8 * LANE)
-    ends = np.cumsum([0, *(len(f) for _, f, _ in passes)])
+    passes = [own[1:] for pair in zip(groups, codes, strict=True) for own in _passes(*pair)]
+    bits = sum(float((rans.PRECISION - np.log2(f.astype(float))).sum()) for f, _ in passes)
+    ends = np.cumsum([0, *(len(f) for f, _ in passes)])
+    n = max(1 + int(bits) // (8 * LANE), fewest(int(ends[-1])))
     steps = [slice(at, min(at + n, end)) for start, end in itertools.pairwise(ends) for at in range(start, end, n)]
-    f, c = (np.concatenate([own[i] for own in passes]) for i in (1, 2))
+    f, c = (np.concatenate(own) for own in zip(*passes, strict=True))
     return rans.written(f, c, steps, n), n
 
 
@@ -272,22 +288,27 @@ def _decoded(reader: rans.Reader, model: Model, layers: Sequence[Layer]) -> list
     seen = Seen(model, layers)
     every = np.empty(seen.starts[-1], np.uint16)
     for number in range(model.passes):
-        told = seen.ask(number)
-        tables, symbols = told.frequencies.shape
-        f = told.frequencies.astype(np.uint32)
-        c = np.cumsum(f, 1, dtype=np.uint32) - f + np.arange(tables, dtype=np.uint32)[:, None] * np.uint32(rans.M)
-        f, c = f.reshape(-1), c.reshape(-1)  # one table behind the other: one search finds each symbol in its own
-        first = told.table.astype(np.uint32) * np.uint32(rans.M)
-        found = np.empty(len(first), np.int64)
-        for start in range(0, len(first), reader.lanes):
-            own = slice(start, start + reader.lanes)
-            slot = reader.slots(len(first[own])) + first[own]
-            found[own] = np.searchsorted(c, slot, "right") - 1
-            reader.advance(f[found[own]], slot - c[found[own]])
-        codes = found - told.table * symbols
-        every[told.at.place] = codes
-        seen.learn(told, codes)
+        _decode_pass(reader, seen, number, every)
     return [
         every[start:end].reshape(layer.rows, layer.columns)
         for layer, (start, end) in zip(layers, itertools.pairwise(seen.starts), strict=True)
     ]
+
+
+def _decode_pass(reader: rans.Reader, seen: Seen, number: int, every: NDArray[np.uint16]) -> None:
+    """The codes of a pass, into all codes and what was seen."""
+    told = seen.ask(number)
+    tables, symbols = told.frequencies.shape
+    f = told.frequencies.astype(np.uint32)
+    c = np.cumsum(f, 1, dtype=np.uint32) - f + np.arange(tables, dtype=np.uint32)[:, None] * np.uint32(rans.M)
+    f, c = f.reshape(-1), c.reshape(-1)  # one table behind the other: one search finds each symbol in its own
+    first = told.table.astype(np.uint32) * np.uint32(rans.M)
+    found = np.empty(len(first), np.int64)
+    for start in range(0, len(first), reader.lanes):
+        own = slice(start, start + reader.lanes)
+        slot = reader.slots(len(first[own])) + first[own]
+        found[own] = np.searchsorted(c, slot, "right") - 1
+        reader.advance(f[found[own]], slot - c[found[own]])
+    found -= told.table * np.int64(symbols)
+    every[told.at.place] = found
+    seen.learn(told, found)

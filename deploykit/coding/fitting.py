@@ -25,7 +25,7 @@ PASSES = 32
 FEW = 1 << 14
 """.. with fewer than these."""
 SAMPLES = 1 << 18
-"""Weights of a layer that are looked at."""
+"""Weights that are looked at."""
 RIDGE = 1e-3
 """Of the average square, beside the squares of what is known."""
 
@@ -42,60 +42,72 @@ def levels(values: NDArray[Any], codes: NDArray[Any]) -> NDArray[np.int8]:
     return _bytes(UNIT * exact / (float(np.sqrt((counts * exact**2).sum() / counts.sum())) or 1.0))
 
 
-def start(kernel: int, layers: Sequence[Layer], codes: Sequence[NDArray[Any]], shared: bool) -> Model:
-    """A model that knows where to look, without coefficients.
+def fits(kernel: int, layers: Sequence[Layer], codes: Sequence[NDArray[Any]]) -> list[Model]:
+    """Models with the coefficients that expect best: one set of them for all passes, and for kernels one for each.
 
     Args:
         kernel: positions; 1: a matrix.
         layers: of the kind.
-        codes: of each.
-        shared: one set of coefficients for all passes.
+        codes: of each ``[rows, columns]``.
     """
-    if kernel > 1:
-        passes, near = kernel, [[-d] for d in range(1, kernel)]
-    else:
-        passes = PASSES if sum(own.size for own in codes) >= FEW else PASSES // 4
-        near = [[-d, d] for d in range(1, min(FARTHEST, layers[0].columns // 2))]
+    few = sum(own.size for own in codes) < FEW
+    passes = kernel if kernel > 1 else PASSES // 4 if few else PASSES
+    places = neighbours(kernel, layers, codes)
+    nothing = np.zeros((1, len(places)), np.int8), np.zeros((1, len(places) + 4), np.int8)
+    known = _walked(Model(kernel, passes, tuple(places), *nothing), layers, codes)
+    together = [[own for number, own in enumerate(known) if number or passes == 1]]  # the first pass knows nothing
+    every = [together, *([[[own] for own in known]] if kernel > 1 else [])]
+    return [Model(kernel, passes, tuple(places), *_solved(sets)) for sets in every]
+
+
+def neighbours(kernel: int, layers: Sequence[Layer], codes: Sequence[NDArray[Any]]) -> list[int]:
+    """Distances of those that tell most of a weight. Of kernels these are the positions before it, of a matrix both
+    sides, as far as they tell something at all."""
+    farthest = kernel if kernel > 1 else min(FARTHEST, layers[0].columns // 2)
     own = [x.levels[c[: max(1, SAMPLES // x.columns)]].astype(np.float32) for x, c in zip(layers, codes, strict=True)]
     own += [np.abs(level) for level in own]
     own = [x - x.mean(0) - x.mean(1, keepdims=True) + x.mean() for x in own]  # of these, sums tell
-    told = sorted(((_correlation(own, pair[-1]), pair) for pair in near), reverse=True)
+    told = sorted(((_correlation(own, d), d) for d in range(1, farthest)), reverse=True)
+    if kernel > 1:
+        return [-d for _, d in told[:NEIGHBOURS]]
     least = max(TELLS, ERRORS / np.sqrt(sum(x.size for x in own) / 2))
-    distances = [d for r, pair in told if kernel > 1 or r > least for d in pair][:NEIGHBOURS]
-    sets = 1 if shared or kernel == 1 else passes
-    shape = sets, len(distances)
-    return Model(kernel, passes, tuple(distances), np.zeros(shape, np.int8), np.zeros((sets, shape[1] + 4), np.int8))
+    return [d for r, far in told[: NEIGHBOURS // 2] if r > least for d in (-far, far)]
 
 
-def _correlation(centred: Sequence[NDArray[np.float32]], distance: int) -> float:
+def _correlation(centred: Sequence[NDArray[np.float32]], d: int) -> float:
     """Of what is so far from each other: the average of all, whatever their signs."""
-    d, found = abs(distance), []
+    found = []
     for x in centred:
         found.append(abs(float((x[:, d:] * x[:, : x.shape[1] - d]).mean())) / (float((x * x).mean()) or 1.0))
     return sum(found) / len(found)
 
 
-def fit(model: Model, layers: Sequence[Layer], codes: Sequence[NDArray[Any]]) -> Model:
-    """The model with the coefficients that expect best: μ of the levels, then σ of what μ misses them by."""
-    sets = len(model.mean)
+Known = tuple[NDArray[Any], NDArray[Any], NDArray[Any]]
+"""Of some weights, levels and magnitudes around them and their own levels ``[.., n]``."""
+
+
+def _walked(model: Model, layers: Sequence[Layer], codes: Sequence[NDArray[Any]]) -> list[Known]:
+    """What is known in each pass of some of its weights."""
     seen, every = Seen(model, layers), np.concatenate([own.reshape(-1) for own in codes]).astype(np.int64)
-    known: list[list[tuple[NDArray[Any], NDArray[Any], NDArray[Any]]]] = [[] for _ in range(sets)]
-    step = max(1, len(every) // (SAMPLES * len(layers)))
+    step, found = max(1, len(every) // SAMPLES), list[Known]()
     for number in range(model.passes):
         told = seen.ask(number)
-        own = every[told.at.place]
-        if sets > 1 or number or model.passes == 1:  # the first pass knows nothing
-            around, spread = seen.around(told.at)
-            level = seen.levels[told.at.layer, own]
-            known[number % sets].append((around[:, ::step], spread[:, ::step], level[::step]))
-        seen.learn(told, own)
+        some = told.at.every(step)
+        level = seen.levels[some.layer, every[some.place]]
+        around, spread = seen.around(some)
+        found.append((around.astype(float), spread.astype(float), level.astype(float)))
+        seen.learn(told, every[told.at.place])
+    return found
+
+
+def _solved(sets: Sequence[Sequence[Known]]) -> tuple[NDArray[np.int8], NDArray[np.int8]]:
+    """Coefficients of each set: of μ by the levels, then of σ by what μ misses them by."""
     mean, sigma = [], []
-    for parts in known:
-        around, spread, level = (np.concatenate(own, -1).astype(float) for own in zip(*parts, strict=True))
+    for parts in sets:
+        around, spread, level = (np.concatenate(own, -1) for own in zip(*parts, strict=True))
         mean.append(_least_squares(around, level))
-        missed = np.abs(level - mean[-1] @ around / SHARE)
-        sigma.append(_least_squares(spread / FINE, missed))
-    return Model(model.kernel, model.passes, model.distances, np.stack(mean), np.stack(sigma))
+        sigma.append(_least_squares(spread / FINE, np.abs(level - mean[-1] @ around / SHARE)))
+    return np.stack(mean), np.stack(sigma)
 
 
 def _least_squares(told: NDArray[Any], wanted: NDArray[Any]) -> NDArray[np.int8]:

@@ -94,15 +94,15 @@ def written(f: NDArray[Any], c: NDArray[Any], steps: Sequence[slice | NDArray[np
         steps: the symbols that the first lanes decode at once.
         lanes: how many there are.
     """
-    f, c, x = f.astype(np.uint64), c.astype(np.uint64), np.full(lanes, LOWEST, np.uint64)
+    x = np.full(lanes, LOWEST, np.uint64)
     words: list[NDArray[np.uint16]] = []
     for at in reversed(steps):  # last in, first out
-        fs = f[at]
+        fs, cs = f[at].astype(np.uint64), c[at].astype(np.uint64)
         own = x[: len(fs)]
         full = own >= fs << np.uint64(2 * WORD - PRECISION)
         words.append(own[full].astype(np.uint16)[::-1])
         own = np.where(full, own >> np.uint64(WORD), own)
-        x[: len(fs)] = (own // fs << np.uint64(PRECISION)) + c[at] + own % fs
+        x[: len(fs)] = (own // fs << np.uint64(PRECISION)) + cs + own % fs
     return x.astype("<u4").tobytes() + np.concatenate([*words, NONE])[::-1].astype("<u2").tobytes()
 
 

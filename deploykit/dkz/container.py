@@ -31,6 +31,8 @@ BLOCK = 1 << 22
 """Weights of a block, unless one alone has more."""
 STREAMS = 512
 """And its streams: a decoder keeps a table for each."""
+WORTH = 0.99
+"""Of what a container takes otherwise: with contexts it has to take less than that, for it is decoded more slowly."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,11 @@ class Container:
     data: bytes
     weights: tuple[Chosen, ...]
     """Of all files, in order."""
+
+    @property
+    def has_contexts(self) -> bool:
+        """Whether some are coded with contexts."""
+        return any(own.around is not None for own in self.weights)
 
 
 def pack(files: Sequence[File], coder: str | None = None) -> bytes:
@@ -60,7 +67,7 @@ def packed(files: Sequence[File], coder: str | None = None) -> Container:
     if coder is not None and coder not in (*CODERS, CONTEXTS):
         raise unknown("coder", coder, (*CODERS, CONTEXTS))
     made = [_packed(files, own) for own in _ways(files, coder)]
-    return min(made, key=lambda own: len(own.data))
+    return min(made, key=lambda own: len(own.data) / (WORTH if own.has_contexts and coder is None else 1.0))
 
 
 def _ways(files: Sequence[File], coder: str | None) -> Iterator[list[Chosen]]:

@@ -68,14 +68,15 @@ def _onnx(path: Path) -> list[File]:
             beside.setdefault(info.location, []).append(place)
         elif (found := data.find(tensor.raw_data, at)) >= 0 and 8 * len(tensor.raw_data) >= LEAST * bits:
             place = _extent(found, len(tensor.raw_data), bits, name, shape)
-            own.append(replace(place, indices=indices.get(name)))
+            codes = indices.get(name)  # a node may hold a tensor of that name, too
+            own.append(replace(place, indices=codes if codes is not None and codes.codes.size == place.count else None))
             at = found + len(tensor.raw_data)
     others = [File(file, (path.parent / file).read_bytes(), _apart(places)) for file, places in sorted(beside.items())]
     return [File(path.name, data, _apart(own)), *others]
 
 
 def _tensors(graph: Any) -> Iterator[tuple[str, Any]]:
-    """Initializers and their names, in the order in which they are written: what nodes hold comes first."""
+    """Constants and their names, in the order in which they are written: what nodes hold comes before initializers."""
     for node in graph.node:
         for attribute in node.attribute:
             if attribute.HasField("t"):
@@ -128,15 +129,14 @@ def _extent(start: int, length: int, bits: int, name: str, dims: Sequence[int], 
     count, whole = 8 * length // bits, math.prod(dims)
     if bits == 4 and count != whole:  # half a byte is left
         return Extent(start, length, 8, name)
-    return Extent(start, count, bits, name, shape=_shape(dims, last) if count == whole and count else None)
+    known = count == whole and min(dims, default=0) > 0
+    return Extent(start, count, bits, name, shape=_shape(dims, last) if known else None)
 
 
 def _shape(dims: Sequence[int], last: bool) -> Shape | None:
     """How weights lie, if they are a matrix or kernels."""
     if len(dims) < 2:
         return None
-    if len(dims) == 5:  # groups, then what each of them has
-        dims = [dims[0] * dims[1], *dims[2:]]
     kernel = math.prod(dims[2:] if last else dims[1:-1])
     if 1 < kernel < LARGE:
         return Shape(dims[0], dims[1] if last else 1, kernel)
@@ -151,7 +151,10 @@ def _openvino(path: Path) -> list[File]:
         if told is not None and "offset" in told.attrib and "element_type" in told.attrib:
             digits = int("".join(c for c in told.attrib["element_type"] if c.isdigit()) or "8")
             bits = min(32, digits) if digits in (4, 8, 16, 32, 64) else 8
-            dims = [int(n) for n in told.attrib.get("shape", "").split(",") if n.strip()]
+            told_dims = [n.strip() for n in told.attrib.get("shape", "").split(",")]
+            dims = [int(n) for n in told_dims] if all(n.isdecimal() for n in told_dims) else []
+            if len(dims) == 5:  # groups, then what each of them has
+                dims = [dims[0] * dims[1], *dims[2:]]
             start, length = int(told.attrib["offset"]), int(told.attrib["size"])
             places.append(_extent(start, length, bits, layer.attrib.get("name", ""), dims))
     return [File(path.name, path.read_bytes(), ()), File(path.with_suffix(".bin").name, data, _apart(places))]

@@ -6,13 +6,13 @@ import itertools
 import struct
 import zlib
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
 import numpy as np
 
 from deploykit.coding import huffman, rans
-from deploykit.coding.contexts import Model
+from deploykit.coding.contexts import Model, fewest
 from deploykit.coding.symbols import MOST
 from deploykit.core.errors import DeploykitError
 
@@ -20,7 +20,7 @@ MAGIC, VERSION = b"DKZ", 2
 HEAD = struct.Struct("<3sBII")
 LIMIT = 1 << 32
 """Bytes that a container may unpack to, unless the caller allows more."""
-FRONT = 1 << 26
+FRONT = 1 << 24
 """Bytes of a front, at most."""
 CODERS: dict[str, Any] = {"rans": rans, "huffman": huffman}
 """Of streams."""
@@ -28,8 +28,10 @@ CONTEXTS = "contexts"
 """The coder that looks at what is around a weight."""
 LARGEST = 512
 """Values of a codebook that it takes."""
-PASSES, NEIGHBOURS, FARTHEST = 256, 16, 1 << 16
-"""Of a model, at most."""
+MOST_PASSES, MOST_DISTANCES, MOST_FAR = 64, 16, 1 << 16
+"""Of a model: passes, distances, and how far these are."""
+MOST_WEIGHTS, MOST_VALUES = 512, 1 << 31
+"""Of a block with contexts: weights, at most, and values, fewer than that."""
 
 
 class Weights(NamedTuple):
@@ -92,14 +94,18 @@ class Block(NamedTuple):
     """Of the coder with contexts."""
 
 
+Coefficient = Annotated[int, msgspec.Meta(ge=-128, le=127)]
+Coefficients = Annotated[list[Coefficient], msgspec.Meta(max_length=MOST_DISTANCES + 4)]
+
+
 class Surroundings(NamedTuple):
     """A model, as a front tells of it; see `deploykit.coding.contexts.Model`."""
 
     kernel: int
     passes: int
-    distances: list[int]
-    mean: list[list[int]]
-    spread: list[list[int]]
+    distances: Annotated[list[int], msgspec.Meta(max_length=MOST_DISTANCES)]
+    mean: Annotated[list[Coefficients], msgspec.Meta(max_length=MOST_PASSES)]
+    spread: Annotated[list[Coefficients], msgspec.Meta(max_length=MOST_PASSES)]
 
     def model(self) -> Model:
         """It."""
@@ -186,14 +192,23 @@ def _assert_sound(front: Front, limit: int) -> None:
     sound &= total == front.skeleton + sum(e.bytes for e in extents)
     sound &= min(parts(front.files), default=0) >= 0
     sound = sound and all(map(_is_model, front.models)) and all(_is_weight(e, front.models) for e in extents)
-    for block, own in grouped(front) if sound else ():
-        sound &= block.side <= sum(e.book * e.element + e.streams * (2 + MOST) + LARGEST for e in own)
-        sound &= all((e.model >= 0) == (block.coder == CONTEXTS) for e in own)
-        sound &= 4 * block.lanes <= block.words and (block.lanes > 0) == (block.coder == CONTEXTS)
+    sound &= {e.model for e in extents} - {-1} == set(range(len(front.models)))
+    sound = sound and all(_is_block(*pair) for pair in grouped(front))
     if not sound:
         raise DeploykitError("this .dkz is damaged: the numbers of its front do not fit each other")
     if total > limit:
         raise DeploykitError(f"this .dkz unpacks to {total:,} bytes, more than the limit of {limit:,}")
+
+
+def _is_block(block: Block, own: Sequence[Weights]) -> bool:
+    """Whether the numbers fit each other, and are few enough for those that a decoder has."""
+    values, contexts = sum(e.values for e in own), block.coder == CONTEXTS
+    sound = len(own) > 0 and block.side <= sum(e.book * e.element + e.streams * (2 + MOST) + LARGEST for e in own)
+    sound &= all((e.model >= 0) == contexts for e in own)
+    if not contexts:
+        return sound and not block.lanes
+    sound &= len(own) <= MOST_WEIGHTS and values < MOST_VALUES
+    return sound and 4 * block.lanes <= block.words and fewest(values) <= block.lanes
 
 
 def _is_weight(e: Weights, models: Sequence[Surroundings]) -> bool:
@@ -205,23 +220,25 @@ def _is_weight(e: Weights, models: Sequence[Surroundings]) -> bool:
     if e.model != -1:
         sound = sound and 0 <= e.model < len(models) and not e.gap_bits and 0 < e.book <= LARGEST and e.values > 0
         inner = e.rows * e.outer * models[e.model].kernel if sound else 0
-        sound = sound and inner > 0 and e.values % inner == 0
+        sound = sound and inner > 0 and e.values % inner == 0 and models[e.model].passes <= e.values
     return sound
 
 
 def _is_model(own: Surroundings) -> bool:
-    """Whether the numbers fit each other, and bytes hold the coefficients."""
+    """Whether the numbers fit each other."""
     sets, n = len(own.mean), len(own.distances)
-    sound = 1 <= own.passes <= PASSES and own.kernel in (1, own.passes)
-    sound &= sets in (1, own.passes) and len(own.spread) == sets and n <= NEIGHBOURS
-    sound &= all(abs(d) <= FARTHEST for d in own.distances)
-    sound &= all(len(row) == n for row in own.mean) and all(len(row) == n + 4 for row in own.spread)
-    return sound and all(-128 <= a <= 127 for rows in (own.mean, own.spread) for row in rows for a in row)
+    sound = 1 <= own.passes <= MOST_PASSES and own.kernel in (1, own.passes)
+    sound &= sets in (1, own.passes) and len(own.spread) == sets
+    sound &= all(abs(d) <= MOST_FAR for d in own.distances)
+    return sound and all(len(row) == n for row in own.mean) and all(len(row) == n + 4 for row in own.spread)
 
 
 def by_model(models: Sequence[int]) -> list[list[int]]:
     """Of a block's weights, which have the same model; models in the order of their numbers."""
-    return [[i for i, own in enumerate(models) if own == number] for number in sorted(set(models))]
+    found = dict[int, list[int]]()
+    for i, number in enumerate(models):
+        found.setdefault(number, []).append(i)
+    return [found[number] for number in sorted(found)]
 
 
 def grouped(front: Front) -> Iterator[tuple[Block, list[Weights]]]:

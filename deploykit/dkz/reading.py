@@ -72,7 +72,7 @@ def peak(front: Front) -> int:
 
 def _told(model: Surroundings) -> int:
     """Bytes of a model, as the front has it and as it is used."""
-    return 64 * len(model.spread) * (2 * len(model.distances) + 8)
+    return 2048 + 64 * len(model.spread) * (2 * len(model.distances) + 8)
 
 
 def _needed(models: Sequence[Surroundings], block: Block, own: Sequence[Weights]) -> int:
@@ -81,7 +81,7 @@ def _needed(models: Sequence[Surroundings], block: Block, own: Sequence[Weights]
     making = max((e.making for e in own), default=0)
     if block.coder == CONTEXTS:
         groups = [(models[own[g[0]].model], [own[i] for i in g]) for g in by_model([e.model for e in own])]
-        decoding = max(_looking(*group) for group in groups) + 2 * block.words + 16 * block.lanes
+        decoding = max((_looking(*group) for group in groups), default=0) + 2 * block.words + 16 * block.lanes
         return side + 4 * sum(e.values for e in own) + max(decoding, making)
     streams = sum(e.streams for e in own)
     total = sum(e.streams * e.entries for e in own)
@@ -122,7 +122,7 @@ def _decoded(
         books.append(np.frombuffer(side, f"<u{e.element}", e.book, at))
         at += e.book * e.element
     if block.coder == CONTEXTS:
-        streams = iter(_around(own, models, side[at:], words, block.lanes))
+        streams = iter(_around(own, models, memoryview(side)[at:], words, block.lanes))
     else:
         counts = [e.entries for e in own for _ in range(e.streams)]
         streams = iter(CODERS[block.coder].decode(words, list(_tables(side[at:], len(counts))), counts))
@@ -133,7 +133,7 @@ def _decoded(
 
 
 def _around(
-    own: Sequence[Weights], models: Sequence[Model], data: bytes, words: memoryview, lanes: int
+    own: Sequence[Weights], models: Sequence[Model], data: memoryview, words: memoryview, lanes: int
 ) -> list[NDArray[np.uint16]]:
     """The codes of weights that are decoded by their surroundings."""
     layers, at = list[Layer](), 0
@@ -149,7 +149,7 @@ def _around(
     return [Shape(e.rows, e.outer, models[e.model].kernel).apart(codes[i]) for i, e in enumerate(own)]
 
 
-def _tables(data: bytes, count: int) -> Iterator[NDArray[np.uint8]]:
+def _tables(data: bytes | memoryview, count: int) -> Iterator[NDArray[np.uint8]]:
     """So many tables, each after its length."""
     at = 0
     for _ in range(count):

@@ -12,11 +12,13 @@ from numpy.typing import NDArray
 from deploykit.coding import contexts, fitting, rans
 from deploykit.coding.contexts import Layer, Model
 from deploykit.coding.symbols import Symbols
-from deploykit.dkz.front import CONTEXTS, LARGEST
+from deploykit.dkz.front import CONTEXTS, LARGEST, MOST_VALUES
 from deploykit.dkz.weights import Around, Chosen, File
 
 WORTH = 0.98
 """Of what a weight takes otherwise: it has to take less than that."""
+LOOK = 1 << 14
+"""Weights that are looked at first."""
 COEFFICIENT = 10
 """Bits of one, in a front."""
 
@@ -46,7 +48,7 @@ def with_contexts(files: Sequence[File], chosen: Sequence[Chosen]) -> list[Chose
         model, words = _best(kernel, members)
         better = [
             replace(chosen[t.number], coder=CONTEXTS, symbols=t.symbols, words=bits, around=Around(model, t.layer))
-            for t, bits in zip(members, words, strict=True)
+            for t, bits in zip(members, words + _states(members), strict=True)
         ]
         pairs = [(t.number, own) for t, own in zip(members, better, strict=True)]
         pairs = [(i, own) for i, own in pairs if own.bits < WORTH * chosen[i].bits]
@@ -59,9 +61,12 @@ def with_contexts(files: Sequence[File], chosen: Sequence[Chosen]) -> list[Chose
 def _tried(file: File, own: Chosen, number: int) -> Tried | None:
     """None: there is no codebook, or nothing is known of shape and values."""
     shape = own.extent.shape
-    if shape is None:
+    if shape is None or own.extent.count >= MOST_VALUES:
         return None
-    book, codes = np.unique(file.elements(own.extent), return_inverse=True)
+    elements = file.elements(own.extent)
+    if len(np.unique(elements[:LOOK])) > LARGEST:  # which spares sorting ordinary weights
+        return None
+    book, codes = np.unique(elements, return_inverse=True)
     values = own.extent.values(book)
     if not 1 < len(book) <= LARGEST or not np.isfinite(values).all():
         return None
@@ -75,11 +80,13 @@ def _tried(file: File, own: Chosen, number: int) -> Tried | None:
 def _best(kernel: int, members: Sequence[Tried]) -> tuple[Model, NDArray[np.float64]]:
     """The model that needs least for some weights, and the bits that each of them needs."""
     layers, codes = [t.layer for t in members], [t.codes for t in members]
-    found = []
-    for shared in (True, False) if kernel > 1 else (True,):
-        model = fitting.fit(fitting.start(kernel, layers, codes, shared), layers, codes)
-        found.append((model, contexts.sizes((model, layers), codes)))
+    found = [(model, contexts.sizes((model, layers), codes)) for model in fitting.fits(kernel, layers, codes)]
     return min(found, key=lambda own: float(own[1].sum()) + _bits(own[0]))
+
+
+def _states(members: Sequence[Tried]) -> NDArray[np.float64]:
+    """Bits that the lanes of each take at least."""
+    return np.asarray([32.0 * contexts.fewest(t.codes.size) for t in members])
 
 
 def _bits(model: Model) -> int:

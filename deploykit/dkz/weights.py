@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -118,7 +119,7 @@ class Chosen:
     around: Around | None = None
     """With contexts."""
 
-    @property
+    @cached_property
     def side(self) -> int:
         """Bytes of codebook, tables and levels."""
         if self.symbols is None:

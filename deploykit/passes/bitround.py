@@ -3,8 +3,8 @@ keep the rest.
 
 Zender 2016, "Bit Grooming", and Klöwer et al. 2021, "Compressing atmospheric data into its real information content",
 section "Rounding": a float32 is rounded to the nearest that has only k of the 23 bits of its mantissa, to the even one
-of two that are as near. It is off by 2^-(k+1) of itself at most, far less than sharing and pruning change. Numbers that
-stand alone (limits, epsilons) are left: they are often exact.
+of two that are as near. It is off by 2^-(k+1) of itself at most, far less than sharing and pruning change. What is no
+weight (limits, epsilons, sizes) is left: such numbers are often exact.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import numpy as np
 from deploykit.core.context import Context
 from deploykit.core.recipe import Stage
 from deploykit.core.target import Need, Profit
+from deploykit.hub.operators import PRODUCTS
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -25,6 +26,11 @@ if TYPE_CHECKING:
 
 MANTISSA = 23
 """Bits of a float32's."""
+READERS = {
+    *PRODUCTS, "LSTM", "GRU", "RNN", "Add", "Gather", "BatchNormalization", "InstanceNormalization",
+    "LayerNormalization", "GroupNormalization", "PRelu",
+}  # fmt: skip
+"""Operators whose constants are weights and biases."""
 
 
 @dataclass(frozen=True)
@@ -47,9 +53,13 @@ class Bitround:
         from deploykit.hub.graph import constant
         from deploykit.hub.sharing.codebooks import with_weights
 
-        held = {name: constant(value) for name, value in graph.model.graph.initializers.items()}
-        floats = {name: own for name, own in held.items() if own is not None and own.dtype == np.float32}
-        return with_weights(graph, {name: rounded(own, self.keep) for name, own in floats.items() if own.size > 1})
+        initializers, found = graph.model.graph.initializers, {}
+        for node in graph.model.graph:
+            for value in node.inputs if node.op_type in READERS else ():
+                array = constant(value)
+                if value is not None and value.name in initializers and array is not None and array.dtype == np.float32:
+                    found[value.name] = rounded(array, self.keep) if array.size > 1 else array
+        return with_weights(graph, found)
 
 
 def rounded(x: NDArray[np.float32], keep: int) -> NDArray[np.float32]:
@@ -58,6 +68,5 @@ def rounded(x: NDArray[np.float32], keep: int) -> NDArray[np.float32]:
     bits = np.ascontiguousarray(x).view(np.uint32)
     even = (bits >> drop) & np.uint32(1)
     half = np.uint32((1 << (MANTISSA - keep - 1)) - 1)
-    with np.errstate(over="ignore"):
-        found = ((bits + half + even) >> drop << drop).view(np.float32)
+    found = ((bits + half + even) >> drop << drop).view(np.float32)
     return np.where(np.isfinite(x) & np.isfinite(found), found, x)
