@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from deploykit.core.context import Context
 from deploykit.core.recipe import Stage
@@ -20,8 +21,6 @@ from deploykit.core.target import Need, Profit
 from deploykit.hub.operators import PRODUCTS
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
     from deploykit.hub.graph import FloatGraph
 
 MANTISSA = 23
@@ -53,12 +52,12 @@ class Bitround:
         from deploykit.hub.graph import constant
         from deploykit.hub.sharing.codebooks import with_weights
 
-        initializers, found = graph.model.graph.initializers, {}
+        initializers, found = graph.model.graph.initializers, dict[str, NDArray[np.float32]]()
         for node in graph.model.graph:
             for value in node.inputs if node.op_type in READERS else ():
-                array = constant(value)
-                if value is not None and value.name in initializers and array is not None and array.dtype == np.float32:
-                    found[value.name] = rounded(array, self.keep) if array.size > 1 else array
+                name, array = value.name if value is not None else None, constant(value)
+                if name in initializers and name is not None and array is not None and array.dtype == np.float32:
+                    found[name] = rounded(array, self.keep) if array.size > 1 else array
         return with_weights(graph, found)
 
 
