@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import lzma
+import zlib
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -18,7 +21,7 @@ from deploykit.coding.nibbles import packed as joined
 from deploykit.coding.nibbles import unpacked as halves
 from deploykit.core.errors import DeploykitError
 from deploykit.dkz.container import pack, packed
-from deploykit.dkz.front import front_of
+from deploykit.dkz.front import HEAD, VERSION, front_of
 from deploykit.dkz.reading import unpack
 from deploykit.dkz.weights import Extent, File, Shape
 
@@ -348,6 +351,53 @@ def test_words_that_are_cut_off_or_too_long_are_refused() -> None:
     for damaged in (words[:-2], words + b"\0\0", words[:3], words[:-1]):
         with pytest.raises(DeploykitError, match="coded stream"):
             contexts.decode(damaged, [group], lanes)
+
+
+def test_layers_that_take_next_to_nothing_still_have_lanes() -> None:
+    """A lane is a symbol a step, in Python: a hundred thousand of them would take seconds."""
+    weights = np.zeros((400, 500), np.float32)
+    random = np.random.default_rng(0)
+    weights[np.ix_(random.permutation(400)[:20], random.permutation(500)[:20])] = random.choice([-1, 1, 2], (20, 20))
+    file = file_of((weights, Shape(400, 500)))
+    data = pack([file])
+    (block,) = front_of(data).blocks
+    assert block.coder == "contexts" and 4 * block.lanes < block.words < 1024
+    assert block.lanes == contexts.fewest(weights.size) == 13
+    assert opened(data) == file.data
+
+
+def forged(data: bytes, change: Callable[[Any], None]) -> bytes:
+    """With another front, and a checksum that fits."""
+    length = HEAD.unpack_from(data)[2]
+    told = json.loads(zlib.decompress(data[HEAD.size : HEAD.size + length], -15))
+    change(told)
+    writer = zlib.compressobj(9, zlib.DEFLATED, -15)
+    front = writer.compress(json.dumps(told).encode()) + writer.flush()
+    body = front + data[HEAD.size + length :]
+    return HEAD.pack(b"DKZ", VERSION, len(front), zlib.crc32(body)) + body
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda told: told[3].append(told[3][0]),  # a model that no weight has
+        lambda told: told[3].clear(),
+        lambda told: told[2].append(["contexts", 0, 0, 0, 0, 0]),
+        lambda told: told[2][0].__setitem__(0, "rans"),
+        lambda told: told[2][0].__setitem__(5, 1),  # fewer lanes than so many values have
+        lambda told: told[3][0][3].append([]),
+        lambda told: told[3][0].__setitem__(2, [1 << 20] * 8),
+        lambda told: told[3][0][4][0].__setitem__(0, 128),
+        lambda told: told[0][0][3][0].__setitem__(7, 1 << 40),
+    ],
+)
+def test_fronts_whose_models_lie_are_refused(change: Callable[[Any], None]) -> None:
+    file = file_of((kernels(60, 40), Shape(60, 40, 9)))
+    data = pack([file], "contexts")
+    assert front_of(data).blocks[0].lanes > 1
+    assert opened(forged(data, lambda told: None)) == file.data
+    with pytest.raises(DeploykitError, match="damaged"):
+        opened(forged(data, change))
 
 
 def test_a_container_with_contexts_is_smaller_than_xz_of_the_same_file() -> None:

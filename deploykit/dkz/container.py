@@ -50,7 +50,7 @@ class Container:
 
 
 def pack(files: Sequence[File], coder: str | None = None) -> bytes:
-    """The container of some files, the same bytes for the same files; see `packed`."""
+    """The container of some files, on one machine the same bytes for the same files; see `packed`."""
     return packed(files, coder).data
 
 
