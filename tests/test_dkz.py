@@ -337,7 +337,7 @@ LARGE: dict[str, list[NDArray[Any]]] = {
     "bytes": [np.random.default_rng(0).normal(size=150_000).astype(np.float32)],
     "narrow": [np.random.default_rng(0).normal(0, 9, 900_000).astype(np.int8)],
     "kernels": [kernels(200, 300), kernels(300, 100, 25, 1)],
-    "small kernels": [kernels(20, 20, seed=i) for i in range(12)],
+    "small kernels": [kernels(20, 30, seed=i) for i in range(20)],
     "many small ones": [np.random.default_rng(i).integers(0, 3, 1000).astype(np.int8) for i in range(200)],
 }
 

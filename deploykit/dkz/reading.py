@@ -96,7 +96,7 @@ def _looking(model: Surroundings, own: Sequence[Weights]) -> int:
     sizes = [(e.rows, e.values // e.rows) for e in own]
     n = sum(rows * -(-columns // model.passes) for rows, columns in sizes)  # of a pass, at most
     kinds = min(contexts.CLASSES * len(own), n)
-    piece = min(n, contexts.PIECE) * 16 * (2 * len(model.distances) + 12)
+    piece = min(n, contexts.PIECE) * (24 * len(model.distances) + 160)
     tables = 64 * max(e.book for e in own) * (kinds + len(own))
     kept = 4 * sum(e.values for e in own) + 8 * max(map(abs, model.distances), default=0)
     sums = sum(32 * (rows + columns) for rows, columns in sizes)
