@@ -74,7 +74,7 @@ class Net:
 
 
 NETS = (
-    Net("LeNet-300-100", lambda: nn.Sequential(nn.Flatten(), lenet()), 1.64, 40.0, 20, 0.94, 4, after=24, values=6),
+    Net("LeNet-300-100", lambda: nn.Sequential(nn.Flatten(), lenet()), 1.64, 40.0, 20, 0.94, 4, after=20),
     Net("LeNet-5", LeNet5, 0.80, 39.0, 10, 0.92, 4, each=1, values=1),
 )
 
