@@ -26,7 +26,7 @@ from deploykit.bench.memory import peak_megabytes
 from deploykit.core.manifest import load_manifest
 from deploykit.dkz.container import pack
 from deploykit.dkz.extents import files_of
-from deploykit.dkz.front import CODERS
+from deploykit.dkz.front import CODERS, CONTEXTS
 from deploykit.dkz.reading import unpack
 from deploykit.dkz.weights import Extent, File, Shape
 from deploykit.exporters.codebooks import store_codebooks
@@ -147,5 +147,30 @@ def codebook_file() -> list[Row]:
     ]  # fmt: skip
 
 
+def small_file() -> list[Row]:
+    """ResNet-20 with 16 values a layer: what contexts save of a small file, and what that takes."""
+    example = next(data.cifar("test", 2).batches(1)).inputs
+    graph = lower(data.resnet20(), example)
+    made = with_weights(graph, {own.name: share(own.values, 4).weight for own in weights(graph)})
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "net.onnx"
+        path.write_bytes(made.bytes)
+        files = files_of(path)
+    values: dict[str, float] = {"fp32": len(files[0].data), "xz": xz(files)}
+    whole = lzma.compress(files[0].data, preset=9 | lzma.PRESET_EXTREME)
+    values["xz -d: CPU seconds"] = median_seconds(lambda: lzma.decompress(whole))
+    for coder in (*CODERS, CONTEXTS):
+        container = pack(files, coder)
+        if opened(container) != {own.name: own.data for own in files}:
+            raise AssertionError("what was unpacked is not what was packed")
+        values |= {coder: len(container), f"{coder}: CPU seconds": median_seconds(lambda c=container: opened(c))}
+    return [
+        Row("ResNet-20, 16 values a layer: container with contexts, bytes, of one without",
+            values[CONTEXTS] / min(values[coder] for coder in CODERS), None, "lower", "fp32 .onnx, nothing pruned",
+            f"{COMMAND} small_file", [], values, "rANS and Huffman, every code by itself",
+            note="decoding a small file is calls of numpy more than work: 0.1 s, where xz takes less than 0.01"),
+    ]  # fmt: skip
+
+
 if __name__ == "__main__":
-    main(__doc__, "deep_compression", [squeezenet, artifacts, codebook_file])
+    main(__doc__, "deep_compression", [squeezenet, artifacts, codebook_file, small_file])
