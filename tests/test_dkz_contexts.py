@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import lzma
-import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from test_dkz import kernels
+from test_dkz import kernels, refronted
 
 from deploykit.coding import contexts, fitting, rans
 from deploykit.coding.contexts import Group, Layer, Model
@@ -21,7 +19,7 @@ from deploykit.coding.nibbles import packed as joined
 from deploykit.coding.nibbles import unpacked as halves
 from deploykit.core.errors import DeploykitError
 from deploykit.dkz.container import pack, packed
-from deploykit.dkz.front import HEAD, VERSION, front_of
+from deploykit.dkz.front import front_of
 from deploykit.dkz.reading import unpack
 from deploykit.dkz.weights import Extent, File, Shape
 
@@ -366,17 +364,6 @@ def test_layers_that_take_next_to_nothing_still_have_lanes() -> None:
     assert opened(data) == file.data
 
 
-def forged(data: bytes, change: Callable[[Any], None]) -> bytes:
-    """With another front, and a checksum that fits."""
-    length = HEAD.unpack_from(data)[2]
-    told = json.loads(zlib.decompress(data[HEAD.size : HEAD.size + length], -15))
-    change(told)
-    writer = zlib.compressobj(9, zlib.DEFLATED, -15)
-    front = writer.compress(json.dumps(told).encode()) + writer.flush()
-    body = front + data[HEAD.size + length :]
-    return HEAD.pack(b"DKZ", VERSION, len(front), zlib.crc32(body)) + body
-
-
 @pytest.mark.parametrize(
     "change",
     [
@@ -395,9 +382,9 @@ def test_fronts_whose_models_lie_are_refused(change: Callable[[Any], None]) -> N
     file = file_of((kernels(60, 40), Shape(60, 40, 9)))
     data = pack([file], "contexts")
     assert front_of(data).blocks[0].lanes > 1
-    assert opened(forged(data, lambda told: None)) == file.data
+    assert opened(refronted(data, lambda told: None)) == file.data
     with pytest.raises(DeploykitError, match="damaged"):
-        opened(forged(data, change))
+        opened(refronted(data, change))
 
 
 def test_a_container_with_contexts_is_smaller_than_xz_of_the_same_file() -> None:

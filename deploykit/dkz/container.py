@@ -22,16 +22,16 @@ from deploykit.coding import contexts
 from deploykit.coding.contexts import Model
 from deploykit.coding.symbols import symbols
 from deploykit.core.errors import unknown
-from deploykit.dkz.front import CODERS, CONTEXTS, HEAD, MAGIC, VERSION, by_model
+from deploykit.dkz.front import CODERS, CONTEXTS, HEAD, MAGIC, MOST_WEIGHTS, VERSION, by_model
 from deploykit.dkz.lzma2 import compressed, squeezed
 from deploykit.dkz.surroundings import with_contexts
 from deploykit.dkz.weights import Chosen, File
 
 BLOCK = 1 << 22
 """Weights of a block, unless one alone has more."""
-STREAMS = 512
+STREAMS = MOST_WEIGHTS
 """And its streams: a decoder keeps a table for each."""
-WORTH = 0.99
+WORTH_SLOWNESS = 0.99
 """Of what a container takes otherwise: with contexts it has to take less than that, for it is decoded more slowly."""
 
 
@@ -67,7 +67,7 @@ def packed(files: Sequence[File], coder: str | None = None) -> Container:
     if coder is not None and coder not in (*CODERS, CONTEXTS):
         raise unknown("coder", coder, (*CODERS, CONTEXTS))
     made = [_packed(files, own) for own in _ways(files, coder)]
-    return min(made, key=lambda own: len(own.data) / (WORTH if own.has_contexts and coder is None else 1.0))
+    return min(made, key=lambda own: len(own.data) / (WORTH_SLOWNESS if own.has_contexts and coder is None else 1.0))
 
 
 def _ways(files: Sequence[File], coder: str | None) -> Iterator[list[Chosen]]:
@@ -165,11 +165,9 @@ def _sections(block: Sequence[Chosen], models: Sequence[Model]) -> tuple[bytes, 
     around = [w.around for w in block if w.around is not None]
     if around:
         tables = b"".join(_table(own.layer.table) + own.layer.levels.tobytes() for own in around)
-        groups = []
-        for members in by_model([_number(models, own.model) for own in around]):
-            layers = [around[i].layer for i in members]
-            groups.append(((around[members[0]].model, layers), [coded[i].streams[0] for i in members]))
-        return books + tables, *contexts.encode([group for group, _ in groups], [codes for _, codes in groups])
+        members = by_model([_number(models, own.model) for own in around])
+        groups = [(around[own[0]].model, [around[i].layer for i in own]) for own in members]
+        return books + tables, *contexts.encode(groups, [[coded[i].streams[0] for i in own] for own in members])
     module = CODERS[block[0].coder]
     streams = [stream for s in coded for stream in s.streams]
     found = [module.table(np.bincount(stream)) for stream in streams]
