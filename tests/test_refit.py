@@ -251,7 +251,7 @@ def test_blocks_of_columns_give_what_single_columns_give(monkeypatch: pytest.Mon
     h, s = mix @ mix.swapaxes(1, 2), widest(w, none(w), QuantSpec(weight_bits=4))
     found = []
     for block in (1, 3, 64):
-        monkeypatch.setattr("deploykit.hub.fitting.rounding.BLOCK", block)
+        monkeypatch.setattr("deploykit.hub.fitting.columns.BLOCK", block)
         q = column_by_column(w, s, h, 7)
         found.append((q, descend(q, w, s, h, 7)))
     for q, d in found[1:]:

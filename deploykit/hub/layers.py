@@ -3,6 +3,7 @@ what stood there in float, and the product as a matrix."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
@@ -54,6 +55,22 @@ def layers(slicer: Slicer) -> list[Layer]:
     return [layer for node in slicer.model.graph.node if (layer := _layer(node, slicer)) is not None]
 
 
+def float_layers(slicer: Slicer) -> list[Layer]:
+    """Every product of a float model with a constant weight, in order; ``x`` is what it reads, and there are no scales.
+
+    A bias that others read too is none of its own.
+    """
+    reads = Counter(name for node in slicer.model.graph.node for name in node.input)
+    found = []
+    for node in slicer.model.graph.node:
+        if node.op_type in PRODUCTS and [name in slicer.initializers for name in node.input[:2]] == [False, True]:
+            (x, weight), (holder, bias) = node.input[:2], _bias(node, slicer)
+            channels = MatrixForm.of_node(node, slicer.array(weight).shape).channels
+            own = bias in slicer.initializers and reads[bias] == 1 and slicer.array(bias).size == channels
+            found.append(Layer(node, x, (holder or node).output[0], weight, "", holder, bias if own else "", ""))
+    return found
+
+
 def _layer(node: onnx.NodeProto, slicer: Slicer) -> Layer | None:
     if node.op_type not in PRODUCTS:
         return None
@@ -84,7 +101,8 @@ def _bias(node: onnx.NodeProto, slicer: Slicer) -> tuple[onnx.NodeProto | None, 
     other = next((name for name in readers[0].input if name != node.output[0]), "")
     dequantizer = _dequantizer(other, slicer)
     held = dequantizer.input[0] if dequantizer is not None else other
-    width = slicer.array(slicer.producer[node.input[1]].input[0]).shape[-1]
+    weight = node.input[1] if node.input[1] in slicer.initializers else slicer.producer[node.input[1]].input[0]
+    width = slicer.array(weight).shape[-1]
     if held not in slicer.initializers or slicer.array(held).size != width:
         return None, ""
     return readers[0], other
@@ -132,8 +150,13 @@ class MatrixForm:
     @staticmethod
     def of(layer: Layer, shape: tuple[int, ...]) -> MatrixForm:
         """The form of a layer whose weight has that shape. There is none for ConvTranspose."""
-        values = {a.name: onnx.helper.get_attribute_value(a) for a in layer.node.attribute}
-        return MatrixForm(layer.node.op_type, values, shape)
+        return MatrixForm.of_node(layer.node, shape)
+
+    @staticmethod
+    def of_node(node: onnx.NodeProto, shape: tuple[int, ...]) -> MatrixForm:
+        """The same, by its node."""
+        values = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+        return MatrixForm(node.op_type, values, shape)
 
     @property
     def group(self) -> int:

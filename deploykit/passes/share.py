@@ -5,6 +5,9 @@ Coding", section 3: k-means over the weights of a layer, zeros left out, which s
 batch normalisation is folded: folding scales every channel by itself and would leave K values for each of them. Values
 are clustered exactly (`deploykit.hub.sharing.kmeans`), which halves the error of the paper's linear start at 5 bits.
 
+The values can also be chosen for what the layers compute with them on calibration data, as GPTQ chooses integers
+(`deploykit.hub.sharing.outputs`).
+
 What it saves is seen in files that keep codes: ONNX (a codebook and `Gather`), and what `deploykit pack` writes.
 """
 
@@ -22,8 +25,13 @@ from deploykit.core.recipe import Stage
 from deploykit.core.target import Need, Profit
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from deploykit.hub.graph import FloatGraph
     from deploykit.hub.sharing.codebooks import Codebook, Weight
+
+LEAST_SAMPLES = 8
 
 
 @dataclass(frozen=True)
@@ -34,8 +42,10 @@ class Share:
     layers: Mapping[str, int] = field(default_factory=dict)
     """Layer, by name or pattern -> bits of its own."""
     bytes: float | None = None
-    """Budget instead of bits: what the coded weights may take, as a share of what they take in fp32. Bits are chosen by
-    what each layer's sharing does to the answers."""
+    """Budget instead of bits: what the coded weights may take, as a share of what they take in fp32. How fine values
+    are is chosen by what each layer's sharing does to the answers, how many there are by what their codes take."""
+    near: Literal["weights", "outputs"] = "weights"
+    """What values and codes are chosen to keep: the weights, or the outputs of their layers on calibration data."""
     start: Literal["optimal", "linear", "density", "random"] = "optimal"
     """Where k-means begins; the paper's is linear."""
     skip: tuple[str, ...] = ()
@@ -56,13 +66,23 @@ class Share:
                 "out layers"
             )
 
+        if self.near == "outputs" and self.start != "optimal":
+            raise ValueError(
+                'start says where k-means over weights begins; near = "outputs" begins with the optimal values'
+            )
+
     def foresee(self, context: Context) -> None:
-        """Refuses a budget without samples, or without a solver."""
+        """Refuses a budget without samples or without a solver, and outputs without enough samples."""
         if self.bytes is not None:
             from deploykit.hub.mixed.assignment import require_solver
 
             context.need("calibration", "share with a budget of bytes")
             require_solver()
+        if self.near == "outputs" and len(data := context.need("calibration", "share near outputs")) < LEAST_SAMPLES:
+            raise DeploykitError(
+                f"share near outputs chooses values by what they do to the data and needs at least {LEAST_SAMPLES} "
+                f'calibration samples; there are {len(data)}. near = "weights" needs none.'
+            )
 
     def __call__(self, graph: FloatGraph, context: Context) -> FloatGraph:
         """The graph with shared weights.
@@ -74,23 +94,52 @@ class Share:
         """
         from deploykit.core.progress import track
         from deploykit.hub.sharing.choice import choose
-        from deploykit.hub.sharing.codebooks import share, weights, with_weights
+        from deploykit.hub.sharing.codebooks import share, share_at_level, weights, with_weights
+        from deploykit.hub.sharing.outputs import forms
 
         self.foresee(context)
         shared = weights(graph, self.skip)
         if not shared:
             raise DeploykitError("there is nothing to share: no weights of convolutions, products, LSTM or GRU")
-
-        def book(own: Weight, bits: int) -> Codebook:
-            return share(own.values, bits, self.start, seed=context.seed)
-
-        if self.bytes is not None:
-            bits = choose(graph, shared, book, context.need("calibration", "share"), self.bytes)
-        else:
+        outputs = self.near == "outputs"
+        if self.bytes is None:
             bits = self._bits(shared)
-        found = {own.name: book(own, bits[own.name]) for own in track(shared, "share: clustering")}
-        context.note(_shared(repr(self), shared, found))
-        return with_weights(graph, {name: codes.weight for name, codes in found.items()})
+        else:
+            data = context.need("calibration", "share")
+            bits = choose(
+                graph, shared, data, self.bytes, outputs=outputs, seed=context.seed, journal=context.journal
+            )  # fmt: skip
+
+        def near_weights(own: Weight) -> Codebook:
+            if self.bytes is None:
+                return share(own.values, bits[own.name], self.start, seed=context.seed)
+            return share_at_level(own.values, bits[own.name])
+
+        chosen = forms(graph, shared) if outputs else {}
+        alone = [own for own in shared if own.name not in chosen]
+        books = {own.name: near_weights(own) for own in track(alone, "share: clustering")}
+        made = with_weights(graph, {name: book.weight for name, book in books.items()})
+        if chosen:
+            made = self._near_outputs(graph, made, [own for own in shared if own.name in chosen], bits, context)
+        context.note(_shared(repr(self), shared, {own.name: own for own in weights(made)}))
+        return made
+
+    def _near_outputs(
+        self, graph: FloatGraph, made: FloatGraph, shared: Sequence[Weight], bits: Mapping[str, int], context: Context
+    ) -> FloatGraph:
+        """The graph with values and codes chosen layer by layer."""
+        from deploykit.hub.sharing.codes import at_level, in_bits
+        from deploykit.hub.sharing.outputs import by_outputs
+
+        how, data = in_bits if self.bytes is None else at_level, context.need("calibration", "share")
+
+        def pick(
+            own: Weight, t: NDArray[np.float64], h: NDArray[np.float64], kept: NDArray[np.bool_]
+        ) -> NDArray[np.float32]:
+            found = context.journal.once(own.name, lambda: {"weight": how(t, h, kept, bits[own.name])})
+            return found["weight"].astype("float32")
+
+        return by_outputs(graph, made, shared, data, pick, who="share: layers", seed=context.seed)
 
     def _bits(self, shared: Sequence[Weight]) -> dict[str, int]:
         """By initializer; of two patterns that both match the later one counts."""
@@ -100,18 +149,19 @@ class Share:
         return {own.name: of_layer[own.layer] for own in shared}
 
 
-def _shared(step: str, shared: Sequence[Weight], found: Mapping[str, Codebook]) -> Finding:
+def _shared(step: str, shared: Sequence[Weight], found: Mapping[str, Weight]) -> Finding:
     """What became of every layer, for the report."""
     import numpy as np
 
-    from deploykit.hub.sharing.codebooks import coded_bits
+    from deploykit.hub.sharing.codebooks import codebook, coded_bits
 
     rows = []
     for own in shared:
-        codes = found[own.name]
+        codes = codebook(found[own.name].values, own.values.size)
+        assert codes is not None
         lost = float(np.square(codes.weight - own.values, dtype=np.float64).sum())
         whole = max(float(np.square(own.values, dtype=np.float64).sum()), 1e-300)
-        kept = 100 * np.count_nonzero(own.values) / own.values.size
+        kept = 100 * np.count_nonzero(codes.weight) / own.values.size
         taken = round(coded_bits(codes) / 8)
         rows.append((own.layer, own.values.size, float(kept), codes.bits, len(codes.book), taken, lost / whole))
     total = sum(own.values.size for own in shared)

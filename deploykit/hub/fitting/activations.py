@@ -56,7 +56,7 @@ class Activations:
         Of images ``[1, ...]``, of others ``[features]``.
         """
         self._spool(name)
-        scale, zero = (1.0, 0.0) if self._is_real(name) else self.parameters(name)
+        scale, zero = self.parameters(name)
         mean = ((self._means[name] - zero) * scale).astype(np.float32)
         return mean[None] if name in self._images else mean
 
@@ -77,13 +77,15 @@ class Activations:
             spool.file.close()
 
     def parameters(self, name: str) -> tuple[float, float]:
-        """Scale and zero point of an integer tensor."""
+        """Scale and zero point of an integer tensor; 1 and 0 of real values."""
+        if self._written_by(name) != "QuantizeLinear":
+            return 1.0, 0.0
         scale, zero = (float(self.slicer.array(i)) for i in self.slicer.producer[name].input[1:3])
         return scale, zero
 
-    def _is_real(self, name: str) -> bool:
-        """Whether a tensor holds real values, as layers in 8-bit floating point are read."""
-        return bool(self.slicer.producer[name].op_type == "DequantizeLinear")
+    def _written_by(self, name: str) -> str:
+        """Operator that a tensor comes from; empty for graph inputs."""
+        return "" if name in self.slicer.inputs else str(self.slicer.producer[name].op_type)
 
     def _spool(self, name: str) -> Spool:
         if name not in self._stored:
@@ -93,10 +95,12 @@ class Activations:
     def _compute(self, name: str) -> Spool:
         sources = self.slicer.boundary([name], list(self._stored))
         # the optimizer takes float8 for integers that end at 0, and drops a Relu in front of them
-        run = session(self.slicer.cut([name], list(self._stored)), optimize=not self._is_real(name))
+        is_float8 = self._written_by(name) == "DequantizeLinear"
+        is_input = name in self.slicer.inputs
+        run = None if is_input else session(self.slicer.cut([name], list(self._stored)), optimize=not is_float8)
         spool, total, rows = Spool(), np.zeros((), np.float64), 0
         for arrays in self._inputs(sources):
-            (array,) = run.run(None, arrays)
+            (array,) = [arrays[name]] if run is None else run.run(None, arrays)
             spool.add(array)
             each = array if name in self._images else array.reshape(-1, array.shape[-1])
             total = total + each.sum(axis=0, dtype=np.int32 if array.dtype.kind in "iu" else np.float64)

@@ -26,7 +26,7 @@ COLUMNS = 1024
 
 @dataclass(frozen=True)
 class Moments:
-    """Centred second moments of a layer ``y = W x``: float64, g groups side by side."""
+    """Second moments of a layer ``y = W x``, about means or about zero: float64, g groups side by side."""
 
     h: NDArray[np.float64]
     """H = E[x xᵀ], [g, k, k]."""
@@ -72,14 +72,15 @@ class _Sums:
         )
         self._sums = _added(self._sums, products) if self._sums else products
 
-    def moments(self, other: _Sums | None = None) -> Moments:
-        """Of these, and of another's together with them."""
+    def moments(self, other: _Sums | None = None, *, centred: bool) -> Moments:
+        """Of these, and of another's together with them: about their means, or as they were added."""
         self._multiply()
         n, sums = self._n, self._sums
         if other is not None:
             other._multiply()
             n, sums = n + other._n, _added(sums, other._sums)
         x, y, xx, yx, yy = (s / n for s in sums)
+        x, y = (x, y) if centred else (np.zeros_like(x), np.zeros_like(y))
         return Moments(
             xx - x[:, :, None] * x[:, None, :], yx - y[:, :, None] * x[:, None, :], np.maximum(yy - y * y, 0.0),
             np.diagonal(xx, axis1=1, axis2=2).max(1),
@@ -93,20 +94,26 @@ def _added(
 
 
 def moments(
-    layer: Layer, form: MatrixForm, inputs: Activations, outputs: FloatOutputs
+    layer: Layer, form: MatrixForm, inputs: Activations, outputs: FloatOutputs, *, centred: bool = True
 ) -> tuple[Moments, tuple[Moments, ...]]:
-    """Of all samples; of every other batch and of the rest, if there is more than one."""
+    """Of all samples; of every other batch and of the rest, if there is more than one.
+
+    About the means, if a bias takes these; about zero, if the weights have to (``centred`` False).
+    """
     scale, zero = inputs.parameters(layer.x)
     halves = _Sums(), _Sums()
     # about the means of all positions: what is then taken off the second moments is small, and they lose no digits
     mean_x = channel_mean(inputs.mean(layer.x), 1 if form.operator == "Conv" else -1)
     middle = form.per_input((mean_x / np.float32(scale) + np.float32(zero)).astype(np.float32))
     centre = outputs.mean(layer.y).reshape(form.group, -1, 1).astype(np.float32)
+    if not centred:
+        middle, centre = np.full_like(middle, zero), np.zeros_like(centre)
     for i, (integers, y) in enumerate(zip(inputs.batches(layer.x), outputs.samples(layer.y), strict=True)):
         x = form.inputs(integers, outputs.shape(layer.y), outputs.positions(layer.y, i), zero)
         real = np.subtract(x, middle, dtype=np.float32)
         real *= np.float32(scale)
         halves[i % 2].add(real, y - centre)
     if i == 0:
-        return halves[0].moments(), ()
-    return halves[0].moments(halves[1]), (halves[0].moments(), halves[1].moments())
+        return halves[0].moments(centred=centred), ()
+    whole = halves[0].moments(halves[1], centred=centred)
+    return whole, (halves[0].moments(centred=centred), halves[1].moments(centred=centred))

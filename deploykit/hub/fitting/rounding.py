@@ -12,15 +12,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from deploykit.core.target import QuantSpec
+from deploykit.hub.fitting.columns import Choose, in_order, in_turn
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Matrices = NDArray[np.float64]
 
-BLOCK = 64
-"""Columns whose effect on the others waits until the block is done: the same numbers, as one product of matrices."""
-SWEEPS = 6
 REFITS = 2
 SCALES = 1.0, 1.15, 0.87, 0.75, 0.65
 """Scales that columns are rounded with, as shares of the one that is best for plain rounding."""
@@ -134,45 +132,15 @@ def fitted_scale(q: Matrices, w: Matrices, h: Matrices, s: Matrices, spec: Quant
 
 
 def column_by_column(w: Matrices, s: Matrices, h: Matrices, top: int) -> Matrices:
-    """GPTQ (Frantar et al. 2023, algorithm 1): each column's error is made good by the columns after it."""
-    u = np.linalg.cholesky(np.linalg.inv(h)).swapaxes(1, 2)
-    w, q = w.copy(), np.zeros_like(w)
-    k = w.shape[2]
-    for start in range(0, k, BLOCK):
-        end = min(start + BLOCK, k)
-        errors = np.zeros_like(w[:, :, start:end])
-        for j in range(start, end):
-            q[:, :, j] = np.clip(np.rint(w[:, :, j] / s), -top, top)
-            e = (w[:, :, j] - q[:, :, j] * s) / u[:, j, j, None]
-            w[:, :, j:end] -= e[:, :, None] * u[:, j, None, j:end]
-            errors[:, :, j - start] = e
-        w[:, :, end:] -= errors @ u[:, start:end, end:]
-    return q
+    """Integers by GPTQ (`deploykit.hub.fitting.columns`)."""
+    return np.asarray(np.rint(in_order(w, h, _grid(s, top)) / s[:, :, None]))
 
 
 def descend(q: Matrices, w: Matrices, s: Matrices, h: Matrices, top: int) -> Matrices:
-    """Coordinate descent: every integer in turn to its best value given the others, until none changes."""
-    q = q.copy()
-    residual = (q * s[:, :, None] - w) @ h
-    diagonal = np.diagonal(h, axis1=1, axis2=2)
-    k = w.shape[2]
-    for _ in range(SWEEPS):
-        changed = False
-        for start in range(0, k, BLOCK):
-            end = min(start + BLOCK, k)
-            r, block = residual[:, :, start:end].copy(), h[:, start:end, start:end]
-            before = q[:, :, start:end].copy()
-            for j in range(end - start):
-                old = q[:, :, start + j]
-                best = np.clip(np.rint(old - r[:, :, j] / (s * diagonal[:, start + j, None])), -top, top)
-                step = (best - old) * s
-                if step.any():
-                    q[:, :, start + j] = best
-                    r += step[:, :, None] * block[:, j, None, :]
-            moved = (q[:, :, start:end] - before) * s[:, :, None]
-            if moved.any():
-                changed = True
-                residual += moved @ h[:, start:end]
-        if not changed:
-            break
-    return q
+    """Every integer in turn to its best value given the others, until none changes."""
+    return np.asarray(np.rint(in_turn(q * s[:, :, None], w, h, _grid(s, top)) / s[:, :, None]))
+
+
+def _grid(s: Matrices, top: int) -> Choose:
+    """Multiples of the scales."""
+    return lambda v, curvature, column: np.clip(np.rint(v / s), -top, top) * s

@@ -1,46 +1,64 @@
-"""How many bits the codes of every weight get, under a budget of bytes.
+"""How fine the values of every weight are, under a budget of bytes.
 
-What the answers lose when one weight alone shares 2^b values is measured, the rest being exact; what it then takes is
-the entropy of its codes, for they will be coded. Integer programming picks the bits
-(`deploykit.hub.mixed.assignment`).
+What the answers lose when one weight alone is shared, at levels of 1 to 8 bits, is measured, the rest being exact; what
+it then takes is the entropy of its codes, for they will be coded (`deploykit.hub.sharing.entropy`). Integer programming
+picks the levels (`deploykit.hub.mixed.assignment`).
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from deploykit.core.data import DataSet
 from deploykit.core.errors import DeploykitError
+from deploykit.core.journal import NOTHING_KEPT, Journal
 from deploykit.core.progress import track
 from deploykit.hub.analysis.measures import squared
 from deploykit.hub.analysis.tail import Tail
 from deploykit.hub.graph import FloatGraph
 from deploykit.hub.mixed.assignment import OverBudget, assign
 from deploykit.hub.operators import PRODUCTS
-from deploykit.hub.sharing.codebooks import Codebook, Weight, coded_bits
+from deploykit.hub.sharing.codebooks import Weight, codebook, coded_bits, share_at_level
+from deploykit.hub.sharing.codes import at_level
+from deploykit.hub.sharing.outputs import by_outputs, forms
 
-BITS = tuple(range(1, 9))
-"""That codes may have."""
+LEVELS = tuple(range(1, 9))
+"""Bits that codes take, about."""
 SAMPLES = 64
 """That losses are measured on."""
+POSITIONS = 32
+"""Fewer than weights are chosen by: these are only compared."""
+
+Found = Mapping[str, NDArray[Any]]
+"""Of one weight at every level: what the answers lose, and bits."""
 
 
 def choose(
     graph: FloatGraph,
     shared: Sequence[Weight],
-    books: Callable[[Weight, int], Codebook],
     data: DataSet,
     budget: float,
+    *,
+    outputs: bool,
+    seed: int = 0,
+    journal: Journal = NOTHING_KEPT,
 ) -> dict[str, int]:
-    """Bits by initializer, for the least sum of losses.
+    """Levels by initializer, for the least sum of losses.
 
     Args:
         graph: not changed.
         shared: its weights that share values, in order.
-        books: the codebook of a weight with so many bits.
         data: samples.
         budget: share of the bytes that these weights take in fp32.
+        outputs: values are chosen for what layers compute, where they can be.
+        seed: of the output positions that this is judged by.
+        journal: what was measured, by weight.
 
     Raises:
         DeploykitError: the budget cannot be met (says what can), or a weight is not that of a product.
@@ -50,24 +68,62 @@ def choose(
     for own in shared:
         if operators[own.layer] not in PRODUCTS:
             raise DeploykitError(
-                f"share: bits cannot be chosen for '{own.layer}' ({operators[own.layer]}): losses are measured of "
+                f"share: levels cannot be chosen for '{own.layer}' ({operators[own.layer]}): losses are measured of "
                 "products alone. Leave it out with skip, or give bits."
             )
+    chosen = forms(graph, shared) if outputs else {}
+    alone = [own for own in shared if own.name not in chosen]
+    found = _alone(graph, alone, data, journal) if alone else {}
+    if chosen:
+        found |= _by_outputs(graph, [own for own in shared if own.name in chosen], data, seed, journal)
     whole = 32.0 * sum(own.values.size for own in shared)
-    losses: dict[str, Mapping[int, float]] = {}
-    costs: dict[str, Mapping[int, float]] = {}
-    with contextlib.closing(Tail(graph, data.spread(SAMPLES))) as tail:
-        for own in track(shared, "share: sensitivities"):
-            found = {b: books(own, b) for b in BITS}
-            costs[own.name] = {b: coded_bits(book) / whole for b, book in found.items()}
-            losses[own.name] = {
-                b: squared(tail.moved(own.layer, own.y, own.name, book.weight - own.values))
-                for b, book in found.items()
-            }
+    losses = {own.name: dict(zip(LEVELS, found[own.name]["losses"].tolist(), strict=True)) for own in shared}
+    costs = {own.name: dict(zip(LEVELS, (found[own.name]["bits"] / whole).tolist(), strict=True)) for own in shared}
     try:
         return assign(losses, costs, budget)
     except OverBudget as error:
         raise DeploykitError(
             f"share: {budget:g} of the fp32 bytes cannot be met: the least possible is {error.least:.4g}, with "
-            f"{BITS[0]} bit everywhere. Sparser weights take fewer bytes."
+            f"{LEVELS[0]} bit everywhere. Sparser weights take fewer bytes."
         ) from None
+
+
+def _alone(graph: FloatGraph, shared: Sequence[Weight], data: DataSet, journal: Journal) -> dict[str, Found]:
+    """Of values that are near to the weights."""
+    with contextlib.closing(Tail(graph, data.spread(SAMPLES))) as tail:
+
+        def measured(own: Weight) -> Found:
+            books = [share_at_level(own.values, b) for b in LEVELS]
+            lost = [squared(tail.moved(own.layer, own.y, own.name, book.weight - own.values)) for book in books]
+            return {"losses": np.asarray(lost), "bits": np.asarray([coded_bits(book) for book in books])}
+
+        return {
+            own.name: journal.once(f"levels of {own.name}", partial(measured, own))
+            for own in track(shared, "share: sensitivities")
+        }
+
+
+def _by_outputs(
+    graph: FloatGraph, shared: Sequence[Weight], data: DataSet, seed: int, journal: Journal
+) -> dict[str, Found]:
+    """Of values that do what the weights do; the network goes on with the finest."""
+    found: dict[str, Found] = {}
+    form = forms(graph, shared)
+    with contextlib.closing(Tail(graph, data.spread(SAMPLES))) as tail:
+
+        def pick(
+            own: Weight, t: NDArray[np.float64], h: NDArray[np.float64], kept: NDArray[np.bool_]
+        ) -> NDArray[np.float32]:
+            def measured() -> Found:
+                # codes as GPTQ chooses them are enough to compare levels by
+                every = [at_level(t, h, kept, b, turns=0).astype(np.float32) for b in LEVELS]
+                moved = [form[own.name].weight((x - t).astype(np.float32)) for x in every]
+                lost = [squared(tail.moved(own.layer, own.y, own.name, error)) for error in moved]
+                bits = [coded_bits(book) if (book := codebook(x, x.size)) else np.inf for x in every]
+                return {"losses": np.asarray(lost), "bits": np.asarray(bits), "finest": every[-1]}
+
+            found[own.name] = journal.once(f"levels of {own.name}", measured)
+            return np.asarray(found[own.name]["finest"], np.float32)
+
+        by_outputs(graph, graph, shared, data, pick, who="share: sensitivities", positions=POSITIONS, seed=seed)
+    return found

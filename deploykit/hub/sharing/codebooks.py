@@ -18,6 +18,7 @@ from deploykit.core.patterns import matching
 from deploykit.hub.graph import FloatGraph, constant
 from deploykit.hub.operators import PRODUCTS
 from deploykit.hub.plan import name_of
+from deploykit.hub.sharing.entropy import cheapest, constrained, level
 from deploykit.hub.sharing.kmeans import Start, cluster, nearest
 
 if TYPE_CHECKING:
@@ -107,10 +108,7 @@ def share(weight: Floats, bits: int, start: Start = "optimal", seed: int = 0) ->
     Raises:
         DeploykitError: NaN or infinity among the values.
     """
-    if not np.isfinite(weight).all():
-        raise DeploykitError("weights with NaN or infinity cannot be shared")
-    x = weight.astype(np.float64)
-    kept = x != 0
+    x, kept = _kept(weight)
     if not kept.any():
         return Codebook(np.zeros(1, np.float32), np.zeros(weight.shape, np.int64))
     zeros = 0 if kept.all() else 1
@@ -123,6 +121,37 @@ def share(weight: Floats, bits: int, start: Start = "optimal", seed: int = 0) ->
     codes = np.zeros(weight.shape, np.int64)
     codes[kept] = nearest(x[kept], c) + zeros
     return Codebook(np.concatenate([np.zeros(zeros), c]).astype(np.float32), codes)
+
+
+def share_at_level(weight: Floats, bits: float) -> Codebook:
+    """The values whose codes take about so many bits once they are coded (`deploykit.hub.sharing.entropy`); small ones
+    may become zero where others are.
+
+    Args:
+        weight: any shape; finite.
+        bits: of a code, on average.
+
+    Raises:
+        DeploykitError: NaN or infinity among the values.
+    """
+    x, kept = _kept(weight)
+    if not kept.any():
+        return Codebook(np.zeros(1, np.float32), np.zeros(weight.shape, np.int64))
+    h = np.ones(np.count_nonzero(kept))
+    c, price = constrained(x[kept], h, level(x[kept], h, bits), int((~kept).sum()))
+    shared = np.zeros(weight.shape, np.float32)
+    shared[kept] = c[cheapest(x[kept], np.ones(1), c, price)]
+    found = codebook(shared, weight.size)
+    assert found is not None
+    return found
+
+
+def _kept(weight: Floats) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """The values, and which are not zero."""
+    if not np.isfinite(weight).all():
+        raise DeploykitError("weights with NaN or infinity cannot be shared")
+    x = weight.astype(np.float64)
+    return x, x != 0
 
 
 def codebook(weight: Floats, most: int = 2**MOST_BITS) -> Codebook | None:

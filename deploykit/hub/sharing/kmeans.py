@@ -93,7 +93,7 @@ def optimal(x: Floats, h: Floats, k: int) -> Floats:
         h: their weights ``[n]``, above 0.
         k: fewer than n.
     """
-    sums = _cells(x, h)
+    sums = cells(x, h)
     n = len(sums[0]) - 1
     k = min(k, n)
     ends = [np.arange(n + 1)]  # by k, by j: where the last cluster begins
@@ -108,7 +108,7 @@ def optimal(x: Floats, h: Floats, k: int) -> Floats:
     return np.diff(sums[1][edges]) / np.diff(sums[0][edges])
 
 
-def _cells(x: Floats, h: Floats) -> tuple[Floats, Floats, Floats]:
+def cells(x: Floats, h: Floats) -> tuple[Floats, Floats, Floats]:
     """Sums of h, h x, h x² over the cells in front of each."""
     cell = np.arange(len(x))
     if len(x) > CELLS:  # half of the cells equally wide, half with equally many values: outliers make wide ones useless
