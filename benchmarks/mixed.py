@@ -21,6 +21,7 @@ from benchmarks.choices import Case, in_memory
 from benchmarks.rows import Row, main
 from deploykit import passes
 from deploykit.check import answer
+from deploykit.core.context import apart
 from deploykit.core.recipe import Step
 from deploykit.exporters import to_onnx
 from deploykit.hub.analysis.measures import MEASURES, divergence
@@ -32,7 +33,7 @@ from deploykit.hub.mixed.sensitivity import sensitivities
 from deploykit.hub.quantize import quantize
 from deploykit.hub.running import session
 from deploykit.hub.slices import Slicer
-from deploykit.passes.mixed import Mixed, apart
+from deploykit.passes.mixed import Mixed
 
 COMMAND = "python -m benchmarks.mixed"
 RESNET = "ResNet-20, 512 JPEG CIFAR-10 training images calibrate, all 10,000 JPEG test images evaluate"
@@ -73,7 +74,7 @@ class Setting:
 
     def losses(self, measure: str = "squared") -> dict[str, dict[int, float]]:
         """What the step mixed measures, on the calibration samples."""
-        fitted, judged = apart(self.case.context)
+        fitted, judged = apart(self.case.context, "mixed")
         rounding = gptq if self.step == "gptq" else to_nearest
         return sensitivities(self.start, fitted, judged.spread(Mixed().samples), self.bits, measure, rounding)  # type: ignore[arg-type]
 

@@ -26,6 +26,7 @@ from benchmarks.rows import Row, main
 from deploykit import passes, pipeline, targets
 from deploykit.core.context import Context
 from deploykit.core.data import DataSet
+from deploykit.core.journal import Journal
 from deploykit.core.recipe import Step, TrainSettings
 from deploykit.dkz.container import pack
 from deploykit.dkz.extents import files_of
@@ -40,17 +41,26 @@ COMMAND = "python -m benchmarks.sharing"
 X86 = targets.load("x86")
 BITS = (2, 3, 4, 5)
 STEPS = 200
-Ways = Mapping[float, Sequence[Step]]
-"""By the share of zeros, ways to share what is left."""
-BY_BITS: Ways = {
-    zeros: [Step("share", {"bits": b}) for b in bits]
-    for zeros, bits in {0.0: (6, 5, 4), 0.3: (6, 5, 4), 0.5: (6, 5, 4), 0.7: (5, 4), 0.8: (5, 4)}.items()
-}
-BY_BYTES: Ways = {
-    zeros: [Step("share", {"bytes": share}) for share in shares]
-    for zeros, shares in {0.0: (0.24, 0.2, 0.16), 0.3: (0.2, 0.16)}.items()
-}
-"""Depthwise layers need more bits than others: they are chosen."""
+Ways = Sequence[tuple[float, str, Sequence[Step]]]
+"""The share of zeros, what values are chosen for, and ways to choose them."""
+
+
+def ways(bits: Mapping[float, Sequence[int]], shares: Mapping[float, Sequence[float]]) -> Ways:
+    """By the share of zeros: so many bits near the weights, and budgets of bytes near the outputs; 4 bits by both."""
+    near = [(zeros, "weights", [Step("share", {"bits": b}) for b in some]) for zeros, some in bits.items()]
+    four = [(0.0, "outputs, 4 bits", [Step("share", {"bits": 4, "near": "outputs"})])]
+    far = [
+        (zeros, "outputs", [Step("share", {"bytes": share, "near": "outputs"}) for share in some])
+        for zeros, some in shares.items()
+    ]
+    return near + four + far
+
+
+RESNET20 = ways(
+    {0.0: (6, 5, 4), 0.3: (6, 5, 4), 0.5: (6, 5, 4), 0.7: (5, 4), 0.8: (5, 4)},
+    {0.0: (0.16, 0.13, 0.1, 0.08, 0.06, 0.05), 0.5: (0.08, 0.06)},
+)
+MOBILENETV1 = ways({0.0: (4,)}, {0.0: (0.2, 0.16, 0.14, 0.12, 0.11, 0.1, 0.08)})
 WITHIN = 1.0
 """Points that a file may lose to be compared by its bytes."""
 
@@ -149,8 +159,7 @@ def curve(
     evaluation: DataSet,
     about: str,
     part: str,
-    ways: Ways,
-    criterion: str = "auto",
+    every: Ways,
 ) -> list[Row]:
     """Accuracy and agreement over kilobytes of int8 and of what is pruned and shared, from samples alone."""
     graph = lower(net, here.example)
@@ -172,30 +181,38 @@ def curve(
     hub = quantize(graph, pipeline.calibrate(graph, here.data["calibration"]), X86.quant)
     corrected: Hub = run(hub, here, Step("weight_correct"))
     add("int8", onnx.load_model_from_string(corrected.bytes), {"file": "", "xz": " with xz", "dkz": " packed"})
-    for zeros, every in ways.items():
-        pruned = (
-            run(net, here, Step("sparsify", {"sparsity": zeros, "criterion": criterion}), Step("refit"))
-            if zeros
-            else net
-        )
-        sparse = lower(pruned, here.example)
-        for number, way in enumerate(every):
-            made: FloatGraph = run(sparse, here, way)
-            plain = onnx.load_model_from_string(made.bytes)
-            stored = onnx.load_model_from_string(made.bytes)
-            store_codebooks(stored, X86.opset)
-            line = f"{zeros:.0%} zeros, shared"
-            for shares, taken in ((of_xz, add(line, stored, {"dkz": ", packed"})), (of_plain, sizes(plain))):
-                shares[f"{line}, {number}"] = taken["dkz"] / taken["xz"]
+    pruned: dict[float, FloatGraph] = {0.0: graph}
+    for zeros, near, steps in every:
+        if zeros not in pruned:
+            smaller = run(net, here, Step("sparsify", {"sparsity": zeros, "criterion": "auto"}), Step("refit"))
+            pruned[zeros] = lower(smaller, here.example)
+        with tempfile.TemporaryDirectory() as folder:  # what levels lose is the same for every budget
+            kept = replace(here, journal=Journal(Path(folder)))
+            for number, way in enumerate(steps):
+                made: FloatGraph = run(pruned[zeros], kept, way)
+                plain = onnx.load_model_from_string(made.bytes)
+                stored = onnx.load_model_from_string(made.bytes)
+                store_codebooks(stored, X86.opset)
+                line = f"{zeros:.0%} zeros, shared near {near}"
+                for shares, taken in ((of_xz, add(line, stored, {"dkz": ", packed"})), (of_plain, sizes(plain))):
+                    shares[f"{line}, {number}"] = taken["dkz"] / taken["xz"]
 
     def smallest(what: str) -> float:
         fine = [float(key.split(": ")[1]) for key, top in accuracy.items() if what in key and top >= bar]
         return min(fine, default=float("inf"))  # none is good enough: worse than any other
 
+    def four(near: str) -> float:
+        return [found for key, found in agreement.items() if key.startswith(f"0% zeros, shared near {near}, packed")][
+            -1
+        ]
+
     command = f"{COMMAND} {part}"
     return [
+        Row(f"{name}, 16 values a layer: agreement of values near outputs above those near weights (points)",
+            four("outputs, 4 bits") - four("weights"), 0.0, "higher", about, command, [0],
+            {near: four(near) for near in ("weights", "outputs, 4 bits")}, note="neither is trained"),
         Row(f"{name}: pruned, shared and coded, at most {WITHIN:g} point lost: bytes, of int8 with xz",
-            smallest("shared, packed") / smallest("int8 with xz"), 1.0, "lower", about, command, [0], accuracy,
+            smallest("shared near") / smallest("int8 with xz"), 1.0, "lower", about, command, [0], accuracy,
             "xz -9e of the int8 .onnx", "not trained; values are top-1 % at kilobytes"),
         Row(f"{name}: int8 packed, bytes, of int8 with xz", smallest("int8 packed") / smallest("int8 with xz"), 1.0,
             "lower", about, command, [0], agreement, "xz -9e of the int8 .onnx",
@@ -213,7 +230,7 @@ def curve_resnet20() -> list[Row]:
     net, cifar = data.resnet20(), in_memory(data.cifar("train", 512))
     about = "JPEG CIFAR-10, 512 training images calibrate, 2,000 test images evaluate"
     return curve(
-        "ResNet-20", net, context(net, cifar), in_memory(data.cifar("test", 2000)), about, "curve_resnet20", BY_BITS
+        "ResNet-20", net, context(net, cifar), in_memory(data.cifar("test", 2000)), about, "curve_resnet20", RESNET20
     )
 
 
@@ -221,8 +238,8 @@ def curve_mobilenetv1() -> list[Row]:
     net, photographs = data.mobilenetv1(), in_memory(data.imagenet(True))
     about = "200 sample images calibrate, 800 evaluate"
     return curve(
-        "MobileNetV1 0.75", net, context(net, photographs), data.imagenet(False), about, "curve_mobilenetv1", BY_BYTES,
-        "activation",
+        "MobileNetV1 0.75", net, context(net, photographs), data.imagenet(False), about, "curve_mobilenetv1",
+        MOBILENETV1,
     )  # fmt: skip
 
 

@@ -123,15 +123,15 @@ def test_labels_decide_where_there_are_some_and_the_float_networks_answers_where
     made, data = classifier()
     hub = with_bits(hub_of(made, data), {"a": 2})
     answers, float_answers = run(hub.bytes, data)[0].argmax(1), run(made.bytes, data)[0].argmax(1)
-    exam = Exam(hub, data)
-    assert exam.lost(hub) == pytest.approx(100 - 100 * (answers == float_answers).mean())
+    exam = Exam(hub.graph, data, "mixed")
+    assert exam.lost(hub.bytes) == pytest.approx(100 - 100 * (answers == float_answers).mean())
     labels = (np.arange(100) % 10).astype(np.int64)
-    exam = Exam(hub, replace(data, labels=labels))
-    assert exam.lost(hub) == pytest.approx(100 * ((float_answers == labels).mean() - (answers == labels).mean()))
+    exam = Exam(hub.graph, replace(data, labels=labels), "mixed")
+    assert exam.lost(hub.bytes) == pytest.approx(100 * ((float_answers == labels).mean() - (answers == labels).mean()))
     with pytest.raises(
-        DeploykitError, match=r"max_drop counts answers, and output 'y'.*no class scores.*bytes, macs or ms"
+        DeploykitError, match=r"max_drop counts answers, and output 'y'.*no class scores.*give mixed a budget"
     ):
-        Exam(hub_of(conv_relu_conv(), images()), images())
+        Exam(conv_relu_conv(), images(), "mixed")
 
 
 @pytest.mark.parametrize(

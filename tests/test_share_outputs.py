@@ -4,6 +4,7 @@ least squares, networks against what sharing by weights leaves of them."""
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -206,17 +207,19 @@ def test_codes_whose_bits_count_take_fewer() -> None:
 
 
 class Mixed(torch.nn.Module):
-    """Convolutions (one depthwise), a product of matrices with its bias behind it, and one without any."""
+    """Convolutions, a depthwise one without bias among them, and products of matrices with their biases behind them."""
 
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(1)
         self.first, self.norm = torch.nn.Conv2d(3, 12, 3, padding=1), torch.nn.BatchNorm2d(12)
         self.each = torch.nn.Conv2d(12, 12, 3, padding=1, groups=12, bias=False)
-        self.wide, self.head = torch.nn.Linear(12, 24), torch.nn.Linear(24, 6, bias=False)
+        self.wide, self.head = torch.nn.Linear(12, 24), torch.nn.Linear(24, 6)
         torch.nn.init.uniform_(self.norm.weight, 0.2, 3.0)
         torch.nn.init.uniform_(self.norm.get_buffer("running_var"), 0.5, 2.0)
         self.eval()
+        with torch.no_grad():  # every class is the answer now and then
+            self.head.bias -= self(torch.from_numpy(next(smooth(64, 1).batches(64)).inputs["x"])).mean(0)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = torch.relu(self.each(torch.relu(self.norm(self.first(x)))))
@@ -267,7 +270,7 @@ def test_products_of_a_float_graph_are_found_with_their_own_biases() -> None:
     made = mixed_graph()
     found = float_layers(Slicer(onnx.load_model_from_string(made.bytes)))
     assert [layer.node.op_type for layer in found] == ["Conv", "Conv", "MatMul", "MatMul"]
-    assert [bool(layer.bias) for layer in found] == [True, False, True, False]
+    assert [bool(layer.bias) for layer in found] == [True, False, True, True]
     own = {weight.name: weight for weight in weights(made)}
     assert set(forms(made, list(own.values()))) == {layer.weight for layer in found} & set(own)
 
@@ -298,9 +301,49 @@ def test_zeros_of_a_pruned_network_stay_and_values_are_few() -> None:
             assert (new.values[old.values == 0] == 0).all()
             assert "bits" not in options or len(np.unique(new.values)) <= 8
         if "bytes" in options:
-            taken = sum(int(row[5] or 0) for row in findings[0].rows)
+            taken = sum(int(row[5] or 0) for row in findings[-1].rows)
             # what was chosen by was measured before values and codes were fitted to each other
             assert taken <= 1.1 * 0.08 * 4 * sum(own.values.size for own in weights(exact))
+
+
+def answered(made: FloatGraph, exact: FloatGraph, data: DataSet) -> Any:
+    """Points of agreement lost."""
+    return 100 * float((answers(made, data).argmax(1) != answers(exact, data).argmax(1)).mean())
+
+
+def test_the_smallest_file_is_found_that_loses_no_more_points() -> None:
+    exact, held_out = mixed_graph(), smooth(200, 7)
+    taken = []
+    for points in (4.0, 40.0):
+        findings: list[Finding] = []
+        here = context(findings)
+        here = replace(here, data={**here.data, "holdout": held_out})
+        made = passes.build(Step("share", {"max_drop": points, "near": "outputs"}))(exact, here)
+        assert answered(made, exact, held_out) <= points
+        trials, layers = findings
+        (chosen,) = [row for row in trials.rows if row[3] == "chosen"]
+        assert chosen[2] == pytest.approx(answered(made, exact, held_out))
+        cheaper = [row for row in trials.rows if float(row[0] or 0) < float(chosen[0] or 0) - 0.02]
+        assert all(float(row[2] or 0) > points for row in cheaper)
+        taken.append(sum(int(row[5] or 0) for row in layers.rows))
+    assert taken == sorted(taken, reverse=True) and taken[1] < 0.8 * taken[0]
+
+
+def test_points_that_cannot_be_kept_say_what_was_tried() -> None:
+    exact = mixed_graph()
+    held_out = replace(smooth(64, 0), labels=answers(exact, smooth(64, 0)).argmax(1))
+    here = context()
+    here = replace(here, data={**here.data, "holdout": held_out})
+    step = passes.build(Step("share", {"max_drop": 0.0, "bytes": 0.05, "near": "outputs"}))
+    with pytest.raises(DeploykitError, match=r"share: (no assignment stays|to stay) within 0 points of accuracy on 64"):
+        step(exact, here)
+
+
+def test_answers_to_made_up_samples_are_not_counted() -> None:
+    here = context()
+    here = replace(here, data={"calibration": replace(here.data["calibration"], synthetic=True)})
+    with pytest.raises(DeploykitError, match="made up; give bytes"):
+        passes.build(Step("share", {"max_drop": 1.0}))(mixed_graph(), here)
 
 
 def test_what_was_measured_and_chosen_is_taken_from_the_journal(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -322,6 +365,11 @@ def test_what_was_measured_and_chosen_is_taken_from_the_journal(tmp_path: Any, m
         ({"near": "outputs"}, 7, "at least 8"),
         ({"near": "outputs", "start": "linear"}, 64, "start says where"),
         ({"near": "outptus"}, 64, "outptus"),
+        ({"bytes": 0.1, "start": "linear"}, 64, "start says where"),
+        ({"max_drop": -1.0}, 64, "0 or more points"),
+        ({"max_drop": 1.0, "layers": {"a": 3}}, 64, "leave out layers"),
+        ({"max_drop": 1.0}, 15, "at least 16"),
+        ({"max_drop": 1.0}, 64, "no class scores; give share a budget instead"),
         ({"near": "outputs", "bytes": 0.001}, 64, "the least possible is"),
     ],
 )

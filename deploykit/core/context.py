@@ -16,6 +16,9 @@ from deploykit.core.target import Target
 if TYPE_CHECKING:
     from deploykit.core.manifest import Finding
 
+LEAST_APART = 16
+APART = 5
+"""Without hold-out every fifth calibration sample is one."""
 Role = Literal["train", "calibration", "holdout", "eval"]
 
 
@@ -80,3 +83,21 @@ class Context:
             option = {"train": "--train", "calibration": "--calib", "holdout": "--calib", "eval": "--eval"}[role]
             raise DeploykitError(f"step '{who}' needs {role} data: give {option}")
         return self.data[role]
+
+
+def apart(context: Context, who: str) -> tuple[DataSet, DataSet]:
+    """Samples that weights are chosen by, and others that answers are judged on.
+
+    Raises:
+        DeploykitError: too few.
+    """
+    data = context.need("calibration", who)
+    if len(data) < LEAST_APART:
+        raise DeploykitError(
+            f"{who} measures what smaller weights lose and needs at least {LEAST_APART} calibration samples; there are "
+            f"{len(data)}"
+        )
+    if "holdout" in context.data:
+        return data, context.data["holdout"]
+    last = np.arange(len(data)) % APART == APART - 1
+    return data.pick(np.flatnonzero(~last)), data.pick(np.flatnonzero(last))

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 
-from deploykit.core.context import Context
+from deploykit.core.context import Context, apart
 from deploykit.core.data import DataSet
 from deploykit.core.errors import DeploykitError
 from deploykit.core.journal import NOTHING_KEPT
@@ -36,11 +36,8 @@ if TYPE_CHECKING:
     from deploykit.hub.mixed.frontier import Trial
 
 BYTES = 0.7
-LEAST_SAMPLES = 16
 BITS = "Bits of every layer"
 """The table that says them."""
-APART = 5
-"""Without hold-out every fifth calibration sample is one."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +91,7 @@ class Mixed:
 
     def foresee(self, context: Context) -> None:
         """Refuses too few calibration samples, and to count answers to samples that are made up."""
-        _, judged = apart(context)
+        _, judged = apart(context, "mixed")
         if self.max_drop is not None and judged.synthetic:
             raise DeploykitError("mixed: max_drop counts answers to real samples, and these are made up; give a budget")
 
@@ -120,6 +117,7 @@ class Mixed:
         """
         from deploykit.hub.bits import is_plain, with_bits
         from deploykit.hub.mixed.assignment import require_solver
+        from deploykit.hub.mixed.frontier import told
         from deploykit.hub.mixed.sensitivity import sensitivities
 
         require_solver()
@@ -127,7 +125,7 @@ class Mixed:
         held, allowed, costs = self._room(hub)
         if not is_plain(hub):
             raise DeploykitError("mixed sets weights anew and comes first of the hub steps; put the others behind it")
-        fitted, judged = apart(context)
+        fitted, judged = apart(context, "mixed")
         bits = sorted({b for choices in allowed.values() for b in choices})
 
         def measured() -> dict[str, NDArray[np.float64]]:
@@ -137,7 +135,7 @@ class Mixed:
         found = context.journal.once("sensitivities", measured)
         losses = {name: {b: float(found[name][bits.index(b)]) for b in own} for name, own in allowed.items()}
         chosen, shown = self._chosen(hub, replace(context, data={"calibration": fitted}), judged, losses, costs)
-        findings = *hub.findings, self._frontier(chosen, shown), self._layers(chosen, held, losses)
+        findings = *hub.findings, told(repr(self), self._unit, chosen, shown), self._layers(chosen, held, losses)
         return replace(with_bits(hub, chosen.bits), findings=findings)
 
     def _room(self, hub: Hub) -> tuple[list[Held], dict[str, tuple[int, ...]], Table]:
@@ -195,44 +193,24 @@ class Mixed:
         """The assignment, and those beside it on the frontier."""
         from deploykit.hub.analysis.answers import Exam
         from deploykit.hub.bits import with_bits
-        from deploykit.hub.mixed.frontier import cheapest_within, frontier, on_frontier
+        from deploykit.hub.mixed.frontier import Bar, frontier, least_within, on_frontier
         from deploykit.passes.gptq import Gptq
 
         budget = self._budget
         if self.max_drop is None:
             assert budget is not None
             return on_frontier(losses, costs, budget), frontier(losses, costs)
-        exam, plain = Exam(hub, judged), replace(context, journal=NOTHING_KEPT)
+        exam, plain = Exam(hub.graph, judged, "mixed"), replace(context, journal=NOTHING_KEPT)
 
         def lost(bits: Mapping[str, int]) -> float:
             found = context.journal.once(
                 f"lost with {sorted(bits.items())}",
-                lambda: {"points": np.asarray(exam.lost(Gptq()(with_bits(hub, bits), plain)))},
+                lambda: {"points": np.asarray(exam.lost(Gptq()(with_bits(hub, bits), plain).bytes))},
             )
             return float(found["points"])
 
-        best, tried = cheapest_within(losses, costs, self.max_drop, lost)
-        points = f"{self.max_drop:g} points of {exam.what} on {len(judged)} samples"
-        listed = "; ".join(f"{t.cost:.3g} loses {t.lost:.2f}" for t in tried if t.lost is not None)
-        if best is None:
-            raise DeploykitError(
-                f"mixed: no assignment stays within {points}, where one answer is {100 / len(judged):.2g}. Tried "
-                f"({self._unit}): {listed}"
-            )
-        if budget is not None and best.cost > budget:
-            raise DeploykitError(
-                f"mixed: to stay within {points} takes {best.cost:.3g} ({self._unit}), more than {budget:g}. "
-                f"Tried: {listed}"
-            )
-        return best, tried
-
-    def _frontier(self, chosen: Trial, shown: Sequence[Trial]) -> Finding:
-        others = [t for t in shown if t.bits != chosen.bits]
-        rows = [(t.cost, t.predicted, t.lost, "chosen" if t is chosen else "") for t in (chosen, *others)]
-        rows.sort(key=lambda row: row[:2])
-        columns = self._unit, "predicted loss", "points lost", ""
-        return Finding(
-            repr(self), "Loss over what the weights cost", columns, tuple(rows), (self._unit, "predicted loss")
+        return least_within(
+            losses, costs, Bar(self.max_drop, lost, exam.what, len(judged)), budget, "mixed", self._unit
         )
 
     def _layers(self, chosen: Trial, held: Sequence[Held], losses: Table) -> Finding:
@@ -242,21 +220,3 @@ class Mixed:
         )
         columns = "layer", "bits", "weights", *(f"loss with {b} bits" for b in bits)
         return Finding(repr(self), BITS, columns, rows)
-
-
-def apart(context: Context) -> tuple[DataSet, DataSet]:
-    """Samples that integers are chosen by, and others that answers are judged on.
-
-    Raises:
-        DeploykitError: too few.
-    """
-    data = context.need("calibration", "mixed")
-    if len(data) < LEAST_SAMPLES:
-        raise DeploykitError(
-            f"mixed measures what fewer bits lose and needs at least {LEAST_SAMPLES} calibration samples; there are "
-            f"{len(data)}"
-        )
-    if "holdout" in context.data:
-        return data, context.data["holdout"]
-    last = np.arange(len(data)) % APART == APART - 1
-    return data.pick(np.flatnonzero(~last)), data.pick(np.flatnonzero(last))

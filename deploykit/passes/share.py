@@ -14,11 +14,12 @@ What it saves is seen in files that keep codes: ONNX (a codebook and `Gather`), 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from deploykit.core.context import Context
+from deploykit.core.context import Context, apart
 from deploykit.core.errors import DeploykitError
+from deploykit.core.journal import NOTHING_KEPT
 from deploykit.core.manifest import Finding
 from deploykit.core.patterns import matching
 from deploykit.core.recipe import Stage
@@ -29,9 +30,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from deploykit.hub.graph import FloatGraph
-    from deploykit.hub.sharing.codebooks import Codebook, Weight
+    from deploykit.hub.sharing.codebooks import Weight
 
 LEAST_SAMPLES = 8
+UNIT = "bytes of the coded weights, share of fp32"
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,9 @@ class Share:
     bytes: float | None = None
     """Budget instead of bits: what the coded weights may take, as a share of what they take in fp32. How fine values
     are is chosen by what each layer's sharing does to the answers, how many there are by what their codes take."""
+    max_drop: float | None = None
+    """Points that may be lost, of accuracy where samples have labels, else of agreement with the float model: the
+    smallest file is sought that loses no more."""
     near: Literal["weights", "outputs"] = "weights"
     """What values and codes are chosen to keep: the weights, or the outputs of their layers on calibration data."""
     start: Literal["optimal", "linear", "density", "random"] = "optimal"
@@ -60,23 +65,30 @@ class Share:
         for bits in (self.bits, *self.layers.values()):
             if not isinstance(bits, int) or not 1 <= bits <= 12:
                 raise ValueError(f"bits must lie between 1 and 12, given {bits}")
-        if self.bytes is not None and (not 0 < self.bytes <= 1 or self.layers):
-            raise ValueError(
-                "bytes is a share of what fp32 takes, above 0 and at most 1, and chooses the bits of all layers: leave "
-                "out layers"
-            )
+        if self.bytes is not None and not 0 < self.bytes <= 1:
+            raise ValueError("bytes is a share of what fp32 takes, above 0 and at most 1")
+        if self.max_drop is not None and not self.max_drop >= 0:
+            raise ValueError("max_drop must be 0 or more points")
+        if self._chooses and self.layers:
+            raise ValueError("bytes and max_drop choose for all layers: leave out layers")
+        if (self._chooses or self.near == "outputs") and self.start != "optimal":
+            raise ValueError('start says where k-means over weights begins, and goes with bits and near = "weights"')
 
-        if self.near == "outputs" and self.start != "optimal":
-            raise ValueError(
-                'start says where k-means over weights begins; near = "outputs" begins with the optimal values'
-            )
+    @property
+    def _chooses(self) -> bool:
+        """Whether it is found out how fine values are."""
+        return self.bytes is not None or self.max_drop is not None
 
     def foresee(self, context: Context) -> None:
         """Refuses a budget without samples or without a solver, and outputs without enough samples."""
-        if self.bytes is not None:
+        if self._chooses:
             from deploykit.hub.mixed.assignment import require_solver
 
-            context.need("calibration", "share with a budget of bytes")
+            _, judged = apart(context, "share")
+            if self.max_drop is not None and judged.synthetic:
+                raise DeploykitError(
+                    "share: max_drop counts answers to real samples, and these are made up; give bytes"
+                )
             require_solver()
         if self.near == "outputs" and len(data := context.need("calibration", "share near outputs")) < LEAST_SAMPLES:
             raise DeploykitError(
@@ -89,40 +101,76 @@ class Share:
 
         Raises:
             DeploykitError: there is no weight to be shared, a layer that there is not, NaN or infinity among weights,
-                or a budget that cannot be met.
+                or a budget or loss that cannot be met.
             MissingExtra: a budget, and no solver.
         """
-        from deploykit.core.progress import track
-        from deploykit.hub.sharing.choice import choose
-        from deploykit.hub.sharing.codebooks import share, share_at_level, weights, with_weights
-        from deploykit.hub.sharing.outputs import forms
+        from deploykit.hub.sharing.codebooks import weights
 
         self.foresee(context)
         shared = weights(graph, self.skip)
         if not shared:
             raise DeploykitError("there is nothing to share: no weights of convolutions, products, LSTM or GRU")
-        outputs = self.near == "outputs"
-        if self.bytes is None:
-            bits = self._bits(shared)
-        else:
-            data = context.need("calibration", "share")
-            bits = choose(
-                graph, shared, data, self.bytes, outputs=outputs, seed=context.seed, journal=context.journal
-            )  # fmt: skip
-
-        def near_weights(own: Weight) -> Codebook:
-            if self.bytes is None:
-                return share(own.values, bits[own.name], self.start, seed=context.seed)
-            return share_at_level(own.values, bits[own.name])
-
-        chosen = forms(graph, shared) if outputs else {}
-        alone = [own for own in shared if own.name not in chosen]
-        books = {own.name: near_weights(own) for own in track(alone, "share: clustering")}
-        made = with_weights(graph, {name: book.weight for name, book in books.items()})
-        if chosen:
-            made = self._near_outputs(graph, made, [own for own in shared if own.name in chosen], bits, context)
+        bits = self._chosen(graph, shared, context) if self._chooses else self._bits(shared)
+        made = self._made(graph, shared, bits, context)
         context.note(_shared(repr(self), shared, {own.name: own for own in weights(made)}))
         return made
+
+    def _chosen(self, graph: FloatGraph, shared: Sequence[Weight], context: Context) -> Mapping[str, int]:
+        """How fine the values of every weight are, by initializer, in half bits."""
+        import numpy as np
+
+        from deploykit.hub.analysis.answers import Exam
+        from deploykit.hub.mixed.assignment import cheapest, within
+        from deploykit.hub.mixed.frontier import Bar, frontier, least_within, on_frontier, told
+        from deploykit.hub.sharing.choice import tables
+
+        fitted, judged = apart(context, "share")
+        losses, costs = tables(
+            graph, shared, fitted, judged, outputs=self.near == "outputs", seed=context.seed, journal=context.journal
+        )
+        if self.bytes is not None and not within(least := cheapest(costs), self.bytes):
+            raise DeploykitError(
+                f"share: {self.bytes:g} of the fp32 bytes cannot be met: the least possible is {least:.4g}, with about "
+                "1 bit everywhere. Sparser weights take fewer bytes."
+            )
+        if self.max_drop is None:
+            assert self.bytes is not None
+            best, shown = on_frontier(losses, costs, self.bytes), frontier(losses, costs)
+        else:
+            exam = Exam(graph, judged, "share")
+            trial = replace(context, data={"calibration": fitted}, journal=NOTHING_KEPT)
+
+            def lost(bits: Mapping[str, int]) -> float:
+                found = context.journal.once(
+                    f"lost with {sorted(bits.items())}",
+                    lambda: {"points": np.asarray(exam.lost(self._made(graph, shared, bits, trial).bytes))},
+                )
+                return float(found["points"])
+
+            bar = Bar(self.max_drop, lost, exam.what, len(judged))
+            best, shown = least_within(losses, costs, bar, self.bytes, "share", UNIT)
+        context.note(told(repr(self), UNIT, best, shown))
+        return best.bits
+
+    def _made(
+        self, graph: FloatGraph, shared: Sequence[Weight], bits: Mapping[str, int], context: Context
+    ) -> FloatGraph:
+        """The graph with weights as fine as said: in bits, or in half bits where it was found out."""
+        from deploykit.core.progress import track
+        from deploykit.hub.sharing.codebooks import share, share_at_level, with_weights
+        from deploykit.hub.sharing.outputs import forms
+
+        chosen = forms(graph, shared) if self.near == "outputs" else {}
+        found = {}
+        for own in track([own for own in shared if own.name not in chosen], "share: clustering"):
+            if self._chooses:
+                found[own.name] = share_at_level(own.values, bits[own.name] / 2).weight
+            else:
+                found[own.name] = share(own.values, bits[own.name], self.start, seed=context.seed).weight
+        made = with_weights(graph, found)
+        if not chosen:
+            return made
+        return self._near_outputs(graph, made, [own for own in shared if own.name in chosen], bits, context)
 
     def _near_outputs(
         self, graph: FloatGraph, made: FloatGraph, shared: Sequence[Weight], bits: Mapping[str, int], context: Context
@@ -131,14 +179,16 @@ class Share:
         from deploykit.hub.sharing.codes import at_level, in_bits
         from deploykit.hub.sharing.outputs import by_outputs
 
-        how, data = in_bits if self.bytes is None else at_level, context.need("calibration", "share")
-
         def pick(
             own: Weight, t: NDArray[np.float64], h: NDArray[np.float64], kept: NDArray[np.bool_]
         ) -> NDArray[np.float32]:
-            found = context.journal.once(own.name, lambda: {"weight": how(t, h, kept, bits[own.name])})
-            return found["weight"].astype("float32")
+            def chosen() -> dict[str, NDArray[np.float64]]:
+                level = bits[own.name]
+                return {"weight": at_level(t, h, kept, level / 2) if self._chooses else in_bits(t, h, kept, level)}
 
+            return context.journal.once(f"{own.name} with {sorted(bits.items())}", chosen)["weight"].astype("float32")
+
+        data = context.need("calibration", "share")
         return by_outputs(graph, made, shared, data, pick, who="share: layers", seed=context.seed)
 
     def _bits(self, shared: Sequence[Weight]) -> dict[str, int]:

@@ -7,9 +7,11 @@ and halving the budgets between a bad and a good one finds it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from deploykit.core.errors import DeploykitError
+from deploykit.core.manifest import Finding
 from deploykit.hub.mixed.assignment import Table, assign, cost
 
 PRECISION = 0.01
@@ -79,6 +81,59 @@ def cheapest_within(
                 low = (low + high) / 2
     every = sorted(tried.values(), key=lambda t: t.cost)
     return best if good(best) else None, every
+
+
+@dataclass(frozen=True)
+class Bar:
+    """What an assignment may lose, and how that is told."""
+
+    points: float
+    lost: Callable[[Mapping[str, int]], float]
+    """Points that an assignment was measured to lose."""
+    what: str
+    """That are counted."""
+    samples: int
+    """That they are counted on."""
+
+
+def least_within(
+    losses: Table, costs: Table, bar: Bar, budget: float | None, who: str, unit: str
+) -> tuple[Trial, list[Trial]]:
+    """`cheapest_within`, or what stood in its way.
+
+    Args:
+        losses: by layer and bits.
+        costs: for the same.
+        bar: what may be lost.
+        budget: most that the assignment may cost; None: any amount.
+        who: the step that asks.
+        unit: of the costs.
+
+    Raises:
+        DeploykitError: no assignment loses so little, or only some that cost more than the budget.
+    """
+    best, tried = cheapest_within(losses, costs, bar.points, bar.lost)
+    points = f"{bar.points:g} points of {bar.what} on {bar.samples} samples"
+    listed = "; ".join(f"{t.cost:.3g} loses {t.lost:.2f}" for t in tried if t.lost is not None)
+    if best is None:
+        raise DeploykitError(
+            f"{who}: no assignment stays within {points}, where one answer is {100 / bar.samples:.2g}. Tried ({unit}): "
+            f"{listed}"
+        )
+    if budget is not None and best.cost > budget:
+        raise DeploykitError(
+            f"{who}: to stay within {points} takes {best.cost:.3g} ({unit}), more than {budget:g}. Tried: {listed}"
+        )
+    return best, tried
+
+
+def told(step: str, unit: str, chosen: Trial, shown: Sequence[Trial]) -> Finding:
+    """The frontier, for the report."""
+    others = [t for t in shown if t.bits != chosen.bits]
+    rows = [(t.cost, t.predicted, t.lost, "chosen" if t is chosen else "") for t in (chosen, *others)]
+    rows.sort(key=lambda row: row[:2])
+    columns = unit, "predicted loss", "points lost", ""
+    return Finding(step, "Loss over what the weights cost", columns, tuple(rows), (unit, "predicted loss"))
 
 
 def ends(costs: Table) -> tuple[float, float]:

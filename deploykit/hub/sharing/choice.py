@@ -1,8 +1,8 @@
-"""How fine the values of every weight are, under a budget of bytes.
+"""How fine the values of every weight are: what each level loses, and what it takes.
 
-What the answers lose when one weight alone is shared, at levels of 1 to 8 bits, is measured, the rest being exact; what
-it then takes is the entropy of its codes, for they will be coded (`deploykit.hub.sharing.entropy`). Integer programming
-picks the levels (`deploykit.hub.mixed.assignment`).
+What the answers lose when one weight alone is shared, at levels of 1 to 8 bits in halves, is measured, the rest being
+exact; what it then takes is the entropy of its codes, for they will be coded (`deploykit.hub.sharing.entropy`). Integer
+programming picks among them (`deploykit.hub.mixed`).
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from deploykit.core.progress import track
 from deploykit.hub.analysis.measures import squared
 from deploykit.hub.analysis.tail import Tail
 from deploykit.hub.graph import FloatGraph
-from deploykit.hub.mixed.assignment import OverBudget, assign
+from deploykit.hub.mixed.assignment import Table
 from deploykit.hub.operators import PRODUCTS
 from deploykit.hub.sharing.codebooks import Weight, codebook, coded_bits, share_at_level
 from deploykit.hub.sharing.codes import at_level
 from deploykit.hub.sharing.outputs import by_outputs, forms
 
-LEVELS = tuple(range(1, 9))
-"""Bits that codes take, about."""
+LEVELS = tuple(range(2, 17))
+"""Half bits that codes take, about."""
 SAMPLES = 64
 """That losses are measured on."""
 POSITIONS = 32
@@ -39,30 +39,29 @@ Found = Mapping[str, NDArray[Any]]
 """Of one weight at every level: what the answers lose, and bits."""
 
 
-def choose(
+def tables(
     graph: FloatGraph,
     shared: Sequence[Weight],
     data: DataSet,
-    budget: float,
+    judged: DataSet,
     *,
     outputs: bool,
     seed: int = 0,
     journal: Journal = NOTHING_KEPT,
-) -> dict[str, int]:
-    """Levels by initializer, for the least sum of losses.
+) -> tuple[Table, Table]:
+    """Losses, and costs as shares of the bytes that these weights take in fp32, by initializer and level.
 
     Args:
         graph: not changed.
         shared: its weights that share values, in order.
-        data: samples.
-        budget: share of the bytes that these weights take in fp32.
+        data: samples that values are chosen by.
+        judged: samples that losses are measured on.
         outputs: values are chosen for what layers compute, where they can be.
         seed: of the output positions that this is judged by.
         journal: what was measured, by weight.
 
     Raises:
-        DeploykitError: the budget cannot be met (says what can), or a weight is not that of a product.
-        MissingExtra: there is no solver.
+        DeploykitError: a weight is not that of a product.
     """
     operators = {node.name: node.op_type for node in graph.model.graph}
     for own in shared:
@@ -71,29 +70,25 @@ def choose(
                 f"share: levels cannot be chosen for '{own.layer}' ({operators[own.layer]}): losses are measured of "
                 "products alone. Leave it out with skip, or give bits."
             )
+    judged = judged.spread(SAMPLES)
     chosen = forms(graph, shared) if outputs else {}
     alone = [own for own in shared if own.name not in chosen]
-    found = _alone(graph, alone, data, journal) if alone else {}
+    found = _alone(graph, alone, judged, journal) if alone else {}
     if chosen:
-        found |= _by_outputs(graph, [own for own in shared if own.name in chosen], data, seed, journal)
+        rest = [own for own in shared if own.name in chosen]
+        found |= _by_outputs(graph, rest, data, judged, seed, journal)
     whole = 32.0 * sum(own.values.size for own in shared)
     losses = {own.name: dict(zip(LEVELS, found[own.name]["losses"].tolist(), strict=True)) for own in shared}
     costs = {own.name: dict(zip(LEVELS, (found[own.name]["bits"] / whole).tolist(), strict=True)) for own in shared}
-    try:
-        return assign(losses, costs, budget)
-    except OverBudget as error:
-        raise DeploykitError(
-            f"share: {budget:g} of the fp32 bytes cannot be met: the least possible is {error.least:.4g}, with "
-            f"{LEVELS[0]} bit everywhere. Sparser weights take fewer bytes."
-        ) from None
+    return losses, costs
 
 
-def _alone(graph: FloatGraph, shared: Sequence[Weight], data: DataSet, journal: Journal) -> dict[str, Found]:
+def _alone(graph: FloatGraph, shared: Sequence[Weight], judged: DataSet, journal: Journal) -> dict[str, Found]:
     """Of values that are near to the weights."""
-    with contextlib.closing(Tail(graph, data.spread(SAMPLES))) as tail:
+    with contextlib.closing(Tail(graph, judged)) as tail:
 
         def measured(own: Weight) -> Found:
-            books = [share_at_level(own.values, b) for b in LEVELS]
+            books = [share_at_level(own.values, level / 2) for level in LEVELS]
             lost = [squared(tail.moved(own.layer, own.y, own.name, book.weight - own.values)) for book in books]
             return {"losses": np.asarray(lost), "bits": np.asarray([coded_bits(book) for book in books])}
 
@@ -104,19 +99,19 @@ def _alone(graph: FloatGraph, shared: Sequence[Weight], data: DataSet, journal: 
 
 
 def _by_outputs(
-    graph: FloatGraph, shared: Sequence[Weight], data: DataSet, seed: int, journal: Journal
+    graph: FloatGraph, shared: Sequence[Weight], data: DataSet, judged: DataSet, seed: int, journal: Journal
 ) -> dict[str, Found]:
     """Of values that do what the weights do; the network goes on with the finest."""
     found: dict[str, Found] = {}
     form = forms(graph, shared)
-    with contextlib.closing(Tail(graph, data.spread(SAMPLES))) as tail:
+    with contextlib.closing(Tail(graph, judged)) as tail:
 
         def pick(
             own: Weight, t: NDArray[np.float64], h: NDArray[np.float64], kept: NDArray[np.bool_]
         ) -> NDArray[np.float32]:
             def measured() -> Found:
                 # codes as GPTQ chooses them are enough to compare levels by
-                every = [at_level(t, h, kept, b, turns=0).astype(np.float32) for b in LEVELS]
+                every = [at_level(t, h, kept, level / 2, turns=0).astype(np.float32) for level in LEVELS]
                 moved = [form[own.name].weight((x - t).astype(np.float32)) for x in every]
                 lost = [squared(tail.moved(own.layer, own.y, own.name, error)) for error in moved]
                 bits = [coded_bits(book) if (book := codebook(x, x.size)) else np.inf for x in every]
