@@ -56,7 +56,7 @@ def export(
         evaluation: like ``calibration``, with labels: ``(inputs, labels)`` batches.
         weights: for a factory.
         recipe: a `Recipe`, a TOML file, or the name of one that ships: ``"prune"``, ``"dsd"``, ``"sparse_2_4"``,
-            ``"deep_compression"``; ``"default"`` is the target's own.
+            ``"deep_compression"``, ``"small_file"``; ``"default"`` is the target's own.
         preprocess: what is done to images read from files.
         example: arrays ``[n, ...]`` by input name, where there is no sample data.
         metric: ``metric(outputs, labels) -> percent``, higher is better; default: top-1 accuracy.

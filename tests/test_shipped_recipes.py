@@ -48,7 +48,7 @@ def parameters(model: nn.Module) -> int:
 def test_every_shipped_recipe_builds_and_says_in_comments_what_it_needs(name: str) -> None:
     recipe = recipes.load(name)
     every = ["data", "train", "labels", "teacher"]
-    packed = planning.profiting(targets.load("jetson-orin-nano"), name == "deep_compression")
+    packed = planning.profiting(targets.load("jetson-orin-nano"), name in ("deep_compression", "small_file"))
     planned = planning.plan(recipe, packed, every, automatic=False)
     assert planned and all(not p.refusal for p in planned)
     text = (Path(recipes.__file__).parent / f"{name}.toml").read_text()
@@ -114,7 +114,7 @@ def test_compress_for_a_target_runs_its_recipe_and_says_what_is_left_out(workpla
 
 def test_compress_without_recipe_and_target_asks_for_one(workplace: Path) -> None:
     said = enter("compress small_net.py:build --calib calib.npz -o small")
-    assert said.code == 2 and "give --target, or one of deep_compression, dsd, prune, sparse_2_4" in said.err
+    assert said.code == 2 and "give --target, or one of deep_compression, dsd, prune, small_file, sparse_2_4" in said.err
 
 
 def test_without_a_target_every_step_pays_and_optional_ones_run(workplace: Path) -> None:
