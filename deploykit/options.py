@@ -34,7 +34,7 @@ RecipeName = Annotated[
     str | None,
     typer.Option(
         "--recipe",
-        help="Steps and settings: TOML, or prune, dsd, sparse_2_4, deep_compression, small_file; 'default': the target's",
+        help="Steps: TOML, or prune, dsd, sparse_2_4, deep_compression, small_file; 'default': the target's",
         metavar="RECIPE",
     ),
 ]

@@ -183,7 +183,9 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "calibrate net.onnx --calib calib.npy --thresholds ms": ("no threshold method 'ms'", "Did you mean 'mse'?"),
     "calibrate net.onnx --calib calib.npy -o other.json": ("other.json already exists", "--overwrite"),
     "calibrate net.onnx --calib calib.npy -o calib.npy/ranges.json": ("cannot write", "ranges.json"),
-    "compress nets.py:build --calib calib.npy": ("give --target, or one of deep_compression, dsd, prune, small_file, sparse_2_4",),
+    "compress nets.py:build --calib calib.npy": (
+        "give --target, or one of deep_compression, dsd, prune, small_file, sparse_2_4",
+    ),
     "compress nets.py:build --calib calib.npy --recipe god.toml": ("no file god.toml", "Did you mean 'good.toml'?"),
     "compress nets.py:build --calib calib.npy --recipe qat.toml": ("runs model-stage steps", "Use `deploykit export`"),
     "compress nets.py:build --recipe good.toml": ("what does 'x' look like?",),

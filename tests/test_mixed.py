@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -303,6 +305,26 @@ def test_no_assignment_within_the_budget_loses_less(
         with pytest.raises(OverBudget) as refused:
             assign(losses, costs, 0.9 * least)
         assert refused.value.least == least
+
+
+SPEAKS = """
+import numpy as np
+from deploykit.hub.mixed.assignment import assign
+random = np.random.default_rng(0)
+for _ in range(60):
+    sizes, bits = random.choice([432, 2304, 9216, 36864, 18432, 640], 20), np.linspace(0.5, 8, 15)
+    d = 10 ** random.uniform(-1, 0.3, 20)[:, None] * 4.0**-bits * random.uniform(0.9, 1.1, (20, 15))
+    c = sizes[:, None] * bits * random.uniform(0.95, 1.05, (20, 15)) / (32 * sizes.sum())
+    losses, costs = ({str(i): dict(enumerate(row)) for i, row in enumerate(t.tolist())} for t in (d, c))
+    assign(losses, costs, random.uniform(0.04, 0.2))
+print("done")
+"""
+
+
+def test_the_solver_says_nothing_of_its_own_where_results_are_printed() -> None:
+    """HiGHS does on five of these, to a pipe when the process ends."""
+    said = subprocess.run([sys.executable, "-c", SPEAKS], capture_output=True, text=True, check=True)
+    assert said.stdout == "done\n"
 
 
 def test_hundreds_of_layers_are_assigned_as_well_as_a_relaxation_allows() -> None:

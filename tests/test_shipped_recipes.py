@@ -114,7 +114,9 @@ def test_compress_for_a_target_runs_its_recipe_and_says_what_is_left_out(workpla
 
 def test_compress_without_recipe_and_target_asks_for_one(workplace: Path) -> None:
     said = enter("compress small_net.py:build --calib calib.npz -o small")
-    assert said.code == 2 and "give --target, or one of deep_compression, dsd, prune, small_file, sparse_2_4" in said.err
+    assert (
+        said.code == 2 and "give --target, or one of deep_compression, dsd, prune, small_file, sparse_2_4" in said.err
+    )
 
 
 def test_without_a_target_every_step_pays_and_optional_ones_run(workplace: Path) -> None:

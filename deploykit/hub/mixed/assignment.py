@@ -10,7 +10,12 @@ through SciPy, in milliseconds for hundreds of layers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import ctypes
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import numpy as np
 
@@ -58,18 +63,41 @@ def assign(losses: Table, costs: Table, budget: float) -> dict[str, int]:
     c = np.asarray([costs[layer][bits] for layer, bits in pairs], np.float64)
     unit = max(c.max(), 1e-300)
     one_each = np.asarray([[own == layer for own, _ in pairs] for layer in losses], np.float64)
-    found = milp(
-        d / max(np.abs(d).max(), 1e-300) * 1e3,  # far above the gap, 1e-6, at which the solver stops
-        constraints=[
-            LinearConstraint(one_each, 1, 1),
-            LinearConstraint(c[None] / unit, ub=budget / unit * (1 + TOLERANCE)),
-        ],
-        integrality=np.ones(len(pairs)),
-        bounds=(0, 1),
-        options={"mip_rel_gap": 0.0},
-    )
+    with _speechless():
+        found = milp(
+            d / max(np.abs(d).max(), 1e-300) * 1e3,  # far above the gap, 1e-6, at which the solver stops
+            constraints=[
+                LinearConstraint(one_each, 1, 1),
+                LinearConstraint(c[None] / unit, ub=budget / unit * (1 + TOLERANCE)),
+            ],
+            integrality=np.ones(len(pairs)),
+            bounds=(0, 1),
+            options={"mip_rel_gap": 0.0},
+        )
     assert found.x is not None, found.message
     return {layer: bits for (layer, bits), x in zip(pairs, found.x, strict=True) if x > 0.5}
+
+
+@contextlib.contextmanager
+def _speechless() -> Iterator[None]:
+    """Where nothing is printed: HiGHS writes a line of debugging now and then, past Python and all its options."""
+
+    def flush() -> None:
+        """What C holds back for the present standard output."""
+        sys.stdout.flush()
+        with contextlib.suppress(OSError, TypeError, AttributeError):  # no such library by that name elsewhere
+            ctypes.CDLL(None).fflush(None)
+
+    flush()
+    kept = os.dup(1)
+    try:
+        with Path(os.devnull).open("w") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
+        yield
+    finally:
+        flush()
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def cost(costs: Table, bits: Mapping[str, int]) -> float:
