@@ -210,7 +210,8 @@ def curve(
     return [
         Row(f"{name}, 16 values a layer: agreement of values near outputs above those near weights (points)",
             four("outputs, 4 bits") - four("weights"), 0.0, "higher", about, command, [0],
-            {near: four(near) for near in ("weights", "outputs, 4 bits")}, note="neither is trained"),
+            {"near the weights: agreement": four("weights"), "near the outputs: agreement": four("outputs, 4 bits")},
+            note="neither is trained"),
         Row(f"{name}: pruned, shared and coded, at most {WITHIN:g} point lost: bytes, of int8 with xz",
             smallest("shared near") / smallest("int8 with xz"), 1.0, "lower", about, command, [0], accuracy,
             "xz -9e of the int8 .onnx", "not trained; values are top-1 % at kilobytes"),

@@ -52,6 +52,8 @@ STEPS = {
 """By the steps, the row that shows what they are worth."""
 OVER = "ResNet-20, accuracy over the MACs removed"
 OVER_TIME = "early exits in ONNX Runtime, accuracy over time", "early exits in LiteRT, accuracy over time"
+USEFUL = 50.0
+"""Percent: files that answer worse would only flatten the curves of the others."""
 Rows = Sequence[Mapping[str, Any]]
 
 
@@ -214,7 +216,8 @@ def sharing(rows: Rows) -> dict[str, str]:
             if row["claim"].startswith(f"{net}: codebooks"):
                 made[f"codebooks-{slug}.svg"] = charts.lines(f"{net}: top-1 % over bits", by_line(row), "bits")
             if row["claim"].startswith(f"{net}: pruned, shared and coded"):
-                curves = by_line(row)
+                useful = {name: [(x, y) for x, y in points if y >= USEFUL] for name, points in by_line(row).items()}
+                curves = {name: points for name, points in useful.items() if points}
                 most = max(x for points in curves.values() for x, _ in points)
                 step = next(s for s in (50, 100, 250, 500, 1000) if most / s <= 8)
                 ticks = [step * i for i in range(int(most // step) + 2)]

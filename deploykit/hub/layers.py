@@ -56,19 +56,31 @@ def layers(slicer: Slicer) -> list[Layer]:
 
 
 def float_layers(slicer: Slicer) -> list[Layer]:
-    """Every product of a float model with a constant weight, in order; ``x`` is what it reads, and there are no scales.
+    """Every product of a float32 model with a constant weight that has a `MatrixForm`, in order.
 
-    A bias that others read too is none of its own.
+    ``x`` is what it reads, and there are no scales. A bias that others read too is none of its own. Products of what
+    does not depend on the model's inputs are left out.
     """
     reads = Counter(name for node in slicer.model.graph.node for name in node.input)
     found = []
     for node in slicer.model.graph.node:
         if node.op_type in PRODUCTS and [name in slicer.initializers for name in node.input[:2]] == [False, True]:
             (x, weight), (holder, bias) = node.input[:2], _bias(node, slicer)
-            channels = MatrixForm.of_node(node, slicer.array(weight).shape).channels
-            own = bias in slicer.initializers and reads[bias] == 1 and slicer.array(bias).size == channels
-            found.append(Layer(node, x, (holder or node).output[0], weight, "", holder, bias if own else "", ""))
+            shape = slicer.array(weight).shape
+            if slicer.array(weight).dtype == np.float32 and _has_form(node, shape) and slicer.boundary([x], ()):
+                channels = MatrixForm.of_node(node, shape).channels
+                own = bias in slicer.initializers and reads[bias] == 1 and slicer.array(bias).shape[-1:] == (channels,)
+                own = own and slicer.array(bias).size == channels
+                found.append(Layer(node, x, (holder or node).output[0], weight, "", holder, bias if own else "", ""))
     return found
+
+
+def _has_form(node: onnx.NodeProto, shape: tuple[int, ...]) -> bool:
+    """Whether a product is a matrix at every position."""
+    values = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+    if node.op_type == "MatMul":
+        return len(shape) == 2
+    return not values.get("transA", 0) and values.get("auto_pad", b"NOTSET") in (b"NOTSET", b"VALID")
 
 
 def _layer(node: onnx.NodeProto, slicer: Slicer) -> Layer | None:

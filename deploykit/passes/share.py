@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from deploykit.hub.graph import FloatGraph
     from deploykit.hub.sharing.codebooks import Weight
 
+BITS = 5
 LEAST_SAMPLES = 8
 UNIT = "bytes of the coded weights, share of fp32"
 
@@ -40,7 +41,8 @@ UNIT = "bytes of the coded weights, share of fp32"
 class Share:
     """Gives every layer's weights 2^bits different values, zero among them where it occurs."""
 
-    bits: int = 5
+    bits: int | None = None
+    """5 where nothing else is said."""
     layers: Mapping[str, int] = field(default_factory=dict)
     """Layer, by name or pattern -> bits of its own."""
     bytes: float | None = None
@@ -62,15 +64,15 @@ class Share:
 
     def __post_init__(self) -> None:
         """Refuses bits that codes cannot have."""
-        for bits in (self.bits, *self.layers.values()):
+        for bits in (BITS if self.bits is None else self.bits, *self.layers.values()):
             if not isinstance(bits, int) or not 1 <= bits <= 12:
                 raise ValueError(f"bits must lie between 1 and 12, given {bits}")
         if self.bytes is not None and not 0 < self.bytes <= 1:
             raise ValueError("bytes is a share of what fp32 takes, above 0 and at most 1")
         if self.max_drop is not None and not self.max_drop >= 0:
             raise ValueError("max_drop must be 0 or more points")
-        if self._chooses and self.layers:
-            raise ValueError("bytes and max_drop choose for all layers: leave out layers")
+        if self._chooses and (self.layers or self.bits is not None):
+            raise ValueError("bytes and max_drop choose for all layers: leave out layers and bits")
         if (self._chooses or self.near == "outputs") and self.start != "optimal":
             raise ValueError('start says where k-means over weights begins, and goes with bits and near = "weights"')
 
@@ -104,13 +106,21 @@ class Share:
                 or a budget or loss that cannot be met.
             MissingExtra: a budget, and no solver.
         """
+        import numpy as np
+
         from deploykit.hub.sharing.codebooks import weights
 
         self.foresee(context)
         shared = weights(graph, self.skip)
         if not shared:
             raise DeploykitError("there is nothing to share: no weights of convolutions, products, LSTM or GRU")
+        for own in shared:
+            if not np.isfinite(own.values).all():
+                raise DeploykitError(f"weights with NaN or infinity cannot be shared: those of '{own.layer}'")
         bits = self._chosen(graph, shared, context) if self._chooses else self._bits(shared)
+        if self.max_drop is not None:  # what was judged is what is given
+            fitted, _ = apart(context, "share")
+            context = replace(context, data={"calibration": fitted})
         made = self._made(graph, shared, bits, context)
         context.note(_shared(repr(self), shared, {own.name: own for own in weights(made)}))
         return made
@@ -125,19 +135,19 @@ class Share:
         from deploykit.hub.sharing.choice import tables
 
         fitted, judged = apart(context, "share")
+        exam = Exam(graph, judged, "share") if self.max_drop is not None else None
         losses, costs = tables(
             graph, shared, fitted, judged, outputs=self.near == "outputs", seed=context.seed, journal=context.journal
         )
         if self.bytes is not None and not within(least := cheapest(costs), self.bytes):
             raise DeploykitError(
-                f"share: {self.bytes:g} of the fp32 bytes cannot be met: the least possible is {least:.4g}, with about "
-                "1 bit everywhere. Sparser weights take fewer bytes."
+                f"share: {self.bytes:g} of the fp32 bytes cannot be met: the least possible is {least:.4g}, with "
+                "the coarsest values everywhere. Fewer values that are not zero take fewer bytes."
             )
-        if self.max_drop is None:
+        if exam is None or self.max_drop is None:
             assert self.bytes is not None
             best, shown = on_frontier(losses, costs, self.bytes), frontier(losses, costs)
         else:
-            exam = Exam(graph, judged, "share")
             trial = replace(context, data={"calibration": fitted}, journal=NOTHING_KEPT)
 
             def lost(bits: Mapping[str, int]) -> float:
@@ -193,7 +203,7 @@ class Share:
 
     def _bits(self, shared: Sequence[Weight]) -> dict[str, int]:
         """By initializer; of two patterns that both match the later one counts."""
-        of_layer = {own.layer: self.bits for own in shared}
+        of_layer = {own.layer: BITS if self.bits is None else self.bits for own in shared}
         for pattern, bits in self.layers.items():
             of_layer |= dict.fromkeys(matching("layer", [pattern], of_layer), bits)
         return {own.name: of_layer[own.layer] for own in shared}

@@ -80,16 +80,24 @@ def assign(losses: Table, costs: Table, budget: float) -> dict[str, int]:
 
 @contextlib.contextmanager
 def _speechless() -> Iterator[None]:
-    """Where nothing is printed: HiGHS writes a line of debugging now and then, past Python and all its options."""
+    """Where nothing is printed: HiGHS writes a line of debugging now and then, past Python and all its options.
+
+    Other threads cannot print either, for the milliseconds that it takes.
+    """
 
     def flush() -> None:
         """What C holds back for the present standard output."""
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
         with contextlib.suppress(OSError, TypeError, AttributeError):  # no such library by that name elsewhere
             ctypes.CDLL(None).fflush(None)
 
     flush()
-    kept = os.dup(1)
+    try:
+        kept = os.dup(1)
+    except OSError:  # it is closed: nothing can be printed
+        yield
+        return
     try:
         with Path(os.devnull).open("w") as nowhere:
             os.dup2(nowhere.fileno(), 1)

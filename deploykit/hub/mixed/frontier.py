@@ -117,7 +117,7 @@ def least_within(
     listed = "; ".join(f"{t.cost:.3g} loses {t.lost:.2f}" for t in tried if t.lost is not None)
     if best is None:
         raise DeploykitError(
-            f"{who}: no assignment stays within {points}, where one answer is {100 / bar.samples:.2g}. Tried ({unit}): "
+            f"{who}: no assignment stays within {points}, where one answer is {100 / bar.samples:.3g}. Tried ({unit}): "
             f"{listed}"
         )
     if budget is not None and best.cost > budget:

@@ -1,6 +1,6 @@
 """How fine the values of every weight are: what each level loses, and what it takes.
 
-What the answers lose when one weight alone is shared, at levels of 1 to 8 bits in halves, is measured, the rest being
+What the answers lose when one weight alone is shared, at levels of up to 8 bits in halves, is measured, the rest being
 exact; what it then takes is the entropy of its codes, for they will be coded (`deploykit.hub.sharing.entropy`). Integer
 programming picks among them (`deploykit.hub.mixed`).
 """
@@ -28,7 +28,7 @@ from deploykit.hub.sharing.codebooks import Weight, codebook, coded_bits, share_
 from deploykit.hub.sharing.codes import at_level
 from deploykit.hub.sharing.outputs import by_outputs, forms
 
-LEVELS = tuple(range(2, 17))
+LEVELS = tuple(range(1, 17))
 """Half bits that codes take, about."""
 SAMPLES = 64
 """That losses are measured on."""
@@ -114,7 +114,7 @@ def _by_outputs(
                 every = [at_level(t, h, kept, level / 2, turns=0).astype(np.float32) for level in LEVELS]
                 moved = [form[own.name].weight((x - t).astype(np.float32)) for x in every]
                 lost = [squared(tail.moved(own.layer, own.y, own.name, error)) for error in moved]
-                bits = [coded_bits(book) if (book := codebook(x, x.size)) else np.inf for x in every]
+                bits = [coded_bits(book) for x in every if (book := codebook(x, x.size)) is not None]
                 return {"losses": np.asarray(lost), "bits": np.asarray(bits), "finest": every[-1]}
 
             found[own.name] = journal.once(f"levels of {own.name}", measured)

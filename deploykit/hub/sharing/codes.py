@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from deploykit.hub.fitting.columns import Choose, in_order, in_turn
-from deploykit.hub.sharing.entropy import cheapest, constrained, level, rates
+from deploykit.hub.sharing.entropy import borders, cheapest, constrained, level, rates
 from deploykit.hub.sharing.kmeans import cluster
 
 if TYPE_CHECKING:
@@ -30,6 +30,8 @@ TURNS = 3
 """Of values and codes."""
 STEPS = 12
 """Of conjugate gradients, for the values."""
+WIDE = 200
+"""Outputs from which on it is faster to look a code up between borders than to compare all values."""
 ENOUGH = 1e-12
 """Of what the first of them has to make good."""
 
@@ -84,7 +86,7 @@ def fitted(
     better = _each(t, h, c, first, price) <= _each(t, h, c, second, price)
     q = np.where(better[:, :, None], first, second)
     for turn in range(turns):
-        if turn:
+        if turn:  # codes as GPTQ leaves them are worth improving first
             c = values(q, t, h, c)
         price = lam * rates(np.bincount(q.reshape(-1), minlength=len(c)))
         q = _codes(in_turn(c[q], t, h, _among(c, price, kept)), c)
@@ -122,7 +124,18 @@ def values(q: Codes, t: Floats, h: Floats, c: Floats) -> Floats:
 
 def _among(c: Floats, price: Floats, kept: NDArray[np.bool_]) -> Choose:
     """The values of the codebook, each at its price; zero where nothing else may be."""
-    return lambda v, curvature, column: np.where(kept[:, :, column], c[cheapest(v, curvature, c, price)], 0.0)
+
+    def choose(v: Floats, curvature: Floats, column: int) -> Floats:
+        if v.shape[1] < WIDE:
+            q = cheapest(v, curvature, c, price)
+        else:
+            q = np.empty(v.shape, np.int64)
+            for group in range(len(v)):
+                codes, between = borders(float(curvature[group, 0]), c, price)
+                q[group] = codes[np.searchsorted(between, v[group])]
+        return np.where(kept[:, :, column], c[q], 0.0)
+
+    return choose
 
 
 def _nearest(t: Floats, h: Floats, kept: NDArray[np.bool_], c: Floats, price: Floats) -> Floats:

@@ -6,8 +6,9 @@ Entropy-constrained scalar quantization: of all values c and codes q the least
 
 with B bits for a value in the codebook (Chou, Lookabaugh & Gray 1989, "Entropy-constrained vector quantization"). At
 one error it takes a tenth fewer bits than k-means, with more values: those far from zero are as fine as the others,
-since they are rare. Where clusters are runs of sorted values, as here, the best are found by dynamic programming, and
-the number of values with them; iterations like Lloyd's then move the borders, which lie nearer to the rarer value.
+since they are rare. Where all errors count the same, clusters are runs of sorted values, and the best runs (of cells,
+if there are many values) are found by dynamic programming, their number with them; iterations like Lloyd's then move
+the borders, which lie nearer to the rarer value.
 
 Zeros are a cluster of their own, around zero, which may take small values in.
 """
@@ -27,8 +28,8 @@ if TYPE_CHECKING:
 
 VALUE = 32.0
 """B."""
-LEVEL = 4.0
-"""λ at b bits, as a multiple of the variance times 4^-b: the codes then take about b bits."""
+LEAST = 1e-6
+"""Of the mean: what the error of a value counts at least, and of the range: distances, where λ is derived."""
 ROUNDS = 30
 SETTLED = 1e-5
 """Of the cost: a round that gains less is the last."""
@@ -41,13 +42,23 @@ AT_ONCE = 1 << 22
 def level(x: Floats, h: Floats, bits: float) -> float:
     """λ at which codes take about so many bits.
 
+    With steps Δ that are small against the density of x, codes take h(x) - log2 Δ bits, where h(x) is the differential
+    entropy (estimated from the distances of sorted values, as Vasicek 1976 does, which a few large ones hardly move),
+    and the error is Δ² / 12 times what it counts. λ is the slope of the one over the other. Where errors count
+    differently, steps do, and their logarithms average.
+
     Args:
         x: values ``[n]``; n > 0.
         h: how much the errors of each count ``[n]``.
         bits: of a code.
     """
-    mean = np.average(x, weights=h) if h.any() else 0.0
-    return float(LEVEL * 4.0**-bits * (h * (x - mean) ** 2).mean())
+    ordered, n = np.sort(x), len(x)
+    m = max(1, round(np.sqrt(n)))
+    distance = ordered[np.minimum(np.arange(n) + m, n - 1)] - ordered[np.maximum(np.arange(n) - m, 0)]
+    distance = np.maximum(distance, max(LEAST * float(np.ptp(x)), 1e-300))
+    entropy = float(np.log2(distance * n / (2 * m)).mean())
+    counted = np.exp(np.log(np.maximum(h, max(LEAST * float(h.mean()), 1e-300))).mean())
+    return float(max(np.log(2) / 6 * counted * 4.0 ** (entropy - bits), 1e-300))
 
 
 def rates(counts: NDArray[Any]) -> Floats:
@@ -75,6 +86,33 @@ def cheapest(v: Floats, h: Floats, c: Floats, price: Floats) -> NDArray[np.int64
         cost = cost + price
         found[part] = cost.argmin(1)
     return found.reshape(v.shape)
+
+
+def borders(h: float, c: Floats, price: Floats) -> tuple[NDArray[np.int64], Floats]:
+    """`cheapest` for one h: the codes that are cheapest somewhere, ascending, and the numbers between them.
+
+    h (v - c)² + price are lines in v but for h v², which all have: the least of them is their lower envelope.
+
+    Args:
+        h: above 0.
+        c: values ``[k]``.
+        price: of each ``[k]``.
+    """
+    codes: list[int] = []
+    between: list[float] = []
+    for i in np.lexsort((price, c)).tolist():
+        if codes and c[i] == c[codes[-1]]:
+            continue  # that one is no dearer
+        while codes:
+            j = codes[-1]
+            x = (h * (c[i] ** 2 - c[j] ** 2) + price[i] - price[j]) / (2 * h * (c[i] - c[j]))
+            if not between or x > between[-1]:
+                between.append(float(x))
+                break
+            codes.pop()
+            between.pop()
+        codes.append(i)
+    return np.asarray(codes), np.asarray(between)
 
 
 def constrained(x: Floats, h: Floats, lam: float, zeros: int = 0) -> tuple[Floats, Floats]:

@@ -5,8 +5,8 @@ there. The weight is then the solution of a least squares problem with H = E[x x
 was lost in front (`deploykit.hub.fitting.refit` has both), and values and codes are chosen for it
 (`deploykit.hub.sharing.codes`). Biases take the means; where there is none, the weights have to. Zeros stay zero.
 
-Weights of transposed convolutions and recurrent layers, and those that several layers read, are shared by their values
-alone.
+Weights of transposed convolutions and recurrent layers, of layers with very many inputs (`WIDEST`), and those that
+several layers read, are shared by their values alone.
 """
 
 from __future__ import annotations
@@ -40,6 +40,9 @@ if TYPE_CHECKING:
 
 POSITIONS = 128
 """Output positions per input of a layer that H is averaged over, of all samples together."""
+
+WIDEST = 8192
+"""Inputs of an output: H would take more than half a gigabyte, and what works on it several times that."""
 
 Pick = Callable[[Weight, "Floats", "Floats", "NDArray[np.bool_]"], "NDArray[np.float32]"]
 """(a weight, T ``[g, o, k]``, H ``[g, k, k]``, where it is not zero ``[g, o, k]``) -> what stands there instead
@@ -88,6 +91,7 @@ def by_outputs(
                 whole, halves = moments(layer, form, inputs, outputs, centred=bool(layer.bias))
                 w = form.matrix(weight.values).astype(np.float64)
                 ridge = best_ridge(halves, w)
+                del halves  # as large as H twice
                 h = damped(whole, min(ridge, DAMPING))[0]
                 slicer.set_array(weight.name, form.weight(pick(weight, regressed(whole, w, ridge), h, w != 0)))
             if layer.bias:
@@ -100,8 +104,9 @@ def forms(graph: FloatGraph, shared: Sequence[Weight]) -> dict[str, MatrixForm]:
     slicer = Slicer(onnx.load_model_from_string(graph.bytes))
     reads = Counter(name for node in slicer.model.graph.node for name in node.input)
     owners = {layer.weight: layer for layer in float_layers(slicer) if layer.node.op_type != "ConvTranspose"}
-    return {
+    found = {
         own.name: MatrixForm.of(owners[own.name], own.values.shape)
         for own in shared
         if own.name in owners and reads[own.name] == 1 and own.values.any()
     }
+    return {name: form for name, form in found.items() if form.inputs_per_output <= WIDEST}
