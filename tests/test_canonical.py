@@ -175,3 +175,41 @@ def test_the_bias_of_a_grouped_transposed_convolution_is_int32() -> None:
     assert node.inputs[2].producer().inputs[0].const_value.dtype.name == "INT32"
     (expected,), (found,) = run(made.bytes, data), run(hub.bytes, data)
     assert 10 * np.log10(np.square(expected).sum() / np.square(found - expected).sum()) > 35
+
+
+# ------------------------------------------------------------------ what windows and products do by themselves
+
+
+@few
+@given(
+    n=st.integers(4, 9), k=st.integers(1, 4), s=st.integers(1, 3), d=st.integers(1, 2),
+    mode=st.sampled_from(["SAME_UPPER", "SAME_LOWER", "VALID"]),
+    operator=st.sampled_from(["Conv", "MaxPool", "AveragePool"]),
+)  # fmt: skip
+def test_padding_is_written_down_and_windows_compute_the_same(
+    n: int, k: int, s: int, d: int, mode: str, operator: str
+) -> None:
+    d = d if mode == "VALID" and (k - 1) * d < n else 1  # ONNX Runtime has no dilated windows that pad by themselves
+    w = {"w": normal(0, 3, 2, k, k)} if operator == "Conv" else {}
+    window = f'auto_pad="{mode}", kernel_shape=[{k},{k}], strides=[{s},{s}], dilations=[{d},{d}]'
+    made = assert_same(
+        f"(float[batch,2,{n},{n}] x) => (float[batch,c,h,v] y) {{ y = {operator}<{window}>(x{', w' if w else ''}) }}",
+        [operator], normal(1, 3, 2, n, n), **w,
+    )  # fmt: skip
+    assert "auto_pad" not in made.model.graph[0].attributes
+
+
+def test_padding_of_a_free_size_stays_to_be_worked_out() -> None:
+    made = assert_same(
+        '(float[batch,2,h,v] x) => (float[batch,3,i,j] y) { y = Conv<auto_pad="SAME_UPPER">(x, w) }',
+        ["Conv"], normal(1, 3, 2, 7, 7), w=normal(0, 3, 2, 3, 3),
+    )  # fmt: skip
+    assert "auto_pad" in made.model.graph[0].attributes
+
+
+def test_an_input_that_a_product_turns_is_turned_in_front_of_it() -> None:
+    made = assert_same(
+        "(float[batch,6] x) => (float[batch,5] y) { t = Transpose<perm=[1,0]>(x) y = Gemm<transA=1>(t, w, b) }",
+        ["Transpose", "Transpose", "Gemm"], normal(1, 3, 6), w=normal(0, 6, 5), b=normal(2, 5),
+    )  # fmt: skip
+    assert all(node.name for node in made.model.graph)

@@ -387,7 +387,10 @@ def odd(nodes: str, **weights: NDArray[Any]) -> FloatGraph:
 
 
 ODD = {
-    "same_upper": odd('t = Conv<auto_pad="SAME_UPPER">(x, v)', v=normal(2, 3, 3, 3, 3)),
+    "free_padding": graph(
+        """(float[batch,3,h,v] x) => (float[batch,4,i,j] y) { y = Conv<auto_pad="SAME_UPPER">(x, w, b) }""",
+        w=normal(0, 4, 3, 3, 3), b=normal(1, 4),
+    ),
     "heads": odd("t = MatMul(x, v)", v=normal(2, 3, 8, 8)),
     "rows": odd("m = MatMul(x, v) t = Add(m, c)", v=normal(2, 8, 8), c=normal(3, 8, 1)),
     "double": odd(

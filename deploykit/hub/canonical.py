@@ -24,6 +24,7 @@ RECURRENT_STATES = {"LSTM": (5, 6), "GRU": (5,), "RNN": (5,)}
 REARRANGING = frozenset(
     {"Expand", "Reshape", "Slice", "Transpose", "Unsqueeze", "Squeeze", "Identity", "ConstantOfShape"}
 )
+WINDOWS = ("Conv", "MaxPool", "AveragePool")
 LAST = np.iinfo(np.int64).max
 
 
@@ -243,10 +244,43 @@ def _multiply_instead_of_dividing(graph: ir.Graph, node: ir.Node) -> None:
     node.replace_input_with(1, add_initializer(graph, f"{node.name}.inverse", np.float32(1) / divisor))
 
 
+def _explicit_pads(graph: ir.Graph, node: ir.Node) -> None:
+    """Padding that a window works out by itself (auto_pad) is written down, where the sizes of its input are known."""
+    mode = attribute(node, "auto_pad", "NOTSET")
+    if node.op_type not in WINDOWS or mode == "NOTSET":
+        return
+    x, weight = node.inputs[0], node.inputs[1] if node.op_type == "Conv" else None
+    kernel = attribute(node, "kernel_shape") or (dims(weight)[2:] if weight is not None and weight.shape else None)
+    sizes = dims(x)[2:] if x is not None and x.shape is not None else [None]
+    known = [size for size in sizes if isinstance(size, int)]
+    if kernel is None or len(known) < len(kernel) or not all(isinstance(size, int) for size in kernel):
+        return
+    strides, dilations = (attribute(node, name) or [1] * len(kernel) for name in ("strides", "dilations"))
+    front, back = [], []
+    for n, k, s, d in zip(known, kernel, strides, dilations, strict=True):
+        missing = max((-(-n // s) - 1) * s + (k - 1) * d + 1 - n, 0) if mode != "VALID" else 0
+        front.append(missing // 2 if mode == "SAME_UPPER" else missing - missing // 2)
+        back.append(missing - front[-1])
+    node.attributes.pop("auto_pad")
+    node.attributes["pads"] = ir.AttrInt64s("pads", [*front, *back])
+
+
 def _plain_product(graph: ir.Graph, node: ir.Node) -> None:
-    """A Gemm's factors alpha and beta go into its constants, so that nobody else has to know them."""
+    """A Gemm's factors alpha and beta go into its constants and what it turns is turned in front of it, so that nobody
+    else has to know them."""
     if node.op_type != "Gemm":
         return
+    x = node.inputs[0]
+    if attribute(node, "transA", 0) and x is not None and constant(x) is None:
+        name = fresh_name(graph, f"{node.name}.turned")
+        turned = ir.Value(name=name, type=x.type)
+        if x.shape is not None:
+            turned.shape = ir.Shape(dims(x)[::-1])
+        turn = ir.Node("", "Transpose", [x], [ir.AttrInt64s("perm", [1, 0])], outputs=[turned], name=name)
+        turn.metadata_props.update(node.metadata_props)
+        graph.insert_before(node, [turn])
+        node.replace_input_with(0, turned)
+        node.attributes["transA"] = ir.AttrInt64("transA", 0)
     for position, name in ((1, "alpha"), (2, "beta")):
         factor = attribute(node, name, 1.0)
         value = node.inputs[position] if len(node.inputs) > position else None
@@ -329,6 +363,7 @@ def _set_constant(graph: ir.Graph, node: ir.Node, position: int, array: np.ndarr
 
 Rule = Callable[[ir.Graph, ir.Node], None]
 RULES: tuple[Rule, ...] = (
+    _explicit_pads,
     _known_shape,
     _known_scales,
     _transposed_matrices,
