@@ -47,6 +47,9 @@ STEPS = {
     "[share](docs/passes/share.md), [pack](docs/formats/dkz.md)": (
         "deep_compression", "LeNet-5, pruned, shared and coded: times smaller"
     ),
+    "the same, [without training](docs/passes/share.md#near-the-outputs)": (
+        "deep_compression", "MobileNetV1 0.75: pruned, shared and coded, at most 1 point lost"
+    ),
     "[distill](docs/passes/distill.md)": ("distill", "MNIST, student of 2 x 800 units: errors"),
 }  # fmt: skip
 """By the steps, the row that shows what they are worth."""
