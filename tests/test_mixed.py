@@ -327,6 +327,12 @@ def test_the_solver_says_nothing_of_its_own_where_results_are_printed() -> None:
     assert said.stdout == "done\n"
 
 
+@pytest.mark.parametrize("closed", ["sys.stdout = None", "os.close(1)"])
+def test_the_solver_works_where_there_is_no_standard_output(closed: str) -> None:
+    once = SPEAKS.replace("range(60)", "range(1)").replace('print("done")', "")
+    subprocess.run([sys.executable, "-c", f"import os, sys\n{closed}\n{once}"], capture_output=True, check=True)
+
+
 def test_hundreds_of_layers_are_assigned_as_well_as_a_relaxation_allows() -> None:
     random = np.random.default_rng(0)
     sizes, harm = random.integers(100, 10**6, 300), random.random(300)

@@ -23,6 +23,7 @@ from deploykit.core.context import Context
 from deploykit.core.data import DataSet
 from deploykit.core.errors import DeploykitError
 from deploykit.core.target import QuantSpec
+from deploykit.hub.bits import held_weights
 from deploykit.hub.fitting.activations import Activations
 from deploykit.hub.fitting.float_outputs import FloatOutputs
 from deploykit.hub.fitting.moments import Moments, moments
@@ -407,3 +408,22 @@ def test_a_single_sample_is_enough_for_weight_correct_and_too_few_for_gptq() -> 
     assert noise(WeightCorrect()(hub, context(data)), images(32, seed=5)) < 1.5 * noise(hub, images(32, seed=5))
     with pytest.raises(DeploykitError, match="at least 8 calibration samples; there are 1"):
         Gptq()(hub, context(data))
+
+
+@pytest.mark.parametrize("step", [WeightCorrect(), Gptq()])
+@pytest.mark.parametrize("kind", ["a matrix for every head", "padding that is worked out"])
+def test_products_that_are_no_matrix_at_a_position_keep_their_integers(kind: str, step: Any) -> None:
+    if kind == "a matrix for every head":
+        made = graph("(float[batch,3,8,8] x) => (float[batch,3,8,8] y) { y = MatMul(x, w) }", w=normal(2, 3, 8, 8))
+    else:
+        made = graph(
+            '(float[batch,3,h,v] x) => (float[batch,4,i,j] y) { y = Conv<auto_pad="SAME_UPPER">(x, w, b) }',
+            w=normal(0, 4, 3, 3, 3), b=normal(1, 4),
+        )  # fmt: skip
+    data = images(32)
+    before = quantize(made, measured(made, data), QuantSpec())
+    after = step(before, context(data))
+    integers = [held.weight for held in held_weights(Slicer(onnx.load_model_from_string(before.bytes)))]
+    assert len(integers) == 1
+    old, new = (Slicer(onnx.load_model_from_string(hub.bytes)).array(integers[0]) for hub in (before, after))
+    assert np.array_equal(old, new)

@@ -67,7 +67,7 @@ def float_layers(slicer: Slicer) -> list[Layer]:
         if node.op_type in PRODUCTS and [name in slicer.initializers for name in node.input[:2]] == [False, True]:
             (x, weight), (holder, bias) = node.input[:2], _bias(node, slicer)
             shape = slicer.array(weight).shape
-            if slicer.array(weight).dtype == np.float32 and _has_form(node, shape) and slicer.boundary([x], ()):
+            if slicer.array(weight).dtype == np.float32 and has_form(node, shape) and slicer.boundary([x], ()):
                 channels = MatrixForm.of_node(node, shape).channels
                 own = bias in slicer.initializers and reads[bias] == 1 and slicer.array(bias).shape[-1:] == (channels,)
                 own = own and slicer.array(bias).size == channels
@@ -75,8 +75,8 @@ def float_layers(slicer: Slicer) -> list[Layer]:
     return found
 
 
-def _has_form(node: onnx.NodeProto, shape: tuple[int, ...]) -> bool:
-    """Whether a product is a matrix at every position."""
+def has_form(node: onnx.NodeProto, shape: tuple[int, ...]) -> bool:
+    """Whether there is a `MatrixForm` of a product with a weight of that shape."""
     values = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
     if node.op_type == "MatMul":
         return len(shape) == 2

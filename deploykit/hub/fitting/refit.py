@@ -14,8 +14,9 @@ fix T, so a ridge draws it to W:
 
 with λ chosen per layer: fitted to one half of the samples, judged on the other, both ways round.
 
-Layers come in order, each on the inputs that the layers before it now produce. Transposed convolutions, weights that
-several layers share and masked weights keep what they have; their biases are corrected all the same.
+Layers come in order, each on the inputs that the layers before it now produce. Transposed convolutions, products that
+are no matrix at a position, weights that several layers share and masked weights keep what they have; their biases are
+corrected all the same.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from deploykit.hub.fitting.activations import Activations
 from deploykit.hub.fitting.float_outputs import FloatOutputs
 from deploykit.hub.fitting.moments import Moments, moments
 from deploykit.hub.graph import Hub, constant
-from deploykit.hub.layers import Layer, MatrixForm, layers, mean_output, shift_bias
+from deploykit.hub.layers import Layer, MatrixForm, has_form, layers, mean_output, shift_bias
 from deploykit.hub.operators import channel_axis
 from deploykit.hub.quantize import BIAS_LIMIT, round_bias
 from deploykit.hub.slices import Slicer
@@ -182,7 +183,8 @@ def _free_weight(layer: Layer, found: Sequence[Layer], hub: Hub) -> NDArray[np.f
     readers = sum(other.weight == layer.weight for other in found)
     if layer.node.op_type == "ConvTranspose" or readers > 1 or not origin or origin in hub.graph.masks:
         return None
-    return constant(hub.graph.model.graph.initializers[origin])
+    weight = constant(hub.graph.model.graph.initializers[origin])
+    return weight if weight is not None and has_form(layer.node, weight.shape) else None
 
 
 def _least_scale(slicer: Slicer, layer: Layer, spec: QuantSpec, inputs: Activations) -> NDArray[np.float64]:

@@ -33,7 +33,7 @@ from deploykit.hub.bits import Held, held_weights, with_bits
 from deploykit.hub.fitting.refit import Rounding, refit
 from deploykit.hub.fitting.rounding import gptq
 from deploykit.hub.graph import Hub, constant
-from deploykit.hub.layers import MatrixForm
+from deploykit.hub.layers import MatrixForm, has_form
 from deploykit.hub.slices import Slicer
 
 if TYPE_CHECKING:
@@ -117,7 +117,9 @@ def _nearest_errors(hub: Hub, held: Sequence[Held], bits: Sequence[int]) -> dict
 def _is_free(held: Held, hub: Hub) -> bool:
     """Whether `refit` chooses the integers of a weight."""
     masked = hub.weights[held.weight] in hub.graph.masks
-    return len(held.layers) == 1 and held.layers[0].node.op_type != "ConvTranspose" and not masked
+    if len(held.layers) > 1 or masked or held.layers[0].node.op_type == "ConvTranspose":
+        return False
+    return has_form(held.layers[0].node, _weight(hub, held).shape)
 
 
 def _weight(hub: Hub, held: Held) -> NDArray[np.float32]:
