@@ -112,9 +112,10 @@ def refusal(step: Pass | type[Pass], target: Target, available: Sequence[str], e
     if missing:
         return f"needs {named(missing)}"
     if not set(step.pays_if) & set(target.profits):
+        packed = ", with --pack also from small_file" if "small_file" in step.pays_if else ""
         return (
             f"cannot pay on target '{target.name}': it pays where {' or '.join(step.pays_if)} does, "
-            f"and this target profits from {', '.join(target.profits)}"
+            f"and this target profits from {', '.join(target.profits)}{packed}"
         )
     return ""
 
