@@ -8,12 +8,13 @@ Runtime on evaluation data; bits are chosen on calibration data alone.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 import onnx
+from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
 from benchmarks import choices, data
@@ -22,6 +23,7 @@ from benchmarks.rows import Row, main
 from deploykit import passes
 from deploykit.check import answer
 from deploykit.core.context import apart
+from deploykit.core.data import DataSet
 from deploykit.core.recipe import Step
 from deploykit.exporters import to_onnx
 from deploykit.hub.analysis.measures import MEASURES, divergence
@@ -196,6 +198,80 @@ def headroom() -> list[Row]:
     return found
 
 
+def narrowed(hub: Hub, narrow: Hub, names: Collection[str]) -> onnx.ModelProto:
+    """The hub with inputs of some products on the steps that they have in another, of 4-bit activations.
+
+    In floats, by operators that every runtime has: what an integer kernel with 4 bits on both sides would compute.
+    """
+    slicer, steps = (Slicer(onnx.load_model_from_string(each.bytes)) for each in (hub, narrow))
+    readers = {layer.name: held.name for held in held_weights(slicer) for layer in held.layers if held.name in names}
+    inputs = {layer.name: layer.x for held in held_weights(steps) for layer in held.layers}
+    nodes: list[onnx.NodeProto] = []
+    for node in slicer.model.graph.node:
+        if node.name in readers:
+            scale, zero = (float(steps.array(i)) for i in steps.producer[inputs[node.name]].input[1:3])
+            held = {"s": scale, "low": -zero, "high": 15.0 - zero}
+            for what, value in held.items():
+                slicer.model.graph.initializer.append(
+                    onnx.numpy_helper.from_array(np.float32(value), f"{node.name}.{what}")
+                )
+            name = node.input[0]
+            for operator, others in (("Div", ["s"]), ("Round", []), ("Clip", ["low", "high"]), ("Mul", ["s"])):
+                made = f"{node.name}.{operator}"
+                nodes.append(onnx.helper.make_node(operator, [name, *(f"{node.name}.{o}" for o in others)], [made]))
+                name = made
+            node.input[0] = name
+        nodes.append(node)
+    del slicer.model.graph.node[:]
+    slicer.model.graph.node.extend(nodes)
+    return slicer.model
+
+
+def scores(model: onnx.ModelProto, source: DataSet) -> NDArray[np.float32]:
+    """The first output on all samples."""
+    run = session(model)
+    return np.concatenate([run.run(None, dict(batch.inputs))[0] for batch in source.batches(50)])
+
+
+def side_by_side(case: Case) -> Row:
+    """Layers of 4 bits whose inputs have 4 bits, too, as HAWQ-V3 has them (Yao et al. 2021), beside layers of 8."""
+    setting, few = Setting(case), case.calibration.spread(Mixed().samples)
+    narrow = quantize(case.graph, case.ranges, replace(choices.SPEC, activation_bits=4, port_bits=8), "mse")
+    steps, whole = (Slicer(onnx.load_model_from_string(each)) for each in (narrow.bytes, case.graph.bytes))
+    # of what reads the network's input, that has 8 bits
+    first = {h.name for h in held_weights(steps) if steps.producer[h.layers[0].x].input[0] in steps.inputs}
+    losses = {name: dict(row) for name, row in setting.losses().items()}
+    exact = scores(whole.model, few)
+    plain = scores(onnx.load_model_from_string(setting.start.bytes), few)
+    for name in set(losses) - first:
+        moved = scores(narrowed(setting.start, narrow, {name}), few) - plain
+        losses[name][4] += float(np.square(moved).sum() / np.square(exact).sum())
+    right = scores(whole.model, case.evaluation).argmax(1)
+
+    def agreement(bits: Mapping[str, int]) -> float:
+        made = narrowed(setting.hub(bits), narrow, {name for name, b in bits.items() if b == 4} - first)
+        return 100 * float((scores(made, case.evaluation).argmax(1) == right).mean())
+
+    simple = setting.largest_first(CLAIMED)
+    share = cost(setting.costs, simple)
+    values = {
+        f"{share:.3f}, largest first": agreement(simple),
+        f"{share:.3f}, mixed": agreement(assign(losses, setting.costs, share)),
+    }
+    print(case.name, values, flush=True)
+    before, after = values.values()
+    claim = f"{case.name}, weights and inputs of a layer in 4 or in 8 bits at {CLAIMED} of the int8 bytes, gptq"
+    return Row(
+        f"{claim}: agreement above largest layers first (points)", after - before, 2.0, "higher", case.about,
+        f"{COMMAND} both_sides", [0], values,
+        note="inputs of 4 bits are computed in floats: no file has them layer by layer",
+    )  # fmt: skip
+
+
+def both_sides() -> list[Row]:
+    return [side_by_side(case) for case in (mobilenet(), resnet())]
+
+
 def prediction() -> list[Row]:
     """How well summed losses put random assignments of equal bytes into the order of their true loss."""
     setting = Setting(resnet())
@@ -218,4 +294,4 @@ def prediction() -> list[Row]:
 
 
 if __name__ == "__main__":
-    main(__doc__, "mixed", [mobilenetv1, resnet20, lower, widths, headroom, prediction])
+    main(__doc__, "mixed", [mobilenetv1, resnet20, lower, widths, headroom, both_sides, prediction])
