@@ -69,8 +69,8 @@ def float_layers(slicer: Slicer) -> list[Layer]:
             shape = slicer.array(weight).shape
             if slicer.array(weight).dtype == np.float32 and has_form(node, shape) and slicer.boundary([x], ()):
                 channels = MatrixForm.of_node(node, shape).channels
-                own = bias in slicer.initializers and reads[bias] == 1 and slicer.array(bias).shape[-1:] == (channels,)
-                own = own and slicer.array(bias).size == channels
+                held = slicer.array(bias) if bias in slicer.initializers and reads[bias] == 1 else None
+                own = held is not None and held.shape[-1:] == (channels,) and held.size == channels
                 found.append(Layer(node, x, (holder or node).output[0], weight, "", holder, bias if own else "", ""))
     return found
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from deploykit.core.data import DataSet
     from deploykit.hub.graph import FloatGraph
     from deploykit.hub.sharing.codebooks import Weight
 
@@ -117,15 +118,20 @@ class Share:
         for own in shared:
             if not np.isfinite(own.values).all():
                 raise DeploykitError(f"weights with NaN or infinity cannot be shared: those of '{own.layer}'")
-        bits = self._chosen(graph, shared, context) if self._chooses else self._bits(shared)
-        if self.max_drop is not None:  # what was judged is what is given
-            fitted, _ = apart(context, "share")
-            context = replace(context, data={"calibration": fitted})
+        if self._chooses:
+            fitted, judged = apart(context, "share")
+            if self.max_drop is not None:  # what was judged is what is given
+                context = replace(context, data={"calibration": fitted})
+            bits = self._chosen(graph, shared, fitted, judged, context)
+        else:
+            bits = self._bits(shared)
         made = self._made(graph, shared, bits, context)
         context.note(_shared(repr(self), shared, {own.name: own for own in weights(made)}))
         return made
 
-    def _chosen(self, graph: FloatGraph, shared: Sequence[Weight], context: Context) -> Mapping[str, int]:
+    def _chosen(
+        self, graph: FloatGraph, shared: Sequence[Weight], fitted: DataSet, judged: DataSet, context: Context
+    ) -> Mapping[str, int]:
         """How fine the values of every weight are, by initializer, in half bits."""
         import numpy as np
 
@@ -134,7 +140,6 @@ class Share:
         from deploykit.hub.mixed.frontier import Bar, frontier, least_within, on_frontier, told
         from deploykit.hub.sharing.choice import tables
 
-        fitted, judged = apart(context, "share")
         exam = Exam(graph, judged, "share") if self.max_drop is not None else None
         losses, costs = tables(
             graph, shared, fitted, judged, outputs=self.near == "outputs", seed=context.seed, journal=context.journal
@@ -148,7 +153,7 @@ class Share:
             assert self.bytes is not None
             best, shown = on_frontier(losses, costs, self.bytes), frontier(losses, costs)
         else:
-            trial = replace(context, data={"calibration": fitted}, journal=NOTHING_KEPT)
+            trial = replace(context, journal=NOTHING_KEPT)
 
             def lost(bits: Mapping[str, int]) -> float:
                 found = context.journal.once(

@@ -179,7 +179,7 @@ def _best(sums: tuple[Floats, Floats, Floats], counts: Floats, lam: float, zeros
         if zeros:
             cost = plain[:j] + d2 + lam * bits(count + zeros)
             i = int(cost.argmin())
-            none = plain[j] + lam * float(bits(np.asarray(float(zeros))))
+            none = plain[j] + behind[0]  # zeros alone
             if min(cost[i], none) < behind[j]:
                 around[j], begins[1, j], behind[j] = True, i if cost[i] < none else j, min(cost[i], none)
     runs: list[tuple[float, float]] = []
