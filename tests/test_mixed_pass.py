@@ -158,6 +158,15 @@ def test_a_network_that_loses_no_answer_by_luck_is_expected_to_lose_some() -> No
     assert Exam(exact, data, "mixed").lost(smaller.bytes) == 25.0
 
 
+def test_fewer_samples_than_the_points_ask_for_are_said(capsys: pytest.CaptureFixture[str]) -> None:
+    made, data = classifier()
+    few = replace(data.pick(np.arange(40)), labels=np.zeros(40, np.int64))
+    chosen(hub_of(made, data), data, few, max_drop=2.0)
+    assert "judges 2 points by 40 samples, one of which is 2.5; 50 or more" in capsys.readouterr().err
+    chosen(hub_of(made, data), data, few, max_drop=2.5)
+    assert "one of which" not in capsys.readouterr().err
+
+
 def test_outputs_that_are_no_class_scores_have_no_answers() -> None:
     with pytest.raises(
         DeploykitError, match=r"max_drop counts answers, and output 'y'.*no class scores.*give mixed a budget"

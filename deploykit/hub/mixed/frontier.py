@@ -7,11 +7,13 @@ and halving the budgets between a bad and a good one finds it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from deploykit.core.errors import DeploykitError
 from deploykit.core.manifest import Finding
+from deploykit.core.progress import say
 from deploykit.hub.mixed.assignment import Table, assign, cost
 
 PRECISION = 0.01
@@ -112,6 +114,11 @@ def least_within(
     Raises:
         DeploykitError: no assignment loses so little, or only some that cost more than the budget.
     """
+    if 100 / bar.samples > bar.points > 0:
+        say(
+            f"note: {who} judges {bar.points:g} points by {bar.samples} samples, one of which is "
+            f"{100 / bar.samples:.3g}; {math.ceil(100 / bar.points)} or more tell them apart better"
+        )
     best, tried = cheapest_within(losses, costs, bar.points, bar.lost)
     points = f"{bar.points:g} points of {bar.what} on {bar.samples} samples"
     listed = "; ".join(f"{t.cost:.3g} loses {t.lost:.2f}" for t in tried if t.lost is not None)
