@@ -14,7 +14,7 @@ import contextlib
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +28,7 @@ from benchmarks.deep_compression import xz
 from benchmarks.prune import LeNet5, lenet, seeded
 from benchmarks.rows import Row, main
 from deploykit import exporters, passes, pipeline, targets
-from deploykit.core.context import Context
+from deploykit.core.context import Context, Role
 from deploykit.core.data import DataSet
 from deploykit.core.errors import GateFailed
 from deploykit.core.recipe import Recipe, Step, TrainSettings
@@ -44,6 +44,8 @@ ABOUT = "MNIST, 60,000 images train, 10,000 test; fp32 .onnx in ONNX Runtime"
 SEEDS = (0, 1, 2)
 EPOCH = 600
 """Steps of 100 images, which is the 60,000 once."""
+CALIBRATE = 30
+"""One of so many images chooses values that are near to what layers compute."""
 SHIFTS = ((0, 0), (1, 0), (-1, 0), (0, 1), (0, -1))
 SMOOTHED = 0.1
 """Of the labels that the references learn."""
@@ -63,7 +65,8 @@ class Net:
     epochs: int
     """Of the reference's training."""
     zeros: float
-    bits: int
+    share: Mapping[str, object]
+    """Options of the step."""
     rounds: int = 8
     each: int = 3
     """Epochs after every round of pruning."""
@@ -71,11 +74,25 @@ class Net:
     """After the last."""
     values: int = 4
     """Of the shared values."""
+    rate: float = 3e-3
+    """At which those learn."""
 
 
 NETS = (
-    Net("LeNet-300-100", lambda: nn.Sequential(nn.Flatten(), lenet()), 1.64, 40.0, 20, 0.94, 4, after=20),
-    Net("LeNet-5", LeNet5, 0.80, 39.0, 10, 0.92, 4, each=1, values=1),
+    Net("LeNet-300-100", lambda: nn.Sequential(nn.Flatten(), lenet()), 1.64, 40.0, 20, 0.94, {"bits": 4}, after=20),
+    Net(
+        "LeNet-5",
+        LeNet5,
+        0.80,
+        39.0,
+        10,
+        0.92,
+        {"near": "outputs", "bytes": 0.0175},
+        each=2,
+        after=16,
+        values=4,
+        rate=1e-3,
+    ),
 )
 
 
@@ -128,8 +145,8 @@ def recipe(net: Net) -> Recipe:
             "options": {"criterion": "l1"},
         }),
         Step("finetune", {"steps": net.after * EPOCH, "learning_rate": 1e-3}),
-        Step("share", {"bits": net.bits}),
-        Step("tune_codebooks", {"steps": net.values * EPOCH, "learning_rate": 3e-3}),
+        Step("share", net.share),
+        Step("tune_codebooks", {"steps": net.values * EPOCH, "learning_rate": net.rate}),
         Step("bitround"),
     )  # fmt: skip
     return Recipe(steps, TrainSettings(loss="benchmarks.lenets:taught", batch=100))
@@ -139,7 +156,10 @@ def compressed(net: Net, made: nn.Module, seed: int, train: DataSet, test: DataS
     """Bytes of the .dkz and of xz of the same file, and the error of what comes out again."""
     with tempfile.TemporaryDirectory() as name:
         out = Path(name)
-        prepared = pipeline.prepare(accept_module(made), {"train": train, "eval": test}, None)
+        roles: dict[Role, DataSet] = {"train": train, "eval": test}
+        if "near" in net.share:
+            roles["calibration"] = images("train").pick(np.arange(0, 100 * EPOCH, CALIBRATE))
+        prepared = pipeline.prepare(accept_module(made), roles, None)
         settings = pipeline.Settings(recipe(net), precisions=("fp32",), benchmark=False, seed=seed, pack=True)
         with contextlib.suppress(GateFailed):
             pipeline.export(prepared, [targets.load("x86")], [out / "x86"], settings, Gate())
