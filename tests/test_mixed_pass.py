@@ -119,16 +119,19 @@ def test_answers_to_samples_that_are_made_up_are_not_counted() -> None:
         chosen(hub_of(made, data), replace(data, synthetic=True), max_drop=1.0)
 
 
-def lent(before: np.ndarray[Any, Any], after: np.ndarray[Any, Any], right: np.ndarray[Any, Any]) -> float:
-    """Percent of right answers where every sample meets what was done to every other, place by place."""
+Array = np.ndarray[Any, Any]
+
+
+def lent(before: Array, after: Array, met: Array, right: Array) -> float:
+    """Percent of right answers to all met where each meets what was done to every judged one, place by place."""
     hits = 0
-    for scores, answer in zip(before, right, strict=True):
+    for scores, answer in zip(met, right, strict=True):
         places = sorted(range(len(scores)), key=lambda c: -scores[c])
         for own, moved in zip(before, after, strict=True):
             theirs = sorted(range(len(own)), key=lambda c: -own[c])
             there = [scores[c] + moved[d] - own[d] for c, d in zip(places, theirs, strict=True)]
             hits += places[int(np.argmax(there))] == answer
-    return 100 * hits / len(before) ** 2
+    return 100 * hits / (len(before) * len(met))
 
 
 def test_labels_decide_where_there_are_some_and_the_float_networks_answers_where_not() -> None:
@@ -140,8 +143,33 @@ def test_labels_decide_where_there_are_some_and_the_float_networks_answers_where
     for samples, right in ((few, before.argmax(1)), (replace(few, labels=labels), labels)):
         exam = Exam(made, samples, "mixed")
         most, counted = (100 * (scores.argmax(1) == right).mean() for scores in (before, after))
-        assert exam.lost(hub.bytes) == pytest.approx(most - min(counted, lent(before, after, right)))
+        assert exam.lost(hub.bytes) == pytest.approx(most - min(counted, lent(before, after, before, right)))
         assert exam.lost(made.bytes) == 0.0
+
+
+def test_changes_are_tried_on_samples_too_that_are_not_judged_but_have_answers_of_the_same_kind() -> None:
+    made, data = classifier()
+    hub = with_bits(hub_of(made, data), {"a": 2})
+    few, others = data.pick(np.arange(8)), data.pick(np.arange(8, 40))
+    before, after = run(made.bytes, few)[0], run(hub.bytes, few)[0]
+    met = np.concatenate([before, run(made.bytes, others)[0]])
+    counted = 100 * (before.argmax(1) != after.argmax(1)).mean()
+    expected = 100 - lent(before, after, met, met.argmax(1))
+    assert Exam(made, few, "mixed", others).lost(hub.bytes) == pytest.approx(max(counted, expected))
+    alone = Exam(made, few, "mixed").lost(hub.bytes)
+    assert alone != pytest.approx(max(counted, expected))
+    for unlike in (replace(others, synthetic=True), replace(others, labels=np.zeros(32, np.int64))):
+        assert Exam(made, few, "mixed", unlike).lost(hub.bytes) == alone
+    assert Exam(made, few, "mixed", others).lost(made.bytes) == 0.0
+
+
+def test_of_many_samples_each_change_is_tried_on_some(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, data = classifier()
+    hub = with_bits(hub_of(made, data), {"a": 2})
+    judged, others = data.pick(np.arange(40)), data.pick(np.arange(40, len(data)))
+    every = Exam(made, judged, "mixed", others).lost(hub.bytes)
+    monkeypatch.setattr("deploykit.hub.analysis.answers.PAIRS", 40 * len(data) // 2)
+    assert Exam(made, judged, "mixed", others).lost(hub.bytes) == pytest.approx(every, abs=3)
 
 
 def test_a_network_that_loses_no_answer_by_luck_is_expected_to_lose_some() -> None:

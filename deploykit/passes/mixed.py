@@ -200,7 +200,8 @@ class Mixed:
         if self.max_drop is None:
             assert budget is not None
             return on_frontier(losses, costs, budget), frontier(losses, costs)
-        exam, plain = Exam(hub.graph, judged, "mixed"), replace(context, journal=NOTHING_KEPT)
+        exam = Exam(hub.graph, judged, "mixed", context.need("calibration", "mixed"))
+        plain = replace(context, journal=NOTHING_KEPT)
 
         def lost(bits: Mapping[str, int]) -> float:
             found = context.journal.once(

@@ -140,7 +140,7 @@ class Share:
         from deploykit.hub.mixed.frontier import Bar, frontier, least_within, on_frontier, told
         from deploykit.hub.sharing.choice import tables
 
-        exam = Exam(graph, judged, "share") if self.max_drop is not None else None
+        exam = Exam(graph, judged, "share", fitted) if self.max_drop is not None else None
         losses, costs = tables(
             graph, shared, fitted, judged, outputs=self.near == "outputs", seed=context.seed, journal=context.journal
         )

@@ -1,9 +1,9 @@
 """How many answers change: points of accuracy, or of agreement with the float network, that a smaller one loses.
 
 Of 40 samples one answer is 2.5 points, so answers that were counted cannot tell half a point, and the smallest network
-of several that changes none by luck is too small. But every sample tells how far scores move, and every sample how far
-they may: what one does to its scores is therefore tried on those of the others as well, place by place from the
-highest to the lowest.
+of several that changes none by luck is too small. But every judged sample tells how far scores move, and every sample,
+judged or not, how far they may: what happens to the scores of one is therefore tried on those of the others as well,
+place by place from the highest to the lowest.
 """
 
 from __future__ import annotations
@@ -32,21 +32,29 @@ class Exam:
 
     Args:
         graph: the float network.
-        data: the samples.
+        data: the samples that are judged.
         who: the step that asks.
+        others: samples that changes are tried on as well. The float network alone is asked about them, so a smaller
+            one may have been fitted to them. They are left out where they are made up, or have labels and those that
+            are judged have none, or the other way round.
 
     Raises:
         DeploykitError: the first output is no class scores ``[n, classes]``.
     """
 
-    def __init__(self, graph: FloatGraph, data: DataSet, who: str) -> None:
+    def __init__(self, graph: FloatGraph, data: DataSet, who: str, others: DataSet | None = None) -> None:
         """Asks the float network."""
         self.data, self.batch, self.who = data, graph.batch or BATCH, who
-        self.scores = self._scores(graph.bytes)
         self.labelled = data.labels is not None
-        answers = self.scores.argmax(1)
-        self.right = answers if data.labels is None else np.asarray(data.labels)
-        self.most = _points(answers == self.right)
+        self.scores, self.right = self._asked(graph, data)
+        met, right = self.scores, self.right
+        if others is not None and not others.synthetic and (others.labels is not None) == self.labelled:
+            further, answers = self._asked(graph, others)
+            met, right = np.concatenate([met, further]), np.concatenate([right, answers])
+        order = _places(met)
+        self.met = np.take_along_axis(met, order, axis=1)
+        at = order == right[:, None]
+        self.place = np.where(at.any(1), at.argmax(1), -1)
 
     @property
     def what(self) -> str:
@@ -58,25 +66,32 @@ class Exam:
 
         What is expected takes the change of a sample's scores for one that any other sample could have met.
         """
-        scores = self._scores(model)
-        return self.most - min(_points(scores.argmax(1) == self.right), self._expected(scores))
+        scores = self._scores(model, self.data)
+        counted = _points(self.scores.argmax(1) == self.right) - _points(scores.argmax(1) == self.right)
+        return max(counted, self._expected(scores))
 
     def _expected(self, scores: NDArray[np.float64]) -> float:
         """Points, on average over changes that samples lend each other; places are those of the float network."""
-        order = np.argsort(-self.scores, axis=1, kind="stable")
-        before = np.take_along_axis(self.scores, order, axis=1)
-        change = np.take_along_axis(scores, order, axis=1) - before
-        at = order == self.right[:, None]
-        place = np.where(at.any(1), at.argmax(1), -1)
-        others = min(len(scores), max(1, PAIRS // len(scores)))
-        return float(np.mean([_points((before + np.roll(change, k, 0)).argmax(1) == place) for k in range(others)]))
+        order = _places(self.scores)
+        change = np.take_along_axis(scores - self.scores, order, axis=1)
+        count = len(self.met)
+        tries = min(count, max(1, PAIRS // len(change)))
+        lost = []
+        for k in range(tries):
+            at = (np.arange(len(change)) + k * count // tries) % count
+            after = (self.met[at] + change).argmax(1)
+            lost.append(_points(self.place[at] == 0) - _points(self.place[at] == after))
+        return float(np.mean(lost))
 
-    def _scores(self, model: bytes) -> NDArray[np.float64]:
+    def _asked(self, graph: FloatGraph, data: DataSet) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+        """Scores of the float network, and the right answers."""
+        scores = self._scores(graph.bytes, data)
+        return scores, scores.argmax(1) if data.labels is None else np.asarray(data.labels)
+
+    def _scores(self, model: bytes, data: DataSet) -> NDArray[np.float64]:
         run, found = session(onnx.load_model_from_string(model)), []
         name = run.get_outputs()[0].name
-        for batch in track(
-            self.data.batches(self.batch), f"{self.who}: answers", total=-(-len(self.data) // self.batch)
-        ):
+        for batch in track(data.batches(self.batch), f"{self.who}: answers", total=-(-len(data) // self.batch)):
             (scores,) = run.run([name], batch.inputs)
             if scores.ndim != 2 or scores.shape[1] < 2:
                 raise DeploykitError(
@@ -85,6 +100,11 @@ class Exam:
                 )
             found.append(scores)
         return np.concatenate(found).astype(np.float64)
+
+
+def _places(scores: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Classes from the highest score to the lowest."""
+    return np.argsort(-scores, axis=1, kind="stable")
 
 
 def _points(right: NDArray[np.bool_]) -> float:
