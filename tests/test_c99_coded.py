@@ -21,7 +21,7 @@ from tflite_graphs import Node, graph, quantized
 
 from deploykit import targets
 from deploykit.coding import huffman
-from deploykit.coding.symbols import symbols, values
+from deploykit.coding.symbols import pieces, symbols
 from deploykit.core.errors import DeploykitError
 from deploykit.core.figures import file_size
 from deploykit.core.target import Target
@@ -138,7 +138,8 @@ def test_a_short_weight_has_the_words_of_a_block_of_the_container(zeros: float) 
     words = huffman.encode(found.streams, tables)
     assert bool(found.gap_bits) == (zeros > 0) and code(weights).tobytes().endswith(words)
     streams = huffman.decode(words, tables, [len(stream) for stream in found.streams])
-    np.testing.assert_array_equal(values(replace(found, streams=tuple(streams)), 2000).view(np.int8), weights)
+    back = np.concatenate(list(pieces(replace(found, streams=tuple(streams)), 2000)))
+    np.testing.assert_array_equal(back.view(np.int8), weights)
 
 
 # ------------------------------------------------------------------ damage

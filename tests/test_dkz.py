@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import lzma
 import math
 import tracemalloc
 import zlib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +20,12 @@ from numpy.typing import NDArray
 
 from deploykit.coding import huffman, rans
 from deploykit.coding.lanes import LENGTH, lanes
-from deploykit.coding.symbols import sparse, symbols, values
+from deploykit.coding.symbols import Symbols, pieces, sparse, symbols
 from deploykit.core.errors import DeploykitError
 from deploykit.dkz import lzma2
-from deploykit.dkz.container import STREAMS, pack, packed
+from deploykit.dkz.container import pack, packed
 from deploykit.dkz.files import unpack_file
-from deploykit.dkz.front import HEAD, VERSION, front_of
+from deploykit.dkz.front import HEAD, MOST_STREAMS, VERSION, front_of
 from deploykit.dkz.lzma2 import PIECE
 from deploykit.dkz.reading import peak, unpack
 from deploykit.dkz.stages import REST, Stage, stages
@@ -109,12 +111,17 @@ def test_rans_states_follow_the_formula() -> None:
 
 def test_lanes_have_every_symbol_once_and_the_longest_come_first() -> None:
     deal = lanes([0, 5, LENGTH, 3 * LENGTH + 7, 1])
-    places = np.concatenate([deal.at(step) for step in range(len(deal.active))])
+    places = np.concatenate([at.copy() for at in deal.steps()])
     assert sorted(places.tolist()) == list(range(4 * LENGTH + 13))
     assert (np.diff(deal.active) <= 0).all()
 
 
 # ------------------------------------------------------------------ weights as symbols
+
+
+def together(found: Symbols, count: int) -> NDArray[Any]:
+    """The weights at once."""
+    return np.concatenate([found.book[:0], *pieces(found, count)])
 
 
 def sparse_by_hand(codes: list[int], b: int) -> list[tuple[int, int]]:
@@ -139,7 +146,36 @@ def test_gaps_and_fillers_are_those_of_going_through_one_by_one(codes: list[int]
     book = np.asarray([0, 7, 9], np.uint8)
     found = sparse(np.asarray(codes, np.int64), book, b)
     assert list(zip(*(s.tolist() for s in found.streams), strict=True)) == sparse_by_hand(codes, b)
-    assert np.array_equal(values(found, len(codes)), book[codes])
+    assert np.array_equal(together(found, len(codes)), book[codes])
+
+
+@MANY
+@given(st.lists(st.sampled_from([0, 0, 0, 0, 0, 1, 2]), max_size=60), st.integers(1, 4), st.integers(1, 9))
+def test_pieces_are_the_weights_whatever_their_size(codes: list[int], b: int, size: int) -> None:
+    book = np.asarray([0, 7, 9], np.uint8)
+    dense = Symbols(book, (np.asarray(codes, np.uint16),))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("deploykit.coding.symbols.PIECE", size)
+        for own in (dense, sparse(np.asarray(codes, np.int64), book, b)):
+            found = list(pieces(own, len(codes)))
+            assert np.array_equal(np.concatenate([book[:0], *found]), book[codes])
+            assert all(len(piece) == size for piece in found[:-1])
+
+
+@pytest.mark.parametrize(
+    "gaps, codes, count, why",
+    [
+        ([0, 4], [1, 1], 9, "a gap has more bits"),
+        ([0, 3], [1, 1], 4, "beyond the end"),
+        ([0, 3], [1, 3], 9, "no value"),
+    ],
+)
+def test_symbols_that_stand_for_no_weights_are_refused(gaps: list[int], codes: list[int], count: int, why: str) -> None:
+    book, streams = np.asarray([0, 7, 9], np.uint8), (np.asarray(gaps, np.uint16), np.asarray(codes, np.uint16))
+    with pytest.raises(DeploykitError, match=why):
+        together(Symbols(book, streams, 2), count)
+    with pytest.raises(DeploykitError, match="code 0 is not zero"):
+        together(Symbols(np.asarray([5, 7, 9], np.uint8), (streams[0] % 2, streams[1] % 2), 2), 9)
 
 
 @pytest.mark.parametrize("coder", CODERS, ids=["rans", "huffman"])
@@ -154,7 +190,7 @@ def test_weights_come_back_from_their_symbols(
     random = np.random.default_rng(seed)
     book = random.integers(0, 256 ** np.dtype(kind).itemsize, many).astype(kind)
     given_ = np.where(random.random(count) < share, random.choice(book, count), 0).astype(kind)
-    back = values(symbols(given_, coder), count)
+    back = together(symbols(given_, coder), count)
     assert back.tobytes() == given_.tobytes()
 
 
@@ -191,7 +227,7 @@ def opened(data: bytes, **more: Any) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("coder", [None, "rans", "huffman"])
 def test_files_come_back_bit_by_bit(coder: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deploykit.dkz.container.BLOCK", 20_000)  # several blocks
+    monkeypatch.setattr("deploykit.dkz.container.MOST_VALUES", 20_000)  # several blocks
     random = np.random.default_rng(1)
     first = file_of(shared(30_000, 0.08, 32), random.normal(size=9000).astype(np.float32), np.zeros(500, np.int8))
     second = file_of(random.normal(0, 20, 12_000).astype(np.int8), name="other")
@@ -210,9 +246,9 @@ def test_random_bytes_cost_hardly_more_than_they_are() -> None:
     assert len(pack([file])) < len(file.data) + 100
 
 
-@pytest.fixture(scope="module", params=["rans", "contexts"])
+@pytest.fixture(scope="module", params=["rans", "huffman", "contexts"])
 def small(request: pytest.FixtureRequest) -> bytes:
-    weights = shared(1500, 0.1, 16) if request.param == "rans" else kernels(40, 20)
+    weights = kernels(40, 20) if request.param == "contexts" else shared(1500, 0.1, 16)
     data = pack([file_of(weights, np.zeros(300, np.uint8))], request.param)
     told: list[Any] = []
     refronted(data, told.append)
@@ -269,12 +305,72 @@ def test_forged_containers_whose_checksum_fits_never_crash(small: bytes) -> None
             continue
 
 
+@dataclass
+class Opened:
+    """A container that was taken apart: what its front tells, skeleton, sides and words."""
+
+    told: Any
+    plain: list[bytes]
+
+    @classmethod
+    def of(cls, data: bytes) -> Opened:
+        """All parts, without the compression that is around them."""
+        told: list[Any] = []
+        refronted(data, told.append)
+        _, (_, first), blocks, _ = told[0]
+        sizes = [first, *(n for block in blocks for n in (block[3], block[4]))]
+        ends = np.cumsum([len(data) - sum(sizes), *sizes])
+        sections = [memoryview(data)[a:b] for a, b in itertools.pairwise(ends.tolist())]
+        plain = [b"".join(lzma2.spread(sections[0], [told[0][1][0]]))]
+        for block, side, words in zip(blocks, sections[1::2], sections[2::2], strict=True):
+            plain += [b"".join(lzma2.spread(side, [block[2]])), bytes(words)]
+        return cls(told[0], plain)
+
+    def closed(self) -> bytes:
+        """A container of these, whatever they say: sizes and checksum fit."""
+        sections = [own if i and i % 2 == 0 else lzma2.compressed(own) for i, own in enumerate(self.plain)]
+        self.told[1] = [len(self.plain[0]), len(sections[0])]
+        for i, block in enumerate(self.told[2]):
+            block[2:5] = len(self.plain[2 * i + 1]), len(sections[2 * i + 1]), len(sections[2 * i + 2])
+        writer = zlib.compressobj(1, zlib.DEFLATED, -15)
+        front = writer.compress(json.dumps(self.told).encode()) + writer.flush()
+        return sealed(front + b"".join(sections), len(front))
+
+
+def numbers(told: Any) -> list[tuple[Any, int]]:
+    """Where those of a front are."""
+    found = [(told, i) for i, n in enumerate(told) if isinstance(n, int)]
+    return found + [pair for inner in told if isinstance(inner, list) for pair in numbers(inner)]
+
+
+@pytest.mark.parametrize("coder", ["rans", "huffman", "contexts"])
+@pytest.mark.usefixtures("quick")
+def test_coders_never_crash_on_what_no_encoder_wrote(coder: str) -> None:
+    """Tables, codebooks, levels, words and numbers are forged; all sizes and the checksum fit."""
+    random = np.random.default_rng(0)
+    kinds = [shared(1500, 0.1, 16), np.zeros(300, np.uint8), random.normal(0, 9, 300).astype(np.int8)]
+    data = pack([file_of(*([kernels(40, 20), kernels(30, 20, 4)] if coder == "contexts" else kinds))], coder)
+    assert Opened.of(data).closed() != b"" and opened(Opened.of(data).closed()) == opened(data)
+    reached = 0
+    for turn in range(600 if coder == "contexts" else 1500):
+        own = Opened.of(data)
+        if turn % 3 < 2:
+            part = int(random.integers(len(own.plain)))
+            own.plain[part] = mutated(own.plain[part] or b"0", random)
+        if turn % 3 > 0:
+            owner, place = numbers(own.told)[int(random.integers(len(numbers(own.told))))]
+            owner[place] += int(random.choice([-1, 1, 2, 100, 4096]))
+        try:
+            for _, found in unpack(own.closed(), 1 << 22):
+                reached += len(next(found, b""))
+                list(found)
+        except DeploykitError:
+            continue
+    assert reached  # not all were refused at the door
+
+
 def test_numbers_that_lie_are_refused_before_room_is_made(small: bytes) -> None:
     """Any number of the front, replaced by others, the checksum made to fit."""
-
-    def numbers(told: Any) -> list[tuple[Any, int]]:
-        found = [(told, i) for i, n in enumerate(told) if isinstance(n, int)]
-        return found + [pair for inner in told if isinstance(inner, list) for pair in numbers(inner)]
 
     front: list[Any] = []
     refronted(small, front.append)
@@ -298,6 +394,23 @@ def test_what_is_larger_than_the_limit_is_refused() -> None:
     assert len(bomb) < 1000
     with pytest.raises(DeploykitError, match=r"unpacks to 4,000,012 bytes, more than the limit of 1,000"):
         opened(bomb, limit=1000)
+
+
+def test_a_block_of_more_weights_than_a_decoder_has_tables_for_is_refused() -> None:
+    """Each would take room for a table, though a container of a few bytes can have very many."""
+    for many, why in ((MOST_STREAMS, "cut off"), (MOST_STREAMS + 1, "numbers of its front do not fit")):
+        own = Opened.of(pack([file_of(np.random.default_rng(0).integers(0, 3, 2000).astype(np.uint8))], "rans"))
+        (file,), (block,) = own.told[0], own.told[2]
+        ((start, *_),) = file[3]
+        file[3] = [[start + i, 1, 8, 0, 1, 1] for i in range(many)]
+        block[1], file[1] = many, file[1] - 2000 + many
+        with pytest.raises(DeploykitError, match=why):
+            opened(own.closed())
+
+
+def test_a_bomb_of_one_weight_takes_little_memory_while_it_is_small_enough_to_come_out() -> None:
+    data = pack([file_of(np.zeros(20_000_000, np.float32))], "rans")
+    assert len(data) < 1000 and memory(data) < 4_000_000
 
 
 @pytest.mark.parametrize(
@@ -363,7 +476,7 @@ def test_a_skeleton_is_read_in_pieces() -> None:
 
 @pytest.mark.usefixtures("quick")
 def test_the_largest_layer_decides_however_many_there_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("deploykit.dkz.container.BLOCK", 50_000)
+    monkeypatch.setattr("deploykit.dkz.container.MOST_VALUES", 50_000)
     layers = [np.random.default_rng(seed).integers(0, 4000, 50_000).astype(np.float32) for seed in range(15)]
     one, all_ = pack([file_of(layers[0])], "rans"), pack([file_of(*layers)], "rans")
     assert len(front_of(all_).blocks) == 15
@@ -379,9 +492,9 @@ def test_the_largest_layer_decides_however_many_there_are(monkeypatch: pytest.Mo
 
 def test_a_block_has_a_bounded_number_of_tables() -> None:
     random = np.random.default_rng(0)
-    many = [random.integers(0, 3, 1000).astype(np.uint8) for _ in range(STREAMS + 1)]
+    many = [random.integers(0, 3, 1000).astype(np.uint8) for _ in range(MOST_STREAMS + 1)]
     front = front_of(pack([file_of(*many)], "rans"))
-    assert [block.weights for block in front.blocks] == [STREAMS, 1]
+    assert [block.weights for block in front.blocks] == [MOST_STREAMS, 1]
 
 
 # ------------------------------------------------------------------ stages

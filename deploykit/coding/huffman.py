@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from deploykit.coding.lanes import LENGTH, WORD, lanes
+from deploykit.coding.lanes import LENGTH, WORD, lanes, room
 from deploykit.core.errors import DeploykitError
 
 LONGEST = 12
@@ -95,10 +95,8 @@ def encode(streams: Sequence[NDArray[Any]], tables: Sequence[NDArray[np.uint8]],
     return np.concatenate(words)[order].astype("<u2").tobytes()
 
 
-def decode(
-    data: bytes | memoryview, tables: Sequence[NDArray[np.uint8]], counts: Sequence[int]
-) -> list[NDArray[np.uint16]]:
-    """The streams.
+def decode(data: bytes | memoryview, tables: Sequence[NDArray[np.uint8]], counts: Sequence[int]) -> list[NDArray[Any]]:
+    """The streams, of bytes where those can tell all symbols apart, else of 16 bits.
 
     Args:
         data: of `encode`.
@@ -111,8 +109,8 @@ def decode(
     deal = lanes(counts)
     if len(data) % 2:
         raise DeploykitError("a coded stream is cut off")
-    words = np.frombuffer(data, "<u2").astype(np.uint32)
-    symbol, taken = (np.zeros(len(tables) << LONGEST, kind) for kind in (np.uint16, np.uint32))
+    words, found = np.frombuffer(data, "<u2"), room(tables, counts)
+    symbol, taken = (np.zeros(len(tables) << LONGEST, kind) for kind in (found.dtype, np.uint8))
     for i, (length, count) in enumerate(zip(tables, counts, strict=True)):
         code = codes(length) if count else NONE
         for s in np.flatnonzero(length) if count else ():
@@ -121,21 +119,23 @@ def decode(
             symbol[own], taken[own] = s, length[s]
     table = (deal.stream << LONGEST).astype(np.uint32)
     held, have = np.zeros(len(table), np.uint32), np.zeros(len(table), np.uint32)
-    found, at = np.empty(sum(counts), np.uint16), 0
-    for step, active in enumerate(deal.active):
-        low = np.flatnonzero(have[:active] < WORD)
-        if at + len(low) > len(words):
+    read = 0
+    for at in deal.steps():
+        n = len(at)
+        (low,) = (have[:n] < WORD).nonzero()
+        if read + len(low) > len(words):
             raise DeploykitError("a coded stream is cut off")
-        held[low] |= words[at : at + len(low)] << (np.uint32(WORD) - have[low])
-        have[low] += np.uint32(WORD)
-        at += len(low)
-        key = (held[:active] >> np.uint32(2 * WORD - LONGEST)) + table[:active]
-        found[deal.at(step)] = symbol[key]
+        held[low] |= words[read : read + len(low)] << (WORD - have[low])
+        have[low] += WORD
+        read += len(low)
+        key = held[:n] >> (2 * WORD - LONGEST)
+        key += table[:n]
+        found[at] = symbol[key]
         own = taken[key]
         if not own.all():
             raise DeploykitError("a coded stream has a code that its table has not")
-        held[:active] <<= own
-        have[:active] -= own
-    if at != len(words):
+        held[:n] <<= own
+        have[:n] -= own
+    if read != len(words):
         raise DeploykitError("a coded stream does not end where its encoder did")
     return np.split(found, np.cumsum(counts)[:-1])

@@ -8,8 +8,9 @@ numpy idle; in a block they are decoded together, each by its own table.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +19,8 @@ WORD = 16
 """Bits."""
 LENGTH = 2048
 """Symbols of a lane, at most: what a lane costs (4 bytes) is then little."""
+NARROW = 256
+"""Symbols that a byte can tell apart."""
 
 
 @dataclass(frozen=True)
@@ -33,10 +36,17 @@ class Lanes:
     active: NDArray[np.int64]
     """By step, how many lanes have a symbol."""
 
-    def at(self, step: int) -> NDArray[np.int64]:
-        """Where the symbols of a step are."""
-        n = self.active[step]
-        return self.start[:n] + step * self.stride[:n]
+    def steps(self) -> Iterator[NDArray[np.int64]]:
+        """Where the symbols of each step are, ``[active]``; good until the next is asked for."""
+        at = self.start.copy()
+        for n in self.active.tolist():
+            yield at[:n]
+            at[:n] += self.stride[:n]
+
+
+def room(tables: Sequence[NDArray[np.uint8]], counts: Sequence[int]) -> NDArray[Any]:
+    """For the symbols of streams, as wide as their tables need."""
+    return np.empty(sum(counts), np.uint8 if max(map(len, tables), default=0) <= NARROW else np.uint16)
 
 
 def lanes(counts: Sequence[int], length: int = LENGTH) -> Lanes:
@@ -53,5 +63,5 @@ def lanes(counts: Sequence[int], length: int = LENGTH) -> Lanes:
     ends = np.cumsum([0, *counts])
     steps = -(-(np.asarray(counts, np.int64)[stream] - number) // stride)
     order = np.argsort(-steps, kind="stable")
-    active = np.count_nonzero(steps[:, None] > np.arange(steps.max(initial=0)), axis=0)
+    active = len(steps) - np.searchsorted(np.sort(steps), np.arange(steps.max(initial=0)), "right")
     return Lanes(stream[order], (ends[stream] + number)[order], stride[order], active)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from deploykit.coding.lanes import WORD, lanes
+from deploykit.coding.lanes import WORD, lanes, room
 from deploykit.core.errors import DeploykitError
 
 PRECISION = 12
@@ -82,7 +82,7 @@ def encode(streams: Sequence[NDArray[Any]], tables: Sequence[NDArray[np.uint8]])
     pairs = [(s, frequencies(own)) for s, own in zip(streams, tables, strict=True) if len(s)]
     f = np.concatenate([f[s] for s, f in pairs] or [NONE])
     c = np.concatenate([(np.cumsum(f) - f)[s] for s, f in pairs] or [NONE])
-    return written(f, c, [deal.at(step) for step in range(len(deal.active))], len(deal.stream))
+    return written(f, c, [at.copy() for at in deal.steps()], len(deal.stream))
 
 
 def written(f: NDArray[Any], c: NDArray[Any], steps: Sequence[slice | NDArray[np.int64]], lanes: int) -> bytes:
@@ -119,22 +119,25 @@ class Reader:
             raise DeploykitError("a coded stream is cut off")
         self.lanes, self._at = lanes, 0
         self._x = np.frombuffer(data, "<u4", lanes).astype(np.uint32)
-        self._words = np.frombuffer(data, "<u2", offset=4 * lanes).astype(np.uint32)
+        self._words = np.frombuffer(data, "<u2", offset=4 * lanes)
 
     def slots(self, n: int) -> NDArray[np.uint32]:
         """x mod M of the first n lanes: it says which symbol comes."""
         return self._x[:n] & np.uint32(M - 1)
 
-    def advance(self, f: NDArray[np.uint32], above: NDArray[np.uint32]) -> None:
+    def advance(self, f: NDArray[Any], above: NDArray[Any]) -> None:
         """Past a symbol of the first lanes, with its frequency and how far x mod M is above those before it."""
         n = len(f)
-        x = f * (self._x[:n] >> np.uint32(PRECISION)) + above
-        empty = np.flatnonzero(x < LOWEST)
-        if self._at + len(empty) > len(self._words):
+        x = self._x[:n]
+        x >>= PRECISION
+        x *= f
+        x += above
+        (empty,) = (x < LOWEST).nonzero()
+        end = self._at + len(empty)
+        if end > len(self._words):
             raise DeploykitError("a coded stream is cut off")
-        x[empty] = x[empty] << np.uint32(WORD) | self._words[self._at : self._at + len(empty)]
-        self._at += len(empty)
-        self._x[:n] = x
+        x[empty] = x[empty] << WORD | self._words[self._at : end]
+        self._at = end
 
     def end(self) -> None:
         """Everything was read, and all lanes are where their encoder began."""
@@ -142,10 +145,8 @@ class Reader:
             raise DeploykitError("a coded stream does not end where its encoder began")
 
 
-def decode(
-    data: bytes | memoryview, tables: Sequence[NDArray[np.uint8]], counts: Sequence[int]
-) -> list[NDArray[np.uint16]]:
-    """The streams.
+def decode(data: bytes | memoryview, tables: Sequence[NDArray[np.uint8]], counts: Sequence[int]) -> list[NDArray[Any]]:
+    """The streams, of bytes where those can tell all symbols apart, else of 16 bits.
 
     Args:
         data: of `encode`.
@@ -157,7 +158,8 @@ def decode(
     """
     deal = lanes(counts)
     reader = Reader(data, len(deal.stream))
-    symbol, own, above = (np.zeros(len(tables) * M, kind) for kind in (np.uint16, np.uint32, np.uint32))
+    found = room(tables, counts)
+    symbol, own, above = (np.zeros(len(tables) * M, kind) for kind in (found.dtype, np.uint16, np.uint16))
     for i, (quarters, count) in enumerate(zip(tables, counts, strict=True)):
         if count:
             f = frequencies(quarters)
@@ -165,10 +167,10 @@ def decode(
             places = slice(i * M, (i + 1) * M)
             symbol[places], own[places], above[places] = s, f[s], np.arange(M) - (np.cumsum(f) - f)[s]
     table = (deal.stream * M).astype(np.uint32)
-    found = np.empty(sum(counts), np.uint16)
-    for step, active in enumerate(deal.active):
-        slot = reader.slots(active) + table[:active]
-        found[deal.at(step)] = symbol[slot]
+    for at in deal.steps():
+        slot = reader.slots(len(at))
+        slot += table[: len(at)]
+        found[at] = symbol[slot]
         reader.advance(own[slot], above[slot])
     reader.end()
     return np.split(found, np.cumsum(counts)[:-1])

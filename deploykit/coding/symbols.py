@@ -7,6 +7,7 @@ counted in b bits; where there are more, a filler, a zero that is written down, 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,8 @@ from deploykit.core.errors import DeploykitError
 
 MOST = 4096
 """Symbols of a stream, at most."""
+PIECE = 1 << 16
+"""Weights that are made of symbols at once."""
 TABLE = 8.0
 """Bits of a symbol's entry in a table."""
 
@@ -27,7 +30,7 @@ class Symbols:
 
     book: NDArray[Any]
     """Values, by code; sparse: the first is zero; empty: there are no codes."""
-    streams: tuple[NDArray[np.uint16], ...]
+    streams: tuple[NDArray[Any], ...]
     """Codes; sparse: gaps, then codes; without a codebook: the lowest bytes of all weights, the next ones .."""
     gap_bits: int = 0
     """b; 0: not sparse."""
@@ -78,27 +81,44 @@ def sparse(codes: NDArray[np.int64], book: NDArray[Any], b: int) -> Symbols:
     return Symbols(book, (steps, own), b)
 
 
-def values(found: Symbols, count: int) -> NDArray[Any]:
-    """The weights ``[count]`` again.
+def pieces(found: Symbols, count: int) -> Iterator[NDArray[Any]]:
+    """The weights ``[count]`` again, so many at a time that they take little memory; or their bytes, the lowest first.
 
     Raises:
-        DeploykitError: codes without a value, gaps beyond the end.
+        DeploykitError: codes without a value, gaps beyond b bits or the end.
     """
     codes = found.streams[-1]
-    if not len(found.book):
-        bytes_ = np.stack(found.streams, 1)
-        if len(bytes_) != count or (count and int(bytes_.max()) > 255):
-            raise DeploykitError("bytes of weights are out of range")
-        return bytes_.astype(np.uint8).reshape(-1)
-    if len(codes) and int(codes.max()) >= len(found.book):
+    if len(codes) and len(found.book) and int(codes.max()) >= len(found.book):
         raise DeploykitError("a code has no value in its codebook")
-    if not found.gap_bits:
-        if len(codes) != count:
-            raise DeploykitError("codes and weights are not equally many")
-        return found.book[codes]
-    made = np.zeros(count, found.book.dtype)
-    at = np.cumsum(found.streams[0].astype(np.int64) + 1) - 1
-    if len(at) != len(codes) or (len(at) and int(at[-1]) >= count):
+    if found.gap_bits:
+        yield from _sparse_pieces(found, count)
+        return
+    if any(len(stream) != count for stream in found.streams):
+        raise DeploykitError("codes and weights are not equally many")
+    for start in range(0, count, PIECE):
+        own = [stream[start : start + PIECE] for stream in found.streams]
+        if len(found.book):
+            yield found.book[own[0]]
+        elif max(int(stream.max()) for stream in own) > 255:
+            raise DeploykitError("bytes of weights are out of range")
+        else:
+            yield np.stack(own, 1).astype(np.uint8, copy=False).reshape(-1)
+
+
+def _sparse_pieces(found: Symbols, count: int) -> Iterator[NDArray[Any]]:
+    gaps, codes = found.streams
+    if len(gaps) != len(codes) or (len(gaps) and int(gaps.max()) >> found.gap_bits):
+        raise DeploykitError("a gap has more bits than its weights say")
+    if found.book[:1].any():
+        raise DeploykitError("code 0 is not zero")
+    entry, last = 0, -1  # the next one, and where the one before it is
+    for start in range(0, count, PIECE):
+        made = np.zeros(min(PIECE, count - start), found.book.dtype)
+        at = last + np.cumsum(gaps[entry : entry + PIECE].astype(np.int64) + 1)
+        at = at[: np.searchsorted(at, start + len(made))]
+        if len(at):
+            made[at - start] = found.book[codes[entry : entry + len(at)]]
+            entry, last = entry + len(at), int(at[-1])
+        yield made
+    if entry < len(codes):
         raise DeploykitError("gaps reach beyond the end of the weights")
-    made[at] = found.book[codes]
-    return made

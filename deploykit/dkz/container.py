@@ -22,15 +22,11 @@ from deploykit.coding import contexts
 from deploykit.coding.contexts import Model
 from deploykit.coding.symbols import symbols
 from deploykit.core.errors import unknown
-from deploykit.dkz.front import CODERS, CONTEXTS, HEAD, MAGIC, MOST_WEIGHTS, VERSION, by_model
+from deploykit.dkz.front import CODERS, CONTEXTS, HEAD, MAGIC, MOST_STREAMS, MOST_VALUES, VERSION, by_model
 from deploykit.dkz.lzma2 import compressed, squeezed
 from deploykit.dkz.surroundings import with_contexts
 from deploykit.dkz.weights import Chosen, File
 
-BLOCK = 1 << 22
-"""Weights of a block, unless one alone has more."""
-STREAMS = MOST_WEIGHTS
-"""And its streams: a decoder keeps a table for each."""
 WORTH_SLOWNESS = 0.99
 """Of what a container takes otherwise: with contexts it has to take less than that, for it is decoded more slowly."""
 
@@ -149,7 +145,7 @@ def _blocks(weights: Sequence[Chosen]) -> Iterator[list[Chosen]]:
     for own in weights:
         more = [*block, own]
         streams = sum(len(w.symbols.streams) for w in more if w.symbols is not None)
-        full = sum(w.extent.count for w in more) > BLOCK or streams > STREAMS
+        full = sum(w.extent.count for w in more) > MOST_VALUES or streams > MOST_STREAMS
         if block and (full or own.coder != block[0].coder):
             yield block
             block = []

@@ -107,10 +107,13 @@ def unpack_file(container: Path, out: Path, overwrite: bool = False, limit: int 
         if len({name.casefold() for name in names}) < len(names):
             raise DeploykitError(f"{container} is damaged: two of its files have one name")
         with folder_in_place(out, overwrite) as work, said_by(str(container)):
-            for name, pieces in unpack(data, limit):
-                (work / name).parent.mkdir(parents=True, exist_ok=True)
-                with (work / name).open("xb") as file:
-                    whole += sum(file.write(piece) for piece in pieces)
+            try:
+                for name, pieces in unpack(data, limit):
+                    (work / name).parent.mkdir(parents=True, exist_ok=True)
+                    with (work / name).open("xb") as file:
+                        whole += sum(file.write(piece) for piece in pieces)
+            except MemoryError:
+                raise DeploykitError(f"decoding takes up to {needed:,} bytes of memory, more than there are") from None
     return Packed(container, tuple(names), len(data), whole, needed)
 
 

@@ -13,7 +13,8 @@ import numpy as np
 
 from deploykit.coding import huffman, rans
 from deploykit.coding.contexts import Model, fewest
-from deploykit.coding.symbols import MOST
+from deploykit.coding.lanes import NARROW
+from deploykit.coding.symbols import MOST, PIECE
 from deploykit.core.errors import DeploykitError
 
 MAGIC, VERSION = b"DKZ", 2
@@ -28,10 +29,12 @@ CONTEXTS = "contexts"
 """The coder that looks at what is around a weight."""
 LARGEST = 512
 """Values of a codebook that it takes."""
+MOST_GAP = 12
+"""Bits of a gap, for it is a symbol."""
 MOST_PASSES, MOST_DISTANCES, MOST_FAR = 64, 16, 1 << 16
 """Of a model: passes, distances, and how far these are."""
-MOST_WEIGHTS, MOST_VALUES = 512, 1 << 31
-"""Of a block with contexts: weights, at most, and values, fewer than that."""
+MOST_STREAMS, MOST_VALUES = 512, 1 << 22
+"""Of a block: streams, and values unless one weight alone has more."""
 
 
 class Weights(NamedTuple):
@@ -66,9 +69,14 @@ class Weights(NamedTuple):
         return self.element if not self.book else 2 if self.gap_bits else 1
 
     @property
+    def width(self) -> int:
+        """Bytes of a symbol while it is decoded."""
+        return 1 if max(self.book, 1 << self.gap_bits) <= NARROW else 2
+
+    @property
     def making(self) -> int:
-        """Bytes that it takes at most to make it of its symbols: copies, and places of sparse values in 64 bits."""
-        return (2 if self.book else 3) * self.values * self.element + (24 * self.entries if self.gap_bits else 0)
+        """Bytes that it takes at most to make a piece of it: copies, and places of sparse values in 64 bits."""
+        return 4 * self.element * min(self.values, PIECE) + (32 * min(self.entries, PIECE) if self.gap_bits else 0)
 
 
 class Told(NamedTuple):
@@ -201,20 +209,21 @@ def _assert_sound(front: Front, limit: int) -> None:
 
 
 def _is_block(block: Block, own: Sequence[Weights]) -> bool:
-    """Whether the numbers fit each other, and are few enough for those that a decoder has."""
+    """Whether the numbers fit each other, and are so small that a block takes little memory beside its values."""
     values, contexts = sum(e.values for e in own), block.coder == CONTEXTS
     sound = len(own) > 0 and block.side <= sum(e.book * e.element + e.streams * (2 + MOST) + LARGEST for e in own)
+    sound &= sum(e.streams for e in own) <= MOST_STREAMS
+    sound &= values <= MOST_VALUES or (len(own) == 1 and not contexts)
     sound &= all((e.model >= 0) == contexts for e in own)
     if not contexts:
         return sound and not block.lanes
-    sound &= len(own) <= MOST_WEIGHTS and values < MOST_VALUES
     return sound and 4 * block.lanes <= block.words and fewest(values) <= block.lanes
 
 
 def _is_weight(e: Weights, models: Sequence[Surroundings]) -> bool:
     """Whether the numbers fit each other."""
-    sound = e.bits in (4, 8, 16, 32) and e.gap_bits <= 16 and e.book <= min(MOST, 1 << e.bits)
-    sound &= e.entries <= e.values if e.gap_bits and e.book else e.entries == e.values
+    sound = e.bits in (4, 8, 16, 32) and e.gap_bits <= MOST_GAP and e.book <= min(MOST, 1 << e.bits)
+    sound &= e.entries <= e.values and e.book > 0 if e.gap_bits else e.entries == e.values
     if e.bits == 4:
         sound &= e.values % 2 == 0 and e.book > 0
     if e.model != -1:

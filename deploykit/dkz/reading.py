@@ -13,7 +13,7 @@ from deploykit.coding import contexts
 from deploykit.coding.contexts import Layer, Model
 from deploykit.coding.lanes import LENGTH
 from deploykit.coding.nibbles import packed
-from deploykit.coding.symbols import MOST, Symbols, values
+from deploykit.coding.symbols import MOST, Symbols, pieces
 from deploykit.core.errors import DeploykitError
 from deploykit.dkz.front import (
     CODERS,
@@ -34,7 +34,7 @@ from deploykit.dkz.weights import Shape
 
 HELD = 1 << 19
 """Bytes that decoding takes whatever is decoded."""
-TABLE = MOST * 10
+TABLE = {"rans": 6 * MOST, "huffman": 3 * MOST}
 """Bytes of what a decoder looks a stream's symbols up in."""
 
 
@@ -59,15 +59,14 @@ def unpack(data: bytes | memoryview, limit: int = LIMIT) -> Iterator[tuple[str, 
 def peak(front: Front) -> int:
     """Bytes that `unpack` takes at most while it decodes, without the container itself.
 
-    One block is decoded at a time, so the largest decides: its symbols and words, and the arrays that make one weight
-    of them. The skeleton takes what LZMA2 looks back to, and a few pieces.
+    One block is decoded at a time, so the largest decides: its symbols, and with contexts what is known of them.
+    Weights are made of symbols in pieces. The skeleton takes what LZMA2 looks back to, and a few pieces.
     """
     own = [e for file in front.files for e in file.extents]
     told = 1024 * (len(front.files) + len(own) + len(front.blocks)) + sum(map(_told, front.models))
     skeleton = window(front.skeleton) + 4 * min(front.skeleton, PIECE)
-    handed = max((e.bytes for e in own), default=0)  # a piece that the caller may still hold
     needed = max((_needed(front.models, *pair) for pair in grouped(front)), default=0)
-    return HELD + told + skeleton + handed + needed
+    return HELD + told + skeleton + needed
 
 
 def _told(model: Surroundings) -> int:
@@ -78,17 +77,17 @@ def _told(model: Surroundings) -> int:
 def _needed(models: Sequence[Surroundings], block: Block, own: Sequence[Weights]) -> int:
     """Bytes that a block takes at most."""
     side = window(block.side) + 3 * block.side
-    making = max((e.making for e in own), default=0)
+    making = max(e.making for e in own)
     if block.coder == CONTEXTS:
         groups = [(models[own[g[0]].model], [own[i] for i in g]) for g in by_model([e.model for e in own])]
-        decoding = max((_looking(*group) for group in groups), default=0) + 2 * block.words + 16 * block.lanes
+        decoding = max((_looking(*group) for group in groups), default=0) + 16 * block.lanes
         return side + 4 * sum(e.values for e in own) + max(decoding, making)
     streams = sum(e.streams for e in own)
     total = sum(e.streams * e.entries for e in own)
     lanes = total // LENGTH + streams
-    # a mark for each lane and step, words in 32 bits, tables, the states of lanes and what a step makes of them
-    decoding = LENGTH * lanes + 2 * block.words + TABLE * streams + 256 * lanes
-    return side + np.dtype(np.uint16).itemsize * total + max(decoding, making)
+    # tables, the states of lanes and what a step makes of them
+    decoding = TABLE[block.coder] * streams + 256 * lanes
+    return side + max(e.width for e in own) * total + max(decoding, making)
 
 
 def _looking(model: Surroundings, own: Sequence[Weights]) -> int:
@@ -103,8 +102,8 @@ def _looking(model: Surroundings, own: Sequence[Weights]) -> int:
     return kept + sums + 32 * contexts.GROUPS * contexts.CLASSES * len(own) + 96 * n + piece + tables
 
 
-def _weights(front: Front, sections: Iterator[memoryview]) -> Iterator[bytes]:
-    """The bytes of all weights, in order; nothing of a block is left when the next one is decoded."""
+def _weights(front: Front, sections: Iterator[memoryview]) -> Iterator[Iterator[bytes]]:
+    """The bytes of each of all weights, in order; nothing of a block is left when the next one is decoded."""
     models = [own.model() for own in front.models]
     for block, own in grouped(front):
         yield from _decoded(block, own, models, next(sections), next(sections))
@@ -112,8 +111,8 @@ def _weights(front: Front, sections: Iterator[memoryview]) -> Iterator[bytes]:
 
 def _decoded(
     block: Block, own: Sequence[Weights], models: Sequence[Model], section: memoryview, words: memoryview
-) -> Iterator[bytes]:
-    """The bytes of a block's weights, in order."""
+) -> Iterator[Iterator[bytes]]:
+    """The bytes of each of a block's weights, in order."""
     side = b"".join(spread(section, [block.side]))
     books, at = [], 0
     for e in own:
@@ -128,8 +127,7 @@ def _decoded(
         streams = iter(CODERS[block.coder].decode(words, list(_tables(side[at:], len(counts))), counts))
     for e, book in zip(own, books, strict=True):
         found = Symbols(book, tuple(itertools.islice(streams, e.streams)), e.gap_bits)
-        made = values(found, e.values)
-        yield (packed(made) if e.bits == 4 else made).tobytes()
+        yield ((packed(made) if e.bits == 4 else made).tobytes() for made in pieces(found, e.values))
 
 
 def _around(
@@ -160,11 +158,11 @@ def _tables(data: bytes | memoryview, count: int) -> Iterator[NDArray[np.uint8]]
         at += 2 + length
 
 
-def _pieces(file: Told, skeleton: Iterator[bytes], weights: Iterator[bytes]) -> Iterator[bytes]:
+def _pieces(file: Told, skeleton: Iterator[bytes], weights: Iterator[Iterator[bytes]]) -> Iterator[bytes]:
     """A file's bytes: skeleton and weights by turns."""
     for number, left in enumerate(parts([file])):
         if number:
-            yield next(weights)
+            yield from next(weights)
         while left:
             piece = next(skeleton)
             left -= len(piece)

@@ -61,7 +61,7 @@ def with_contexts(files: Sequence[File], chosen: Sequence[Chosen]) -> list[Chose
 def _tried(file: File, own: Chosen, number: int) -> Tried | None:
     """None: there is no codebook, or nothing is known of shape and values."""
     shape = own.extent.shape
-    if shape is None or own.extent.count >= MOST_VALUES:
+    if shape is None or own.extent.count > MOST_VALUES:
         return None
     elements = file.elements(own.extent)
     if len(np.unique(elements[:LOOK])) > LARGEST:  # which spares sorting ordinary weights
