@@ -186,7 +186,9 @@ def small_file() -> list[Row]:
 def pruned() -> list[Row]:
     """ResNet-20 with zeros whose other weights share nothing, and the integers made of it."""
     net, images, values = data.resnet20(), in_memory(data.cifar("train", 512)), dict[str, float]()
-    here = Context(targets.load("x86"), {"calibration": replace(images, labels=None)}, next(images.batches(2)).inputs)
+    here = Context(
+        targets.load("x86"), {"calibration": replace(images, labels=None)}, next(images.batches(2)).inputs, original=net
+    )
     for zeros in (0.5, 0.7, 0.8, 0.9):
         made = net
         for step in (Step("sparsify", {"sparsity": zeros, "criterion": "auto"}), Step("refit")):

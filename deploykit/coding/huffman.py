@@ -119,23 +119,24 @@ def decode(data: bytes | memoryview, tables: Sequence[NDArray[np.uint8]], counts
             symbol[own], taken[own] = s, length[s]
     table = (deal.stream << LONGEST).astype(np.uint32)
     held, have = np.zeros(len(table), np.uint32), np.zeros(len(table), np.uint32)
-    read = 0
+    read, holes = 0, not taken.all()
     for at in deal.steps():
         n = len(at)
         (low,) = (have[:n] < WORD).nonzero()
         if read + len(low) > len(words):
             raise DeploykitError("a coded stream is cut off")
-        held[low] |= words[read : read + len(low)] << (WORD - have[low])
-        have[low] += WORD
+        left = have[low]
+        held[low] |= words[read : read + len(low)] << (WORD - left)
+        have[low] = left + WORD
         read += len(low)
         key = held[:n] >> (2 * WORD - LONGEST)
         key += table[:n]
         found[at] = symbol[key]
-        own = taken[key]
-        if not own.all():
+        used = taken[key]
+        if holes and not used.all():
             raise DeploykitError("a coded stream has a code that its table has not")
-        held[:n] <<= own
-        have[:n] -= own
+        held[:n] <<= used
+        have[:n] -= used
     if read != len(words):
         raise DeploykitError("a coded stream does not end where its encoder did")
     return np.split(found, np.cumsum(counts)[:-1])
