@@ -85,30 +85,14 @@ class Net:
 
 NETS = (
     Net(
-        "LeNet-300-100",
-        lambda: nn.Sequential(nn.Flatten(), lenet()),
-        1.64,
-        40.0,
-        20,
-        0.94,
-        {"bits": 4},
-        after=20,
-        minutes=20,
+        "LeNet-300-100", lambda: nn.Sequential(nn.Flatten(), lenet()), error=1.64, times=40.0, epochs=20, zeros=0.94,
+        share={"bits": 4}, after=20, minutes=20,
     ),
     Net(
-        "LeNet-5",
-        LeNet5,
-        0.80,
-        39.0,
-        10,
-        0.92,
-        {"near": "outputs", "bytes": 0.0175},
-        each=1,
-        after=16,
-        values=3,
-        rate=1e-3,
+        "LeNet-5", LeNet5, error=0.80, times=39.0, epochs=10, zeros=0.92, share={"near": "outputs", "bytes": 0.0175},
+        each=1, after=16, values=3, rate=1e-3,
     ),
-)
+)  # fmt: skip
 
 
 def images(split: str, copies: int = 0) -> DataSet:

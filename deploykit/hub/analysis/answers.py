@@ -51,7 +51,8 @@ class Exam:
         if others is not None and not others.synthetic and (others.labels is not None) == self.labelled:
             further, answers = self._asked(graph, others)
             met, right = np.concatenate([met, further]), np.concatenate([right, answers])
-        order = _places(met)
+        order = np.argsort(-met, axis=1, kind="stable")
+        self.order = order[: len(self.scores)]
         self.met = np.take_along_axis(met, order, axis=1)
         at = order == right[:, None]
         self.place = np.where(at.any(1), at.argmax(1), -1)
@@ -72,8 +73,7 @@ class Exam:
 
     def _expected(self, scores: NDArray[np.float64]) -> float:
         """Points, on average over changes that samples lend each other; places are those of the float network."""
-        order = _places(self.scores)
-        change = np.take_along_axis(scores - self.scores, order, axis=1)
+        change = np.take_along_axis(scores - self.scores, self.order, axis=1)
         count = len(self.met)
         tries = min(count, max(1, PAIRS // len(change)))
         lost = []
@@ -100,11 +100,6 @@ class Exam:
                 )
             found.append(scores)
         return np.concatenate(found).astype(np.float64)
-
-
-def _places(scores: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Classes from the highest score to the lowest."""
-    return np.argsort(-scores, axis=1, kind="stable")
 
 
 def _points(right: NDArray[np.bool_]) -> float:
