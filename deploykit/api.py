@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +12,11 @@ from deploykit.asked import files_read
 from deploykit.core.artifact import Artifact
 from deploykit.core.context import Role
 from deploykit.core.data import DataSet, Preprocess
-from deploykit.core.errors import DeploykitError, unknown
+from deploykit.core.errors import DeploykitError
 from deploykit.core.ranges import load_ranges
 from deploykit.core.recipe import Recipe
 from deploykit.core.request import Gate, Request, Settings
+from deploykit.core.tables import from_table
 from deploykit.exporters import open_artifact
 from deploykit.models import Model, accept_module, input_specs, load_model
 from deploykit.sources import data_of, from_python
@@ -71,15 +72,14 @@ def export(
         DeploykitError: something about the request or its inputs that you can mend.
         GateFailed: the files were written but failed a check.
     """
-    _refuse_settings(settings)
+    asked = from_table(Settings, settings, "settings")
     loaded = load_model(str(model), None if weights is None else Path(weights)) if _is_spec(model) else None
     if loaded is None:
         loaded = accept_module(model)
         if weights is not None:
             raise DeploykitError("weights are for factories; load them into the module yourself")
     given: dict[Role, Any] = {"calibration": calibration, "train": train, "eval": evaluation}
-    seed = settings.get("seed", 0)
-    data = {role: _data(s, loaded, preprocess, role, seed, example) for role, s in given.items() if s is not None}
+    data = {role: _data(s, loaded, preprocess, role, asked.seed, example) for role, s in given.items() if s is not None}
     prepared = pipeline.prepare(loaded, data, example)
     profile = targets.load(target)
     steps = (
@@ -94,7 +94,7 @@ def export(
         data={role: str(source) for role, source in given.items() if _is_spec(source)},
         preprocess=preprocess,
         ranges=None if ranges is None else str(ranges),
-        settings=Settings(recipe=steps, **settings),
+        settings=replace(asked, recipe=steps),
         gate=gate or Gate(),
         objects=tuple(f"{n} ({type(s).__name__})" for n, s in named if s is not None and not _is_spec(s)),
     )
@@ -114,13 +114,6 @@ def load(folder: str | Path) -> nn.Module:
     if module is None:
         raise DeploykitError(f"{folder} holds no PyTorch module")
     return module
-
-
-def _refuse_settings(given: Mapping[str, Any]) -> None:
-    known = [f.name for f in fields(Settings) if f.name != "recipe"]
-    for name in given:
-        if name not in known:
-            raise unknown("setting", name, known)
 
 
 def _is_spec(model: Any) -> bool:

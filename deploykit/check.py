@@ -361,7 +361,7 @@ def check_score(found: Score, baseline: Score, gate: Gate, exact: bool = True) -
     rest = dict(list(found.sqnr_db.items())[0 if found.agreement is None else 1 :])
     if rest:
         worst = _worst(rest)
-        bound = {"fp32": 60.0, "fp16": 30.0}.get(found.precision, 10.0) if exact else 10.0
+        bound = ENOUGH_DB.get(found.precision, 10.0) if exact else 10.0
         checks.append(
             Check("signal to noise of the worst output (dB)", found.precision, found.sqnr_db[worst], bound,
                   found.sqnr_db[worst] >= bound, f"output {worst}; {found.samples} samples, {found.data}")

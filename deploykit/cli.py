@@ -310,11 +310,10 @@ def plan(
     chosen = planning.profiting(targets.load(target), pack)
     loaded = None if model is None else load_model(model)
     enters = "model" if loaded is None else loaded.enters
-    given = [name for name, spec in (("data", calib), ("train", train), ("labels", evaluation)) if spec]
-    if loaded is None or loaded.onnx is None:
-        given.append("teacher")
-    nothing = model is None and given == ["teacher"]  # then the question is what could be done
-    have = [*given, "data", "train", "labels"] if nothing else given
+    named = planning.named_data(calib, train, evaluation)
+    teacher = ["teacher"] if loaded is None or loaded.onnx is None else []
+    nothing = model is None and not named  # then the question is what could be done
+    have = [*teacher, *(("data", "train", "labels") if nothing else named)]
     if recipe is None:
         kinds = [(name, passes.load(name)) for name in planning.in_order(passes.names())]
         rows = [(pass_line(name), kind.needs, planning.refusal(kind, chosen, have, enters)) for name, kind in kinds]
@@ -328,7 +327,7 @@ def plan(
     print(f"{chosen.name}: {chosen.title}\nprofits from {', '.join(chosen.profits)}")
     print(f"default recipe: {chosen.recipe or 'none'}")
     for step, needs, why in rows:
-        open_needs = [n for n in needs if n not in given]
+        open_needs = [n for n in needs if n not in (*teacher, *named)]
         note = why or (f"needs {planning.named(open_needs)}" if open_needs else "")
         print(f"  {'-' if why else '+'} {step}" + (f"  ({note})" if note else ""))
 

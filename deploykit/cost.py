@@ -26,21 +26,20 @@ def cost(module: torch.nn.Module, example: Mapping[str, NDArray[Any]]) -> Cost:
     """
     import torch
 
+    from deploykit.layerwise.watching import entered
+
     macs = 0
     samples = len(next(iter(example.values())))
 
-    def count(layer: Any, _inputs: Any, output: torch.Tensor) -> None:
+    def count(layer: Any, given: Any, by_name: Any, output: torch.Tensor) -> None:
         nonlocal macs
-        weight = layer.weight
-        if isinstance(layer, torch.nn.Linear):
-            macs += output.numel() // samples * weight.shape[1]
-        elif layer.transposed:
-            macs += _inputs[0].numel() // samples * int(np.prod(weight.shape[1:]))
-        else:
-            macs += output.numel() // samples * int(np.prod(weight.shape[1:]))
+        transposed = not isinstance(layer, torch.nn.Linear) and layer.transposed
+        read = entered(given, by_name) if transposed else output
+        macs += read.numel() // samples * int(np.prod(layer.weight.shape[1:]))
 
     kinds = (torch.nn.Linear, torch.nn.modules.conv._ConvNd)
-    hooks = [layer.register_forward_hook(count) for layer in module.modules() if isinstance(layer, kinds)]
+    layers = [layer for layer in module.modules() if isinstance(layer, kinds)]
+    hooks = [layer.register_forward_hook(count, with_kwargs=True) for layer in layers]
     try:
         with torch.no_grad():
             module(**{name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in example.items()})

@@ -64,24 +64,41 @@ def cross_entropy(outputs: Any, batch: TrainBatch) -> Tensor:
         raise DeploykitError(
             f"loss 'ce' is for one output, the model has {len(logits)}; give loss = 'file.py:function'"
         )
-    _refuse_labels(logits[0], batch.labels)
+    refuse_labels(logits[0], batch.labels, "loss 'ce'", "loss = 'file.py:function' for other tasks")
     return torch.nn.functional.cross_entropy(logits[0], batch.labels)
 
 
-def _refuse_labels(logits: Tensor, labels: Tensor) -> None:
-    """Raises for labels that are neither positions of classes nor a probability for each."""
-    classes = logits.shape[1] if logits.ndim > 1 else 1
+def refuse_labels(scores: Tensor, labels: Tensor, who: str, instead: str) -> None:
+    """Refuses labels that are neither classes of the scores ``[n, classes, ...]`` nor a probability for each of them.
+
+    Args:
+        scores: of classes.
+        labels: of the same samples.
+        who: computes cross-entropy with them.
+        instead: what to give where that is not wanted.
+
+    Raises:
+        DeploykitError: says what was expected.
+    """
+    classes = scores.shape[1] if scores.ndim > 1 else 1
+    if labels.is_floating_point() and labels.shape != scores.shape:
+        raise DeploykitError(
+            f"{who} takes whole numbers for labels, or a probability for each of the {classes} classes; given "
+            f"{str(labels.dtype).removeprefix('torch.')} {list(labels.shape)}. Give {instead}"
+        )
     if labels.is_floating_point():
-        if labels.shape != logits.shape:
-            raise DeploykitError(
-                f"loss 'ce' takes whole numbers for labels, or a probability for each of the {classes} classes; given "
-                f"{str(labels.dtype).removeprefix('torch.')} {list(labels.shape)}. Give loss = 'file.py:function' for "
-                "other tasks"
-            )
         return
-    wrong = labels[((labels < 0) & (labels != IGNORED)) | (labels >= classes)]
+    if labels.shape != scores.shape[:1] + scores.shape[2:]:
+        raise DeploykitError(
+            f"{who} takes one label for each answer: labels {list(labels.shape)} do not fit class scores "
+            f"{list(scores.shape)}. Give {instead}"
+        )
+    wrong = labels[(labels != IGNORED) & ((labels < 0) | (labels >= classes))]
     if len(wrong):
-        raise DeploykitError(f"there is a label {int(wrong[0])}; the model has {classes} classes, 0..{classes - 1}")
+        raise DeploykitError(
+            f"{who}: label {int(wrong[0])} is no class of this model, which has {classes} of them, 0 to {classes - 1}. "
+            f"Give other labels, or {instead}"
+        )
 
 
 def distill_kl(temperature: float = 1.0) -> Loss:

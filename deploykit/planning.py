@@ -111,13 +111,18 @@ def refusal(step: Pass | type[Pass], target: Target, available: Sequence[str], e
     missing = [need for need in step.needs if need not in available]
     if missing:
         return f"needs {named(missing)}"
-    if not set(step.pays_if) & set(target.profits):
-        packed = ", with --pack also from small_file" if "small_file" in step.pays_if else ""
-        return (
-            f"cannot pay on target '{target.name}': it pays where {' or '.join(step.pays_if)} does, "
-            f"and this target profits from {', '.join(target.profits)}{packed}"
-        )
-    return ""
+    return unprofitable(step, target)
+
+
+def unprofitable(step: Pass | type[Pass], target: Target) -> str:
+    """Why a step cannot pay on a target, on which it can be forced to run; empty if it pays."""
+    if set(step.pays_if) & set(target.profits):
+        return ""
+    packed = ", with --pack also from small_file" if "small_file" in step.pays_if else ""
+    return (
+        f"cannot pay on target '{target.name}': it pays where {' or '.join(step.pays_if)} does, "
+        f"and this target profits from {', '.join(target.profits)}{packed}"
+    )
 
 
 def named(needs: Sequence[Need]) -> str:
@@ -137,6 +142,16 @@ def available(data: Mapping[Role, DataSet], teacher: bool = True) -> list[Need]:
         "labels": any(d.labels is not None for d in data.values()),
         "train": "train" in data,
         "teacher": teacher,
+    }
+    return [need for need, is_there in there.items() if is_there]
+
+
+def named_data(calibration: object, train: object, evaluation: object) -> list[Need]:
+    """What passes may need of data that was named and not read yet: any of it may have labels."""
+    there: dict[Need, bool] = {
+        "data": bool(calibration),
+        "labels": any((calibration, train, evaluation)),
+        "train": bool(train),
     }
     return [need for need, is_there in there.items() if is_there]
 

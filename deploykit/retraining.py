@@ -62,7 +62,7 @@ def split(data: DataSet, holdout: DataSet | None) -> tuple[DataSet, DataSet | No
     if holdout is not None and (data.labels is None or holdout.labels is not None):
         return data, holdout
     kept = np.zeros(len(data), bool)
-    kept[KEPT_OUT - 1 :: max(KEPT_OUT, len(data) // MOST_KEPT_OUT)] = True
+    kept[KEPT_OUT - 1 :: max(KEPT_OUT, -(-len(data) // MOST_KEPT_OUT))] = True
     if not kept.any():
         return data, None
     return data.pick(np.flatnonzero(~kept)), data.pick(np.flatnonzero(kept))

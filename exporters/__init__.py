@@ -19,7 +19,7 @@ A module may also have
 * ``rehearse(hubs, target, final)``: refuses what ``export`` would refuse, where that can be had for less
   than an export; ``final``: the model will be exported as large as it is here.
 
-Heavy tools are imported inside the functions; a missing one raises `MissingExtra`.
+Tools that are extras are imported inside the functions; a missing one raises `MissingExtra`.
 """
 
 from __future__ import annotations

@@ -137,8 +137,6 @@ def runner(session: ort.InferenceSession) -> Runner:
 
 def runtime() -> Runtime:
     """ONNX Runtime."""
-    import onnxruntime as ort
-
     return Runtime(f"onnxruntime {ort.__version__}")
 
 

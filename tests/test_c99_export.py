@@ -300,7 +300,8 @@ def test_pixels_go_in_as_they_are(tmp_path: Path) -> None:
     real = (pixels.transpose(0, 3, 1, 2) / np.float32(127.5) - 1).astype(np.float32)
     hub = quantized(graph(nodes, {"x": (3, 6, 6)}, {"w": normal(1, 4, 3, 3, 3), "b": normal(2, 4)}), {"x": real})
     prepared = Preprocess(scale=1 / 127.5, mean=(1.0, 1.0, 1.0), std=(1.0, 1.0, 1.0))
-    folded, notes = take_pixels(hub, prepared, ["x"], fold=True)
+    taken = take_pixels(hub, prepared, ["x"], fold=True)
+    folded, notes = taken.hub, taken.notes
     assert not notes
     file = exported(replace(folded, samples={"x": pixels}), MCU, tmp_path)
     assert '"dtype": "uint8"' in (tmp_path / "model.json").read_text()
@@ -320,7 +321,7 @@ def test_a_float_front_of_pixels_becomes_one_table_per_channel(tmp_path: Path) -
     made = graph(nodes, {"x": (3, 6, 6)}, {"w": normal(1, 4, 3, 3, 3), "b": normal(2, 4)})
     hub = quantized(made, {"x": real}, FPGA.quant)
     prepared = Preprocess(scale=1 / 255, mean=tuple(mean.tolist()), std=tuple(std.tolist()))
-    fronted, _ = take_pixels(hub, prepared, ["x"], fold=False)
+    fronted = take_pixels(hub, prepared, ["x"], fold=False).hub
     file = exported(replace(fronted, samples={"x": pixels}), FPGA, tmp_path)
     assert "_table, 3, 1, 108" in (tmp_path / "model.c").read_text()
     found = to_c99.load(tmp_path / file.path)({"x": pixels})["y"]

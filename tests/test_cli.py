@@ -355,6 +355,12 @@ def test_plan_says_which_steps_apply_and_why_the_others_do_not() -> None:
     assert "works on the model" in enter("plan net.onnx --target mobile-arm").out
 
 
+def test_plan_takes_it_that_training_data_has_labels() -> None:
+    found = json.loads(enter("plan nets.py:build --target x86 --train train.npz --json").out)
+    (step,) = [f for f in found if f["step"].startswith("self_distill")]
+    assert step["applies"] and "labels" in step["needs"]
+
+
 def test_plan_of_a_recipe_lists_its_steps_in_order() -> None:
     Path("steps.toml").write_text('[[step]]\nname = "equalize"\n[[step]]\nname = "qat"\nsteps = 5\n')
     found = json.loads(enter("plan --target x86 --recipe steps.toml --json").out)

@@ -413,8 +413,9 @@ def test_a_teacher_that_answers_no_numbers_is_refused_at_once() -> None:
 @pytest.mark.parametrize(
     ("labels", "why"),
     [
-        (np.full(256, 3), "label 3; the model has 3 classes, 0..2"),
-        (np.full(256, -1), "label -1; the model has 3 classes"),
+        (np.full(256, 3), "label 3 is no class of this model, which has 3 of them, 0 to 2"),
+        (np.full(256, -1), "label -1 is no class of this model"),
+        (np.zeros((256, 1), np.int64), r"labels \[25, 1\] do not fit class scores \[25, 3\]"),
         (np.ones(256, np.float32), "takes whole numbers for labels, or a probability for each of the 3 classes"),
     ],
 )

@@ -17,11 +17,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from sklearn.datasets import load_digits
-from torch import nn
+from torch import Tensor, nn
 
 from deploykit import pipeline
 from deploykit.calibration.lint import START, Lint, Normed
 from deploykit.core.data import DataSet
+from deploykit.cost import cost
 from deploykit.hub.analysis.norms import first_norm, norms, shifts
 from deploykit.models import accept_module
 
@@ -225,6 +226,21 @@ def test_what_the_first_normalisation_reads_is_numpys_mean_and_variance(module: 
     # of an even number of channels torch takes the lower one in the middle
     assert seen.variance == pytest.approx(np.sort(ratio)[(len(ratio) - 1) // 2], rel=1e-4)
     assert seen.shift == pytest.approx(np.sqrt((shift**2).mean()), rel=1e-4)
+
+
+def test_layers_that_are_called_by_keyword_are_seen_and_counted_as_well() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.up = nn.BatchNorm2d(3), nn.ConvTranspose2d(3, 2, 2, stride=2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.up(input=self.norm(input=x))
+
+    net, x = Named().eval(), {"x": colour_images(8).astype(np.float32)}
+    net.norm.running_mean += 1.0
+    assert first_norm(net, x) is not None
+    assert cost(net, x).macs == x["x"][0].size * 2 * 2 * 2
 
 
 def test_what_lies_behind_the_first_normalisation_is_not_run(module: nn.Module) -> None:

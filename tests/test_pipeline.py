@@ -163,8 +163,23 @@ def test_an_artifact_refuses_shapes_it_does_not_take_and_says_which_it_does(tmp_
 
 
 def test_a_misspelt_setting_is_answered_with_the_nearest(tmp_path: Path, tiny_cnn: TinyCNN) -> None:
-    with pytest.raises(DeploykitError, match=r"no setting 'keep_flaot'. Did you mean 'keep_float'"):
+    with pytest.raises(DeploykitError, match=r"settings: no key 'keep_flaot'. Did you mean 'keep_float'"):
         export(tiny_cnn, "x86", normal(0, 20, 3, 16, 16), keep_flaot=("conv",), out=tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("setting", "why"),
+    [
+        ({"precisions": ("int9",)}, r"settings, precisions 1: no choice 'int9'. Did you mean"),
+        ({"precisions": "int8"}, "settings: Expected `array`, got `str`"),
+        ({"keep_float": "conv"}, "settings: Expected `array`, got `str`"),
+    ],
+)
+def test_a_setting_that_cannot_be_is_refused(
+    setting: dict[str, Any], why: str, tmp_path: Path, tiny_cnn: TinyCNN
+) -> None:
+    with pytest.raises(DeploykitError, match=why):
+        export(tiny_cnn, "x86", normal(0, 20, 3, 16, 16), out=tmp_path / "out", **setting)
 
 
 @pytest.mark.parametrize("free_batch", [True, False])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,16 +10,19 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import torch
 from conftest import TinyCNN, TinyMLP
 from graphs import conv_relu_conv, graph, measured, normal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from deploykit import pipeline, targets
 from deploykit.core.artifact import TensorSpec
 from deploykit.core.data import DataSet, Preprocess
-from deploykit.core.errors import DeploykitError
+from deploykit.core.errors import DeploykitError, GateFailed
+from deploykit.core.manifest import load_manifest
 from deploykit.core.target import QuantSpec
 from deploykit.exporters import open_artifact
 from deploykit.hub.graph import FloatGraph, Hub
@@ -90,7 +94,7 @@ def test_the_zero_point_is_the_grey_value_that_the_network_sees_as_zero() -> Non
 def test_the_float_graph_with_a_front_answers_alike_on_pixels(p: Preprocess) -> None:
     made = conv_relu_conv()
     images = pixels(3)
-    fed, _ = take_pixels(Hub(made, QuantSpec()), p, ["x"], fold=False)
+    fed = take_pixels(Hub(made, QuantSpec()), p, ["x"], fold=False).hub
     expected = run(made.bytes, normalised(images, p))
     np.testing.assert_allclose(run(fed.graph.bytes, images), expected, rtol=1e-4, atol=1e-3 * np.abs(expected).max())
 
@@ -105,14 +109,15 @@ def test_a_network_that_takes_channels_last_gets_no_transpose() -> None:
     )  # fmt: skip
     p = replace(SPREAD, layout="NHWC")
     images = pixels(3, 6, 4, 4)
-    fed, _ = take_pixels(Hub(made, QuantSpec()), p, ["x"], fold=False)
+    fed = take_pixels(Hub(made, QuantSpec()), p, ["x"], fold=False).hub
     np.testing.assert_allclose(run(fed.graph.bytes, images), run(made.bytes, normalised(images, p)), rtol=1e-4)
     assert "Transpose" not in operators(fed.graph.bytes)
 
 
 def test_a_folded_hub_has_no_float_between_the_pixels_and_the_first_convolution() -> None:
     hub = calibrated(conv_relu_conv(), EVEN)
-    fed, notes = take_pixels(hub, EVEN, ["x"], fold=True)
+    taken = take_pixels(hub, EVEN, ["x"], fold=True)
+    fed, notes = taken.hub, taken.notes
     assert notes == ()
     kinds = operators(fed.bytes)
     assert "Mul" not in kinds and "Cast" not in kinds
@@ -127,7 +132,7 @@ def test_a_folded_hub_answers_like_the_hub_it_came_from() -> None:
     images = pixels(5, 40)
     for p, tolerance in ((EVEN, 0.04), (replace(SPREAD, mean=(0.45, 0.45, 0.45)), 0.04)):
         hub = calibrated(conv_relu_conv(), p)
-        fed, _ = take_pixels(hub, p, ["x"], fold=True)
+        fed = take_pixels(hub, p, ["x"], fold=True).hub
         ours, before = run(fed.bytes, images), run(hub.bytes, normalised(images, p))
         exact = run(hub.graph.bytes, normalised(images, p))
         assert np.abs(ours - before).max() <= tolerance * np.abs(exact).max()
@@ -136,8 +141,7 @@ def test_a_folded_hub_answers_like_the_hub_it_came_from() -> None:
 def test_with_one_mean_for_all_channels_folding_costs_nothing_and_with_three_only_the_border() -> None:
     images = pixels(7)
     made = conv_relu_conv()
-    folded = folded_floats(made, EVEN, ["x"])
-    assert folded is not None
+    folded = folded_floats(made, EVEN, ["x"], ["x"])
     np.testing.assert_allclose(
         run(folded.bytes, images), run(made.bytes, normalised(images, EVEN)), rtol=1e-4, atol=1e-3
     )
@@ -145,8 +149,7 @@ def test_with_one_mean_for_all_channels_folding_costs_nothing_and_with_three_onl
         "(float[batch,3,8,8] x) => (float[batch,4,8,8] y) { y = Conv<pads=[1,1,1,1]>(x, w, b) }",
         w=normal(0, 4, 3, 3, 3), b=normal(1, 4),
     )  # fmt: skip
-    folded = folded_floats(only, SPREAD, ["x"])
-    assert folded is not None
+    folded = folded_floats(only, SPREAD, ["x"], ["x"])
     difference = np.abs(run(folded.bytes, images) - run(only.bytes, normalised(images, SPREAD)))
     assert difference[:, :, 1:-1, 1:-1].max() < 1e-4
     assert difference[:, :, 0].max() > 0.1
@@ -162,7 +165,8 @@ def test_with_one_mean_for_all_channels_folding_costs_nothing_and_with_three_onl
 def test_what_cannot_be_folded_gets_a_float_front_and_the_reason(text: str, why: str) -> None:
     made = graph(f"(float[batch,3,8,8] x) => (float[batch,4,h,w] y) {{ {text} }}", w=normal(0, 4, 3, 1, 1))
     hub = calibrated(made, EVEN)
-    fed, notes = take_pixels(hub, EVEN, ["x"], fold=True)
+    taken = take_pixels(hub, EVEN, ["x"], fold=True)
+    fed, notes = taken.hub, taken.notes
     assert why in notes[0]
     images = pixels(2)
     expected = run(hub.bytes, normalised(images, EVEN))
@@ -173,7 +177,7 @@ def test_a_target_whose_integers_cannot_hold_pixels_gets_a_float_front() -> None
     made = conv_relu_conv()
     data = DataSet.of({"x": normalised(pixels(1), EVEN)})
     spec = QuantSpec(activation_signed=True, activation_symmetric=True)
-    _, notes = take_pixels(quantize(made, measured(made, data), spec), EVEN, ["x"], fold=True)
+    notes = take_pixels(quantize(made, measured(made, data), spec), EVEN, ["x"], fold=True).notes
     assert "cannot hold a pixel" in notes[0]
 
 
@@ -211,12 +215,35 @@ def test_the_manifest_says_what_folding_costs_at_the_border(tiny_cnn: TinyCNN, t
     prepared = pipeline.prepare(accept_module(tiny_cnn), {"calibration": image_data(tmp_path, SPREAD)}, None)
     chosen = Settings(benchmark=False, uint8_input=True)
     pipeline.export(prepared, [targets.load("x86")], [tmp_path / "out"], chosen, pipeline.Gate())
-    from deploykit.core.manifest import load_manifest
-
     manifest = load_manifest(tmp_path / "out")
     (border,) = [c for c in manifest.checks if "border" in c.name]
     assert border.value is not None and 30 <= border.value < 100
     assert manifest.preprocess == Preprocess(scale=1.0, layout="NHWC")
+
+
+class Pair(nn.Module):
+    """Reads one image by a convolution, and pools the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.last = nn.Conv2d(3, 4, 3, padding=1), nn.Linear(7, 10)
+
+    def forward(self, near: Tensor, far: Tensor) -> Tensor:
+        return self.last(torch.cat([self.conv(near).relu().mean((2, 3)), torch.max_pool2d(far, 2).mean((2, 3))], 1))
+
+
+def test_the_border_is_looked_at_where_only_one_of_two_images_was_folded(tmp_path: Path) -> None:
+    images = {"near": pixels(1, 40, 16, 16), "far": pixels(2, 40, 16, 16)}
+    np.savez(tmp_path / "calib.npz", **images)
+    data = load_data(str(tmp_path / "calib.npz"), [TensorSpec(n, (), "") for n in images], SPREAD, "calibration")
+    prepared = pipeline.prepare(accept_module(Pair().eval()), {"calibration": data}, None)
+    settings = Settings(benchmark=False, uint8_input=True)
+    with contextlib.suppress(GateFailed):
+        pipeline.export(prepared, [targets.load("x86")], [tmp_path / "out"], settings, pipeline.Gate())
+    manifest = load_manifest(tmp_path / "out")
+    assert any("'far'" in note and "in float" in note for note in manifest.notes)
+    (border,) = [c for c in manifest.checks if "border" in c.name]
+    assert border.value is not None and 20 <= border.value < 100
 
 
 def test_pixels_of_data_that_came_as_floats_are_refused_before_any_work(tiny_mlp: TinyMLP, tmp_path: Path) -> None:
@@ -239,7 +266,8 @@ def test_where_one_reader_cannot_be_folded_none_is(tmp_path: Path) -> None:
     )  # fmt: skip
     data = DataSet.of({"x": normalised(pixels(1, 32), EVEN)})
     hub = quantize(made, measured(made, data), QuantSpec(), keep_float=["z"])
-    fed, notes = take_pixels(hub, EVEN, ["x"], fold=True)
+    taken = take_pixels(hub, EVEN, ["x"], fold=True)
+    fed, notes = taken.hub, taken.notes
     assert notes
     images = pixels(4)
     for name in ("y", "z"):

@@ -119,8 +119,8 @@ def test_labels_that_cross_entropy_has_no_use_for_are_refused() -> None:
     for net, labels, said in (
         (one, random.normal(size=(32, 1)).astype(np.float32), "not one tensor of class scores .*file.py:function"),
         (one, np.zeros(32, np.int64), "not one tensor of class scores"),
-        (five, random.normal(size=32).astype(np.float32), r"labels \[32\] are torch.float32: give numbers of classes"),
-        (five, np.full(32, 7), "prune: label 7 is no class: the model tells 5 apart, 0 to 4"),
+        (five, random.normal(size=32).astype(np.float32), r"a probability for each of the 5 classes; given float32 \[32\]"),
+        (five, np.full(32, 7), "label 7 is no class of this model, which has 5 of them, 0 to 4"),
         (five, np.zeros((32, 2), np.int64), r"labels \[32, 2\] do not fit class scores \[32, 5\]"),
     ):  # fmt: skip
         for loss in (None, cross_entropy):

@@ -190,6 +190,12 @@ def test_layers_named_by_the_user_stay_float() -> None:
     assert "on request" in hub.islands()[0].why
 
 
+def test_a_layer_stays_float_with_what_would_run_together_with_it() -> None:
+    hub = hub_of(conv_relu_conv(), keep_float=["r"])
+    assert hub.counts() == {"Conv": 1} and producer_types(hub, "Conv")[0][0] != "DequantizeLinear"
+    assert "on request" in hub.islands()[0].why
+
+
 def test_a_name_that_keeps_nothing_in_float_is_an_error() -> None:
     with pytest.raises(DeploykitError, match=r"no layer 'yy'\. Did you mean 'y'"):
         hub_of(conv_relu_conv(), keep_float=["yy"])

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
-from deploykit.core.data import DataSet
+from deploykit.core.data import DataSet, held_out
 from deploykit.core.errors import DeploykitError
 from deploykit.core.journal import NOTHING_KEPT, Journal
 from deploykit.core.target import Target
@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from deploykit.core.manifest import Finding
 
 LEAST_APART = 16
-APART = 5
-"""Without hold-out every fifth calibration sample is one."""
 Role = Literal["train", "calibration", "holdout", "eval"]
 
 
@@ -99,5 +97,5 @@ def apart(context: Context, who: str) -> tuple[DataSet, DataSet]:
         )
     if "holdout" in context.data:
         return data, context.data["holdout"]
-    last = np.arange(len(data)) % APART == APART - 1
-    return data.pick(np.flatnonzero(~last)), data.pick(np.flatnonzero(last))
+    judged = held_out(len(data))
+    return data.pick(np.flatnonzero(~judged)), data.pick(np.flatnonzero(judged))

@@ -18,6 +18,11 @@ if TYPE_CHECKING:
 Sample = Mapping[str, "NDArray[Any]"]
 
 
+HELD_OUT = 5
+"""Where nothing else is there to be judged on, every so many samples one is: spread, because folders are sorted by
+class."""
+
+
 @dataclass(frozen=True)
 class Preprocess:
     """What happens to an image before the network sees it: the ``[preprocess]`` table, kept in the manifest.
@@ -179,6 +184,11 @@ class Digest:
     def result(self) -> str:
         """16 hex digits."""
         return self._sha.hexdigest()[:16]
+
+
+def held_out(total: int) -> NDArray[np.bool_]:
+    """Which of some samples are kept apart to be judged on ``[total]``."""
+    return np.asarray(np.arange(total) % HELD_OUT == HELD_OUT - 1)
 
 
 def evenly(total: int, count: int) -> NDArray[np.int64]:

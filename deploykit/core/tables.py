@@ -74,7 +74,7 @@ def _refuse_unknown_keys(hint: Any, value: Any, where: str) -> None:
     elif typing.get_origin(hint) in (dict, Mapping) and isinstance(value, Mapping):
         for key, entry in value.items():
             _refuse_unknown_keys(inner[1], entry, f"{where}.{key}")
-    elif typing.get_origin(hint) in (tuple, list) and isinstance(value, list):
+    elif typing.get_origin(hint) in (tuple, list) and isinstance(value, (tuple, list)):
         for number, entry in enumerate(value, 1):
             _refuse_unknown_keys(inner[0], entry, f"{where} {number}")
     elif typing.get_origin(hint) is Literal and isinstance(value, str) and value not in inner:

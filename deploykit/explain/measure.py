@@ -25,6 +25,7 @@ from deploykit.exporters import to_onnx
 from deploykit.hub.analysis.contributions import Contribution, contributions
 from deploykit.hub.graph import Hub
 from deploykit.hub.running import session
+from deploykit.pipeline.prepared import HELD_OUT_LABEL
 from deploykit.planning import CORRECTIONS
 
 CONTRIBUTING = 32
@@ -96,7 +97,7 @@ class _Judge:
         self.data = made.prepared.judged.spread(samples)
         self.label = made.prepared.judged.origin
         if made.prepared.held_out:
-            self.label = "every fifth calibration sample, held out"
+            self.label = HELD_OUT_LABEL
         elif made.prepared.evaluation is None:
             self.label = f"{self.label}, seen in calibration"
         self._floats = check.answer(to_onnx.runner(session(made.graph.bytes)), self.data, "float answers")

@@ -12,7 +12,7 @@ The network was fed x = (p * scale - mean) / std = a * p + b, per channel. There
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -59,7 +59,18 @@ def affine(p: Preprocess) -> Affine:
     return Affine(p.scale / std, -mean / std)
 
 
-def take_pixels(hub: Hub, p: Preprocess, inputs: Sequence[str], fold: bool) -> tuple[Hub, tuple[str, ...]]:
+@dataclass(frozen=True)
+class Fed:
+    """What takes pixels."""
+
+    hub: Hub
+    notes: tuple[str, ...] = ()
+    """What the user should know, one sentence each."""
+    folded: tuple[str, ...] = ()
+    """Inputs that convolutions read as the integers they are."""
+
+
+def take_pixels(hub: Hub, p: Preprocess, inputs: Sequence[str], fold: bool) -> Fed:
     """The hub with uint8 images ``[n, h, w, c]`` as inputs; the float graph gets a float front.
 
     Args:
@@ -67,47 +78,46 @@ def take_pixels(hub: Hub, p: Preprocess, inputs: Sequence[str], fold: bool) -> t
         p: the preprocessing that moves inside (scale, mean, std, layout).
         inputs: which inputs are images.
         fold: into the convolutions of the quantized graph where that is possible.
-
-    Returns:
-        The hub, and what the user should know, one sentence each.
     """
     graph = FloatGraph(_with_fronts(hub.graph.copy(), p, inputs), hub.graph.masks, hub.graph.notes)
     if hub.quantized is None:
-        return replace(hub, graph=graph), ()
+        return Fed(replace(hub, graph=graph))
     quantized = hub.quantized.clone()
-    notes = []
+    notes, folded = [], []
     for name in inputs:
         why = _fold_integers(quantized.graph, name, p, hub.spec) if fold else ""
-        if not fold or why:
+        if fold and not why:
+            folded.append(name)
+        else:
             _front(quantized.graph, name, p)
         if why:
             notes.append(f"input '{name}': the image is scaled and normalised in float, because {why}")
-    return replace(hub, graph=graph, quantized=quantized), tuple(notes)
+    return Fed(replace(hub, graph=graph, quantized=quantized), tuple(notes), tuple(folded))
 
 
-def folded_floats(graph: FloatGraph, p: Preprocess, inputs: Sequence[str]) -> FloatGraph | None:
+def folded_floats(graph: FloatGraph, p: Preprocess, inputs: Sequence[str], folded_in: Collection[str]) -> FloatGraph:
     """The float graph with the preprocessing folded as in the integer graph, to measure what that costs by itself.
 
-    None where no input can be folded.
+    Args:
+        graph: not changed.
+        p: the preprocessing that moves inside.
+        inputs: which inputs are images.
+        folded_in: those of them whose preprocessing `take_pixels` folded.
     """
     model = graph.copy()
-    done = False
+    how = affine(p)
     for name in inputs:
-        value = _input(model.graph, name)
-        readers = [node for node, position in value.uses() if node.op_type == "Conv" and position == 0]
-        if len(readers) != len(list(value.uses())) or any(constant(node.inputs[1]) is None for node in readers):
+        if name not in folded_in:
             _front(model.graph, name, p)
             continue
-        how = affine(p)
-        for node in readers:
+        for node in [node for node, _ in _input(model.graph, name).uses()]:
             weight, bias = constant(node.inputs[1]), _bias(node)
             assert weight is not None
             folded = fold(weight, bias, attribute(node, "group", 1), how)
             _replace_weights(model.graph, node, folded.weight.astype(np.float32), folded.bias.astype(np.float32))
         _front(model.graph, name, p, Affine(np.ones(p.depth), np.full(p.depth, -float(how.zero))))
-        done = True
     drop_unused(model.graph)
-    return FloatGraph(model) if done else None
+    return FloatGraph(model)
 
 
 def fold(weight: NDArray[Any], bias: NDArray[Any], group: int, how: Affine) -> Folded:

@@ -96,10 +96,12 @@ def plan(graph: ir.Graph, spec: QuantSpec, keep_float: Iterable[str] = ()) -> Pl
         kind = role(node)
         if name in done or not is_float(node.outputs[0]):
             continue
-        if kind == "float" or name in stays:
-            done.update(name_of(n) for n in fused(node))  # they stay with what they would have been fused with
+        behind = {name_of(n) for n in fused(node)}
+        asked = name in excluded or bool(behind & excluded and spec.placement == "everywhere")
+        if kind == "float" or name in stays or asked:
+            done.update(behind)  # they stay with what they would have been fused with
             if _computes(node):
-                why = "kept in float on request" if name in excluded else why_float(node)
+                why = "kept in float on request" if asked else why_float(node)
                 if node.op_type in spec.float_operators:
                     why = f"{node.op_type} stays in float on this target"
                 made.decisions.append(Decision(node.op_type, name, False, why))

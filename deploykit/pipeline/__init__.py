@@ -69,7 +69,7 @@ def export(
             if planned.left_out:
                 continue
             if not planned.automatic:
-                insist(planned.step, planned.refusal, settings.force)
+                insist(planned, target, settings.force)
                 if planned.step.stage == "hub" and not any(map(is_corrected, written)):
                     raise DeploykitError(
                         f"step {planned.step!r} works on integers, and for '{target.name}' only {', '.join(written)} "

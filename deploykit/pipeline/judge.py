@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from deploykit import exporters
 from deploykit.core.artifact import Arrays, Check, File
+from deploykit.core.data import HELD_OUT
 from deploykit.core.errors import DeploykitError
 from deploykit.core.golden import ORIGINAL, SAMPLES, Golden, hub_of, some_samples, some_values
 from deploykit.core.manifest import OperatorError, Score
 from deploykit.core.precision import FORMATS, Precision, is_quantized, needs_calibration
 from deploykit.core.request import Gate, Settings
 from deploykit.core.target import Target
-from deploykit.pipeline.prepared import HELD_OUT, HELD_OUT_LABEL, Prepared
+from deploykit.pipeline.prepared import HELD_OUT_LABEL, Prepared
 from deploykit.trial import Exam
 
 if TYPE_CHECKING:

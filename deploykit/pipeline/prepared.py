@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from deploykit.core.context import Role
-from deploykit.core.data import DataSet, Preprocess
+from deploykit.core.data import DataSet, Preprocess, held_out
 from deploykit.core.errors import DeploykitError, unknown
 from deploykit.core.target import Need
 from deploykit.planning import available
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
     from deploykit.models import Model
 
-HELD_OUT = 5
-"""Without evaluation data every fifth calibration sample is held out: spread, because folders are sorted by class."""
 HELD_OUT_LABEL = "every fifth calibration sample, held out"
 
 
@@ -83,16 +81,15 @@ def prepare(
     """
     _same_shapes(data)
     check_magnitudes(list(data.values()))
-    held_out = False
+    taken = False
     given = dict(data)
     calibration = given.get("calibration")
     if hold_out and calibration is not None and "eval" not in given and not calibration.synthetic:
-        positions = np.arange(len(calibration))
-        last = positions % HELD_OUT == HELD_OUT - 1
-        if last.any():
-            given["holdout"] = calibration.pick(positions[last])
-            given["calibration"] = calibration.pick(positions[~last])
-            held_out = True
+        judged = held_out(len(calibration))
+        if judged.any():
+            given["holdout"] = calibration.pick(np.flatnonzero(judged))
+            given["calibration"] = calibration.pick(np.flatnonzero(~judged))
+            taken = True
     source = given.get("calibration") or given.get("eval") or given.get("train")
     if source is not None:
         example = next(source.batches(2)).inputs
@@ -103,7 +100,7 @@ def prepare(
     if len(next(iter(example.values()))) == 1:
         example = {name: np.concatenate([a, a]) for name, a in example.items()}
     preprocess = None if source is None else source.preprocess
-    return Prepared(model, given, example, preprocess, held_out)
+    return Prepared(model, given, example, preprocess, taken)
 
 
 def _same_shapes(data: Mapping[Role, DataSet]) -> None:

@@ -42,6 +42,7 @@ from deploykit.planning import Planned, plan, precisions, refusal
 if TYPE_CHECKING:
     from deploykit.check import Metric
     from deploykit.hub.graph import FloatGraph, Hub
+    from deploykit.hub.pixels import Fed
 
 GOLDEN = 8
 """Real samples that exporters may use, e.g. as golden inputs to be compared on the device."""
@@ -81,7 +82,6 @@ class Road:
 
     def lower(self, chosen: Sequence[Target], given: Ranges | None) -> None:
         """Model-stage steps, lowering, graph-stage steps, calibration (where somebody will need it)."""
-        from deploykit.check import check_lowering
         from deploykit.hub.plan import plan as plan_integers
         from deploykit.hub.running import is_large
 
@@ -99,13 +99,9 @@ class Road:
         module = model.module
         with self._phase("lower"), status("lowering to ONNX"):
             self.reference = steps.float_graph(model, self.prepared.example)
-            self.judge = Judge(self.reference, self.prepared, self.fed, self.settings, self.gate, self.metric)
         with self._phase("rehearse"):
             self._rehearse(chosen, final=not model_steps)
-        original = model.onnx or (model.program.module() if model.program is not None else module)
-        assert original is not None
-        self.lowering_check = (check_lowering(self.reference, original, self.prepared.example),)
-        self.judge.check_labels()
+        self._compare()
         if self.metric is not None or is_large(self.reference.model):
             self.judge.original()  # a metric that fails is refused before any long work
             self.judge.few()  # while nothing else is in memory
@@ -153,13 +149,21 @@ class Road:
 
     def _begin_again(self, module: Any, step: Pass) -> None:
         """From here on steps and files are compared with what a step made that followed another model."""
-        from deploykit.check import check_lowering
-
         self.prepared = replace(self.prepared, model=replace(self.prepared.model, module=module))
         self.reference = steps.float_graph(self.prepared.model, self.prepared.example)
-        self.judge = Judge(self.reference, self.prepared, self.fed, self.settings, self.gate, self.metric)
-        self.lowering_check = (check_lowering(self.reference, module, self.prepared.example),)
+        self._compare()
         self.notes.append(f"'original' is the model as {step!r} made it, which followed another one")
+
+    def _compare(self) -> None:
+        """Everything that follows is compared with the reference, which has to answer as the model does."""
+        from deploykit.check import check_lowering
+
+        model = self.prepared.model
+        original = model.onnx or (model.program.module() if model.program is not None else model.module)
+        assert original is not None
+        self.lowering_check = (check_lowering(self.reference, original, self.prepared.example),)
+        self.judge = Judge(self.reference, self.prepared, self.fed, self.settings, self.gate, self.metric)
+        self.judge.check_labels()
 
     def _asked(self, target: Target) -> tuple[Precision, ...]:
         """What would be written for a target if there is data enough."""
@@ -203,7 +207,7 @@ class Road:
             floats = [p for p in asked if not is_quantized(p)] or [p for p in target.precisions if p == "fp32"]
             tried = [*floats, *(p for p in asked if is_quantized(p) and (FORMATS[p].numbers or not floats))]
             try:
-                hubs = {p: self._take_pixels(self._stand_in(self.reference, target, p), target)[0] for p in tried}
+                hubs = {p: self._take_pixels(self._stand_in(self.reference, target, p), target).hub for p in tried}
                 exporters.rehearse(exporters.load(target.exporter), hubs, target, final)
             except DeploykitError as error:
                 problems[str(error)] = None
@@ -314,12 +318,12 @@ class Road:
         for precision in chosen:
             hub, done[precision] = self._hub(target, precision)
             if id(hub) not in fed:
-                taken, why = self._take_pixels(hub, target)
-                fed[id(hub)] = replace(taken, samples=samples)
+                taken = self._take_pixels(hub, target)
+                fed[id(hub)] = replace(taken.hub, samples=samples)
                 own = f"{precision}: " if FORMATS[precision].numbers else ""
-                notes |= dict.fromkeys(f"{own}{text}" for text in why)
-                if hub.quantized is not None and not why and not border:  # the same in every precision
-                    border = self._border(taken, target, precision)
+                notes |= dict.fromkeys(f"{own}{text}" for text in taken.notes)
+                if taken.folded and not border:  # the same in every precision
+                    border = (self._border(taken, precision),)
             hubs[precision] = fed[id(hub)]
         return hubs, done, tuple(notes), border
 
@@ -366,27 +370,24 @@ class Road:
             planned = ()
         return [p for p in planned if p.step.stage == "hub" and not p.left_out]
 
-    def _take_pixels(self, hub: Hub, target: Target) -> tuple[Hub, tuple[str, ...]]:
-        """The hub as the files are written from it, and what the user should know."""
-        from deploykit.hub.pixels import take_pixels
+    def _take_pixels(self, hub: Hub, target: Target) -> Fed:
+        """The hub as the files are written from it."""
+        from deploykit.hub.pixels import Fed, take_pixels
 
         if not self.settings.uint8_input:
-            return hub, ()
+            return Fed(hub)
         assert self.prepared.preprocess is not None
         return take_pixels(hub, self.prepared.preprocess, self._images, fold=target.pixels == "folded")
 
-    def _border(self, fed: Hub, target: Target, precision: Precision) -> tuple[Check, ...]:
-        """What folding the preprocessing of pixels costs, where it was folded."""
+    def _border(self, fed: Fed, precision: Precision) -> Check:
+        """What folding the preprocessing of pixels costs."""
         from deploykit.check import check_border
         from deploykit.hub.pixels import folded_floats
 
-        if not self.settings.uint8_input or target.pixels != "folded":
-            return ()
         data = self.fed.evaluation or self.fed.data["calibration"]
         assert self.prepared.preprocess is not None
-        folded = folded_floats(self.graph, self.prepared.preprocess, self._images)
-        assert folded is not None
-        return (check_border(fed.graph, folded, data.spread(HUB_SAMPLES), precision),)
+        folded = folded_floats(self.graph, self.prepared.preprocess, self._images, fed.folded)
+        return check_border(fed.hub.graph, folded, data.spread(HUB_SAMPLES), precision)
 
     @property
     def _images(self) -> list[str]:

@@ -23,7 +23,7 @@ from deploykit.core.recipe import Follows, Foresees, KeepsExits, Pass
 from deploykit.core.request import Settings
 from deploykit.core.target import Profit, Target
 from deploykit.pipeline.prepared import Prepared
-from deploykit.planning import plan
+from deploykit.planning import Planned, plan, unprofitable
 from deploykit.report.write import NAME as REPORT
 from deploykit.report.write import write_findings
 
@@ -146,7 +146,7 @@ def compress(prepared: Prepared, settings: Settings, target: Target | None, fold
                 f"compress runs model-stage steps; {p.step!r} works on the {p.step.stage}. Use `deploykit export`."
             )
         if not p.left_out:
-            insist(p.step, p.refusal, settings.force)
+            insist(p, paying, settings.force)
     for p in planned:
         if p.left_out:
             say(f"{p.step!r} is left out: it {p.refusal}")
@@ -191,11 +191,13 @@ def refuse_behind_exits(steps: Sequence[Pass]) -> None:
             )
 
 
-def insist(step: Pass, why: str, force: bool) -> None:
+def insist(planned: Planned, target: Target, force: bool) -> None:
     """Raises for a step that will not run; one that only cannot pay may be forced."""
-    cannot_pay = "cannot pay" in why
+    why = planned.refusal
+    cannot_pay = why == unprofitable(planned.step, target)
     if why and not (force and cannot_pay):
-        raise DeploykitError(f"step {step!r} {why}." + (" --force runs it all the same." if cannot_pay else ""))
+        forced = " --force runs it all the same." if cannot_pay else ""
+        raise DeploykitError(f"step {planned.step!r} {why}.{forced}")
 
 
 def step_context(

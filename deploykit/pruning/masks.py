@@ -13,11 +13,6 @@ Scores = Mapping[str, Tensor]
 """Layer -> what each weight is worth, in the shape of its weight."""
 
 
-def everything(scores: Masks) -> dict[str, Tensor]:
-    """All weights live."""
-    return {name: torch.ones_like(tensor, dtype=torch.bool) for name, tensor in scores.items()}
-
-
 def network_wide(scores: Scores, lives: Masks, sparsity: float) -> dict[str, Tensor]:
     """One threshold for all layers: exactly that share of all weights is dead, the dead ones counted.
 

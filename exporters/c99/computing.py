@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from math import log2, prod
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,9 +15,6 @@ from deploykit.exporters.c99.program import Shape, Tensor
 from deploykit.exporters.c99.rounding import folded_half, mean_rescaling
 from deploykit.exporters.layout import Order, View, identity
 from deploykit.exporters.one_sample import Unsupported
-
-if TYPE_CHECKING:
-    pass
 
 SPAN = 255
 """The largest x - zero_x can be."""

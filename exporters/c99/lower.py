@@ -81,8 +81,9 @@ class _Lowering:
             taken = {port.tensor for port in (*inputs, *outputs)}
             if (port := self._output(value, taken)) is not None:
                 outputs.append(port)
-        if not any(port.batched for port in inputs) or not all(port.batched for port in outputs):
-            self.complaints.append("its inputs and outputs need a leading batch dimension") if not self.lost else None
+        batched = any(port.batched for port in inputs) and all(port.batched for port in outputs)
+        if not batched and not self.lost:
+            self.complaints.append("its inputs and outputs need a leading batch dimension")
         if self.complaints:
             listed = "\n  ".join(dict.fromkeys(self.complaints))
             raise DeploykitError(f"this model cannot be written as integer C:\n  {listed}\n{ADVICE}")

@@ -33,7 +33,10 @@ def norms(module: nn.Module) -> dict[str, nn.modules.batchnorm._BatchNorm]:
 def reading(module: nn.Module, see: Any) -> Iterator[None]:
     """Calls ``see(name, norm, x)`` with what every batch normalisation reads, while the block runs the module."""
     handles = [
-        norm.register_forward_pre_hook(lambda norm, args, name=name: see(name, norm, args[0]))
+        norm.register_forward_pre_hook(
+            lambda norm, given, named, name=name: see(name, norm, given[0] if given else next(iter(named.values()))),
+            with_kwargs=True,
+        )
         for name, norm in norms(module).items()
     ]
     try:

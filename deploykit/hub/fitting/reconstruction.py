@@ -30,7 +30,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from deploykit.core.data import DataSet
+from deploykit.core.data import DataSet, held_out
 from deploykit.core.journal import NOTHING_KEPT, Journal
 from deploykit.core.progress import track
 from deploykit.hub.fitting.activations import Activations
@@ -50,8 +50,6 @@ if TYPE_CHECKING:
 
 MOST_MOVED = 0.2
 """Where h starts at most from the integer that was there."""
-HELD_OUT = 5
-"""Every so many samples one is held out."""
 BIAS_RATE = 1e-3
 """Learning rate of biases, in `HubModule`'s units; V has that of `soft_rounding`."""
 SPOOLED = 4
@@ -191,8 +189,8 @@ def fit(
         random: draws them.
         who: what is shown beside the progress bar.
     """
-    held_out = np.arange(len(next(iter(x.values())))) % HELD_OUT == HELD_OUT - 1
-    training, judging = np.flatnonzero(~held_out), np.flatnonzero(held_out)
+    judged = held_out(len(next(iter(x.values()))))
+    training, judging = np.flatnonzero(~judged), np.flatnonzero(judged)
     alone = module.hub.graph.batch == 1
 
     def loss(chosen: NDArray[Any]) -> Tensor:

@@ -59,11 +59,6 @@ class Codebook:
     """Of the weight's shape."""
 
     @property
-    def has_zero(self) -> bool:
-        """Whether code 0 is zero."""
-        return bool(self.book[0] == 0)
-
-    @property
     def bits(self) -> int:
         """Of a code that is not coded any further."""
         return max(1, int(len(self.book) - 1).bit_length())

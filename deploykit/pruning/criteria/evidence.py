@@ -11,12 +11,10 @@ from torch import Tensor, nn
 
 from deploykit.core.data import DataSet
 from deploykit.core.errors import DeploykitError
-from deploykit.losses import Loss, TrainBatch, as_tensors, cross_entropy, tensors
+from deploykit.losses import Loss, TrainBatch, as_tensors, cross_entropy, refuse_labels, tensors
 from deploykit.pruning.flow import Inputs
 
 OWN_LOSS = "[train] loss = 'file.py:function', or take a criterion without a cost (l2)"
-IGNORED = -100
-"""A label that cross-entropy passes over."""
 
 
 @dataclass(frozen=True)
@@ -56,35 +54,8 @@ class Evidence:
         if self.loss is None and batch.labels is None:
             batch = TrainBatch(batch.inputs, own_answers(outputs))
         if batch.labels is not None:
-            refuse_labels(class_scores(outputs), batch.labels)
+            refuse_labels(class_scores(outputs), batch.labels, "the criterion's cost", OWN_LOSS)
         return cross_entropy(outputs, batch)
-
-
-def refuse_labels(scores: Tensor, labels: Tensor) -> None:
-    """Raises for labels that are no classes of the scores ``[n, classes, ...]``, nor probabilities of each.
-
-    Raises:
-        DeploykitError: says what was expected.
-    """
-    classes = scores.shape[1]
-    if labels.is_floating_point():
-        if labels.shape != scores.shape:
-            raise DeploykitError(
-                f"the criterion's cost is cross-entropy, and the labels {list(labels.shape)} are {labels.dtype}: give "
-                f"numbers of classes (int64), or {OWN_LOSS}"
-            )
-        return
-    if labels.shape != scores.shape[:1] + scores.shape[2:]:
-        raise DeploykitError(
-            f"the criterion's cost is cross-entropy, and labels {list(labels.shape)} do not fit class scores "
-            f"{list(scores.shape)}: give one class for each, or {OWN_LOSS}"
-        )
-    wrong = labels[(labels != IGNORED) & ((labels < 0) | (labels >= classes))]
-    if len(wrong):
-        raise DeploykitError(
-            f"label {int(wrong[0])} is no class: the model tells {classes} apart, 0 to {classes - 1}. Give other "
-            f"labels, or {OWN_LOSS}"
-        )
 
 
 def class_scores(outputs: Any) -> Tensor:
