@@ -89,8 +89,8 @@ NETS = (
         share={"bits": 4}, after=20, minutes=20,
     ),
     Net(
-        "LeNet-5", LeNet5, error=0.80, times=39.0, epochs=10, zeros=0.92, share={"near": "outputs", "bytes": 0.0175},
-        each=1, after=16, values=3, rate=1e-3,
+        "LeNet-5", LeNet5, error=0.80, times=39.0, epochs=10, zeros=0.92, share={"near": "outputs", "bytes": 0.0163},
+        each=1, after=24, values=4, rate=1e-3,
     ),
 )  # fmt: skip
 

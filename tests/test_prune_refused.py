@@ -119,7 +119,7 @@ def test_labels_that_cross_entropy_has_no_use_for_are_refused() -> None:
     for net, labels, said in (
         (one, random.normal(size=(32, 1)).astype(np.float32), "not one tensor of class scores .*file.py:function"),
         (one, np.zeros(32, np.int64), "not one tensor of class scores"),
-        (five, random.normal(size=32).astype(np.float32), r"a probability for each of the 5 classes; given float32 \[32\]"),
+        (five, random.normal(size=32).astype(np.float32), r"each of the 5 classes; given float32 \[32\]"),
         (five, np.full(32, 7), "label 7 is no class of this model, which has 5 of them, 0 to 4"),
         (five, np.zeros((32, 2), np.int64), r"labels \[32, 2\] do not fit class scores \[32, 5\]"),
     ):  # fmt: skip

@@ -132,7 +132,7 @@ class Share:
     def _chosen(
         self, graph: FloatGraph, shared: Sequence[Weight], fitted: DataSet, judged: DataSet, context: Context
     ) -> Mapping[str, int]:
-        """How fine the values of every weight are, by initializer, in half bits."""
+        """How fine the values of every weight are, by initializer, in quarter bits."""
         import numpy as np
 
         from deploykit.hub.analysis.answers import Exam
@@ -170,8 +170,9 @@ class Share:
     def _made(
         self, graph: FloatGraph, shared: Sequence[Weight], bits: Mapping[str, int], context: Context
     ) -> FloatGraph:
-        """The graph with weights as fine as said: in bits, or in half bits where it was found out."""
+        """The graph with weights as fine as said: in bits, or in quarter bits where it was found out."""
         from deploykit.core.progress import track
+        from deploykit.hub.sharing.choice import PARTS
         from deploykit.hub.sharing.codebooks import share, share_at_level, with_weights
         from deploykit.hub.sharing.outputs import forms
 
@@ -179,7 +180,7 @@ class Share:
         found = {}
         for own in track([own for own in shared if own.name not in chosen], "share: clustering"):
             if self._chooses:
-                found[own.name] = share_at_level(own.values, bits[own.name] / 2).weight
+                found[own.name] = share_at_level(own.values, bits[own.name] / PARTS).weight
             else:
                 found[own.name] = share(own.values, bits[own.name], self.start, seed=context.seed).weight
         made = with_weights(graph, found)
@@ -191,6 +192,7 @@ class Share:
         self, graph: FloatGraph, made: FloatGraph, shared: Sequence[Weight], bits: Mapping[str, int], context: Context
     ) -> FloatGraph:
         """The graph with values and codes chosen layer by layer."""
+        from deploykit.hub.sharing.choice import PARTS
         from deploykit.hub.sharing.codes import at_level, in_bits
         from deploykit.hub.sharing.outputs import by_outputs
 
@@ -199,7 +201,7 @@ class Share:
         ) -> NDArray[np.float32]:
             def chosen() -> dict[str, NDArray[np.float64]]:
                 level = bits[own.name]
-                return {"weight": at_level(t, h, kept, level / 2) if self._chooses else in_bits(t, h, kept, level)}
+                return {"weight": at_level(t, h, kept, level / PARTS) if self._chooses else in_bits(t, h, kept, level)}
 
             return context.journal.once(f"{own.name} with {sorted(bits.items())}", chosen)["weight"].astype("float32")
 

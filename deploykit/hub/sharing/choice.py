@@ -1,6 +1,6 @@
 """How fine the values of every weight are: what each level loses, and what it takes.
 
-What the answers lose when one weight alone is shared, at levels of up to 8 bits in halves, is measured, the rest being
+What the answers lose when one weight alone is shared, at levels of up to 8 bits, is measured, the rest being
 exact; what it then takes is the entropy of its codes, for they will be coded (`deploykit.hub.sharing.entropy`). Integer
 programming picks among them (`deploykit.hub.mixed`).
 """
@@ -28,8 +28,10 @@ from deploykit.hub.sharing.codebooks import Weight, codebook, coded_bits, share_
 from deploykit.hub.sharing.codes import at_level
 from deploykit.hub.sharing.outputs import by_outputs, forms
 
-LEVELS = tuple(range(1, 17))
-"""Half bits that codes take, about."""
+PARTS = 4
+"""Of a bit."""
+LEVELS = (*range(1, 4 * PARTS), *range(4 * PARTS, 6 * PARTS, 2), *range(6 * PARTS, 8 * PARTS + 1, PARTS))
+"""Quarter bits that codes take, about; coarser steps where the codes are fine."""
 SAMPLES = 64
 """That losses are measured on."""
 POSITIONS = 32
@@ -88,7 +90,7 @@ def _alone(graph: FloatGraph, shared: Sequence[Weight], judged: DataSet, journal
     with contextlib.closing(Tail(graph, judged)) as tail:
 
         def measured(own: Weight) -> Found:
-            books = [share_at_level(own.values, level / 2) for level in LEVELS]
+            books = [share_at_level(own.values, level / PARTS) for level in LEVELS]
             lost = [squared(tail.moved(own.layer, own.y, own.name, book.weight - own.values)) for book in books]
             return {"losses": np.asarray(lost), "bits": np.asarray([coded_bits(book) for book in books])}
 
@@ -111,7 +113,7 @@ def _by_outputs(
         ) -> NDArray[np.float32]:
             def measured() -> Found:
                 # codes as GPTQ chooses them are enough to compare levels by
-                every = [at_level(t, h, kept, level / 2, turns=0).astype(np.float32) for level in LEVELS]
+                every = [at_level(t, h, kept, level / PARTS, turns=0).astype(np.float32) for level in LEVELS]
                 moved = [form[own.name].weight((x - t).astype(np.float32)) for x in every]
                 lost = [squared(tail.moved(own.layer, own.y, own.name, error)) for error in moved]
                 bits = [coded_bits(book) for x in every if (book := codebook(x, x.size)) is not None]
