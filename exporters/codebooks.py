@@ -13,8 +13,8 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from deploykit.exporters.int4 import IR_VERSION, OPSET, raise_opset
-from deploykit.hub.graph import LARGE, take_name
+from deploykit.exporters.int4 import raise_opset
+from deploykit.hub.graph import IR_VERSION, LARGE, OPSET, take_name
 from deploykit.hub.sharing.codebooks import codebook
 
 MOST = 256

@@ -12,13 +12,11 @@ from collections.abc import Collection
 import onnx
 import onnx_ir as ir
 
-from deploykit.hub.graph import Hub
+from deploykit.hub.graph import IR_VERSION, OPSET, Hub
 
 BITS = 4
 LEAST = 256
 """Weights with fewer values stay in int8: what the Cast takes up is more than they would save."""
-OPSET, IR_VERSION = 21, 10
-"""The first with INT4."""
 
 
 def narrow_weights(hub: Hub) -> set[str]:

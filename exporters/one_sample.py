@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from math import inf
 from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 Shape = tuple[int, ...]
+Limits = tuple[float, float]
+"""Smallest and largest value that a Relu or Clip lets through."""
 Corners = tuple[list[int], list[int], list[int]]
 """Begin, end and step of a part of a tensor, per axis."""
 
@@ -70,6 +73,29 @@ def counted_axis(node: ir.Node, axis: int, rank: int) -> int:
     if value is not None and value.shape is not None and not isinstance(value.shape[axis % rank], int):
         raise Unsupported("it works across the batch, and the file holds one sample")
     return axis % rank
+
+
+def limits_of(node: ir.Node) -> Limits | None:
+    """What a Relu or Clip lets through; None where the limits are computed at run time."""
+    if node.op_type == "Relu":
+        return 0.0, inf
+    limits = [-inf, inf]
+    for i, value in enumerate(node.inputs[1:3]):
+        if value is not None:
+            found = constant(value)
+            if found is None:
+                return None
+            limits[i] = float(found.item())
+    return limits[0], limits[1]
+
+
+def tail(node: ir.Node) -> tuple[ir.Node | None, Limits | None]:
+    """The Relu or Clip (with constant limits) that alone reads a node's only result, and its limits."""
+    readers = [user for user, _ in node.outputs[0].uses()]
+    if len(readers) != 1 or readers[0].op_type not in ("Relu", "Clip") or node.outputs[0].is_graph_output():
+        return None, None
+    limits = limits_of(readers[0])
+    return (readers[0], limits) if limits is not None else (None, None)
 
 
 def slice_corners(node: ir.Node, shape: Shape) -> Corners:

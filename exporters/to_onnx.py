@@ -18,9 +18,9 @@ from deploykit.core.target import Target
 from deploykit.exporters import refuse_uncarried
 from deploykit.exporters.codebooks import store_codebooks
 from deploykit.exporters.half import bake_half
-from deploykit.exporters.int4 import OPSET as INT4_OPSET
 from deploykit.exporters.int4 import narrow_weights, store_int4
 from deploykit.exporters.stored import stored_model
+from deploykit.hub.graph import OPSET as INT4_OPSET
 from deploykit.hub.graph import Hub
 from deploykit.hub.widen import widened
 

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto
 
 from deploykit import export, exporters, targets
+from deploykit.coding import nibbles
 from deploykit.core.errors import DeploykitError
 from deploykit.core.manifest import load_manifest
 from deploykit.core.precision import FORMATS, Precision, nearest, needs_calibration, spec_of
@@ -33,7 +34,7 @@ from deploykit.exporters import to_onnx
 from deploykit.hub.graph import FloatGraph, Hub
 from deploykit.hub.lower import read_onnx
 from deploykit.hub.running import lean_session, session
-from deploykit.hub.weight_only import pack_int4, quantize_weights, round_lines
+from deploykit.hub.weight_only import quantize_weights, round_lines
 
 X86 = targets.load("x86")
 STORED: tuple[Precision, ...] = ("w8", "w4", "dynamic")
@@ -138,7 +139,7 @@ def test_a_group_of_zeros_and_a_pruned_weight_stay_zero() -> None:
 @given(st.lists(st.integers(-8, 7), min_size=1, max_size=33))
 def test_four_bits_are_packed_as_onnx_packs_them(values: list[int]) -> None:
     tensor = TensorProto(name="t", data_type=TensorProto.INT4, dims=[len(values)])
-    tensor.raw_data = pack_int4(np.asarray(values, np.int8)).tobytes()
+    tensor.raw_data = nibbles.packed(np.asarray(values, np.int8)).tobytes()
     np.testing.assert_array_equal(onnx.numpy_helper.to_array(tensor).astype(int), values)
 
 

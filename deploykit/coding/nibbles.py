@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -11,6 +13,9 @@ def unpacked(data: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return np.stack([data & 15, data >> 4], -1).reshape(-1)
 
 
-def packed(halves: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Bytes of some halves, ``[2 n]`` -> ``[n]``."""
-    return halves[::2] | halves[1::2] * np.uint8(16)
+def packed(integers: NDArray[Any]) -> NDArray[np.uint8]:
+    """Bytes of some integers of 8 bits, of which four count; a zero follows an odd number ``[(n + 1) / 2]``."""
+    halves = integers.reshape(-1).view(np.uint8) & np.uint8(15)
+    made: NDArray[np.uint8] = halves[::2].copy()
+    made[: len(halves) // 2] |= halves[1::2] << np.uint8(4)
+    return made

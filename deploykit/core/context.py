@@ -83,18 +83,34 @@ class Context:
         return self.data[role]
 
 
+def enough(context: Context, who: str, least: int, why: str, instead: str = "") -> DataSet:
+    """The calibration data, which a step needs so many samples of.
+
+    Args:
+        context: has the data.
+        who: the step, as users write it.
+        least: samples.
+        why: what it does with them, behind its name.
+        instead: what works with fewer, a sentence.
+
+    Raises:
+        DeploykitError: there are fewer.
+    """
+    data = context.need("calibration", who)
+    if len(data) < least:
+        raise DeploykitError(
+            f"{who} {why} and needs at least {least} calibration samples; there are {len(data)}. {instead}".rstrip()
+        )
+    return data
+
+
 def apart(context: Context, who: str) -> tuple[DataSet, DataSet]:
     """Samples that weights are chosen by, and others that answers are judged on.
 
     Raises:
         DeploykitError: too few.
     """
-    data = context.need("calibration", who)
-    if len(data) < LEAST_APART:
-        raise DeploykitError(
-            f"{who} measures what smaller weights lose and needs at least {LEAST_APART} calibration samples; there are "
-            f"{len(data)}"
-        )
+    data = enough(context, who, LEAST_APART, "measures what smaller weights lose")
     if "holdout" in context.data:
         return data, context.data["holdout"]
     judged = held_out(len(data))

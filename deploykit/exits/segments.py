@@ -16,6 +16,7 @@ import onnx_ir as ir
 
 from deploykit.core.errors import DeploykitError
 from deploykit.exits.places import cut_name, exit_name
+from deploykit.hub.analysis.sizes import positions
 from deploykit.hub.graph import FloatGraph, Hub, constant
 from deploykit.hub.operators import role
 from deploykit.hub.slices import Slicer
@@ -127,14 +128,10 @@ def _quantizer(slicer: Slicer, name: str) -> onnx.NodeProto | None:
 
 
 def macs(graph: FloatGraph) -> int:
-    """Multiply-accumulates of one sample in convolutions and products with constant weights."""
+    """Multiply-accumulates of one sample in convolutions and products with constant weights, free axes counted once."""
     total = 0
     for node in graph.model.graph:
-        weight = constant(node.inputs[1]) if role(node) == "linear" and len(node.inputs) > 1 else None
-        if weight is None:
-            continue
-        value = node.inputs[0] if node.op_type == "ConvTranspose" else node.outputs[0]
-        sizes = list(value.shape) if value is not None and value.shape is not None else []
-        outer = sizes[2:] if node.op_type in ("Conv", "ConvTranspose") else sizes[1:-1]
-        total += int(weight.size) * prod(size for size in outer if isinstance(size, int))
+        weight = constant(node.inputs[1]) if role(node) == "linear" else None
+        if weight is not None:
+            total += int(weight.size) * prod(count or 1 for count in positions(node))
     return total

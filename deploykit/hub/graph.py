@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
+OPSET, IR_VERSION = 21, 10
+"""The first operator set with integers of 4 and 16 bits and with blocks, and the version of files that goes with it."""
 LARGE = 1024
 """Constants with more elements than this are weights, never shapes."""
 

@@ -1,6 +1,7 @@
 """The operator table: how each ONNX operator may be quantized (in torch: `deploykit.hub.training.operators`).
 
-Nobody else in the hub knows operators by name; exporters have translation tables of their own.
+What is to be known of an operator by name stands here; what is rewritten goes by names of its own (`canonical`,
+`pixels`), and exporters have translation tables.
 """
 
 from __future__ import annotations
@@ -66,6 +67,9 @@ ROLES: dict[str, Role] = {
 
 PRODUCTS = tuple(operator for operator, its_role in ROLES.items() if its_role == "linear")
 """Convolutions and matrix products: what a network spends its time on, so what has to be integer."""
+
+WEIGHTS_AT = {"LSTM": (1, 2), "GRU": (1, 2), "Gather": (0,)}
+"""Positions of an operator's weights; products have theirs at 1."""
 
 FIXED_OUTPUT = {"Softmax": (0.0, 1.0), "Sigmoid": (0.0, 1.0), "HardSigmoid": (0.0, 1.0), "Tanh": (-1.0, 1.0)}
 """Operators whose output range is known without data. Integer kernels want it in exactly 2^bits steps, the largest of
@@ -138,6 +142,11 @@ def data_inputs(node: ir.Node) -> list[int]:
     if node.op_type in ("Add", "Sub", "Mul", "Concat", "PRelu"):
         return list(range(len(node.inputs)))
     return [0]
+
+
+def weight_positions(node: ir.Node) -> tuple[int, ...]:
+    """Positions of the inputs that are weights; none where the operator has no weights."""
+    return (1,) if node.op_type in PRODUCTS else WEIGHTS_AT.get(node.op_type, ())
 
 
 def weight_axis(node: ir.Node) -> int:

@@ -16,8 +16,18 @@ from deploykit.calibration.thresholds import threshold
 from deploykit.core.errors import DeploykitError
 from deploykit.core.ranges import Ranges, Stats
 from deploykit.core.target import LARGEST_FLOAT8, QuantSpec
-from deploykit.hub.graph import FloatGraph, Hub, add_initializer, attribute, constant, drop_unused, fresh_name
-from deploykit.hub.operators import bias_of, is_float, role, weight_axis
+from deploykit.hub.graph import (
+    IR_VERSION,
+    OPSET,
+    FloatGraph,
+    Hub,
+    add_initializer,
+    attribute,
+    constant,
+    drop_unused,
+    fresh_name,
+)
+from deploykit.hub.operators import bias_of, is_float, role, weight_axis, weight_positions
 from deploykit.hub.plan import Plan, name_of, plan, root_of
 
 if TYPE_CHECKING:
@@ -26,12 +36,6 @@ if TYPE_CHECKING:
 BIAS_LIMIT = 2.0**29
 """Largest |bias| in int32 steps: leaves two bits for the sum of products. A channel with weights near zero would
 otherwise get a scale so small that its bias saturates and the integer accumulator wraps."""
-
-
-OPSET = 21
-"""The first with integers of 4 and 16 bits."""
-IR_VERSION = 10
-"""Goes with it."""
 
 
 @dataclass(frozen=True)
@@ -371,7 +375,7 @@ def _store_weights(
     if node.op_type == "Gather":
         _store_table(graph, node, spec, shared)
         return
-    for position in (1, 2):  # W and R: [directions, gates * units, inputs]
+    for position in weight_positions(node):  # W and R: [directions, gates * units, inputs]
         value, weight = node.inputs[position], constant(node.inputs[position])
         assert weight is not None
         scale = weight_scale(weight, 1, spec, None, 1.0)

@@ -16,10 +16,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_ir as ir
 
+from deploykit.coding import nibbles
 from deploykit.core.patterns import matching
 from deploykit.core.progress import track
 from deploykit.core.target import QuantSpec
 from deploykit.hub.graph import (
+    IR_VERSION,
+    OPSET,
     Decision,
     FloatGraph,
     Hub,
@@ -30,22 +33,18 @@ from deploykit.hub.graph import (
     fresh_name,
     register,
 )
-from deploykit.hub.operators import ROLES, role, weight_axis, why_float
+from deploykit.hub.operators import ROLES, role, weight_axis, weight_positions, why_float
 from deploykit.hub.plan import name_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-OPSET, IR_VERSION = 21, 10
-"""The first with blocks and with INT4."""
 SHRUNK = tuple(1.0 - step / 40 for step in range(17))
 """Candidates for a scale, as shares of the one that cuts nothing: down to 0.6."""
 CHUNK = 1 << 20
 """Weights that are rounded at once, so that a large tensor takes no memory beside its integers."""
 LEAST = 256
 """Operators with fewer weights keep them in float: nothing would be gained."""
-HELD_AT = {"LSTM": (1, 2), "GRU": (1, 2), "Gather": (0,)}
-"""Positions of an operator's weights; products have theirs at 1."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +97,7 @@ def quantize_weights(graph: FloatGraph, spec: QuantSpec, keep_float: Iterable[st
         elif node.op_type in ("MatMul", "Gemm"):
             _store_matrix(writer, node)
         else:
-            for position in HELD_AT.get(node.op_type, (1,)):
+            for position in weight_positions(node):
                 _store_channels(writer, node, position)
     drop_unused(g)
     if spec.weight_bits <= 4 or any("block_size" in node.attributes for node in g):
@@ -109,7 +108,7 @@ def quantize_weights(graph: FloatGraph, spec: QuantSpec, keep_float: Iterable[st
 
 def _why_not(node: ir.Node) -> str:
     """Why an operator's weights stay as they are."""
-    arrays = [constant(node.inputs[i]) for i in HELD_AT.get(node.op_type, (1,))]
+    arrays = [constant(node.inputs[i]) for i in weight_positions(node)]
     if any(a is None or a.dtype != np.float32 or a.ndim < 2 for a in arrays):
         return "its weights are no matrices of float32"
     return f"it has fewer than {LEAST} weights" if max(a.size for a in arrays if a is not None) < LEAST else ""
@@ -246,14 +245,6 @@ def _nearest(w: NDArray[np.float32], scale: NDArray[np.float32], top: int) -> ND
     return found
 
 
-def pack_int4(integers: NDArray[np.int8]) -> NDArray[np.uint8]:
-    """Two in a byte, the first in its lower half: ONNX's layout of INT4."""
-    flat = integers.reshape(-1).view(np.uint8)
-    packed: NDArray[np.uint8] = flat[0::2] & np.uint8(0xF)
-    packed[: len(flat) // 2] |= flat[1::2] << np.uint8(4)
-    return packed
-
-
 def _array(value: ir.Value | None) -> NDArray[Any]:
     array = constant(value)
     assert array is not None
@@ -269,7 +260,7 @@ def _register(
     name = f"{value.name}_q"
     if bits <= 4:
         held = register(
-            writer.graph, name, ir.PackedTensor(pack_int4(integers), ir.DataType.INT4, shape=integers.shape)
+            writer.graph, name, ir.PackedTensor(nibbles.packed(integers), ir.DataType.INT4, shape=integers.shape)
         )
     else:
         held = add_initializer(writer.graph, name, integers)

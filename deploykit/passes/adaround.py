@@ -11,8 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from deploykit.core.context import Context
-from deploykit.core.errors import DeploykitError
+from deploykit.core.context import Context, enough
 from deploykit.core.recipe import Stage
 from deploykit.core.target import Need, Profit
 
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
     from deploykit.hub.graph import Hub
 
 LEAST_SAMPLES = 8
+FEWER = "The step weight_correct works with fewer."
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,7 @@ class Adaround:
 
     def foresee(self, context: Context) -> None:
         """Refuses too few calibration samples."""
-        data = context.need("calibration", "adaround")
-        if len(data) < LEAST_SAMPLES:
-            raise DeploykitError(
-                f"adaround learns roundings from the data and needs at least {LEAST_SAMPLES} calibration samples; "
-                f"there are {len(data)}. The step weight_correct works with fewer."
-            )
+        enough(context, "adaround", LEAST_SAMPLES, "learns roundings from the data", FEWER)
 
     def __call__(self, hub: Hub, context: Context) -> Hub:
         """The hub with other integers, weight scales and biases.

@@ -16,8 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from deploykit.core.context import Context
-from deploykit.core.errors import DeploykitError
+from deploykit.core.context import Context, enough
 from deploykit.core.recipe import Stage
 from deploykit.core.target import Need, Profit
 
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
     from deploykit.hub.graph import Hub
 
 LEAST_SAMPLES = 8
+FEWER = "The step weight_correct works with fewer."
 
 
 @dataclass(frozen=True)
@@ -45,12 +45,7 @@ class Gptq:
 
     def foresee(self, context: Context) -> None:
         """Refuses too few calibration samples."""
-        data = context.need("calibration", "gptq")
-        if len(data) < LEAST_SAMPLES:
-            raise DeploykitError(
-                f"gptq chooses integers by what they do to the data and needs at least {LEAST_SAMPLES} calibration "
-                f"samples; there are {len(data)}. The step weight_correct works with fewer."
-            )
+        enough(context, "gptq", LEAST_SAMPLES, "chooses integers by what they do to the data", FEWER)
 
     def __call__(self, hub: Hub, context: Context) -> Hub:
         """The hub with other integers, weight scales and biases.

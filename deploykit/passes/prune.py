@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from deploykit.core.context import Context
+from deploykit.core.context import Context, enough
 from deploykit.core.errors import DeploykitError, said_by, some
 from deploykit.core.manifest import Finding
 from deploykit.core.patterns import matching
@@ -87,11 +87,9 @@ class Prune:
         data = context.need("calibration", "prune") if "data" in self.needs else None
         if data is not None and data.labels is None and "labels" in self.needs:
             raise DeploykitError(f"prune: criterion '{self.criterion}' needs labels, and {data.origin} has none")
-        if self.refit and data is not None and len(data) < LEAST_SAMPLES:
-            raise DeploykitError(
-                f"prune fits the weights that are left to the data and needs at least {LEAST_SAMPLES} calibration "
-                f"samples; there are {len(data)}. With refit = false it needs fewer."
-            )
+        if self.refit and data is not None:
+            why = "fits the weights that are left to the data"
+            enough(context, "prune", LEAST_SAMPLES, why, "With refit = false it needs fewer.")
 
     def __call__(self, model: nn.Module, context: Context) -> nn.Module:
         """A narrower copy of the model.

@@ -11,8 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from deploykit.core.context import Context
-from deploykit.core.errors import DeploykitError
+from deploykit.core.context import Context, enough
 from deploykit.core.recipe import Stage
 from deploykit.core.target import Need, Profit
 
@@ -46,12 +45,8 @@ class Reconstruct:
 
     def foresee(self, context: Context) -> None:
         """Refuses too few calibration samples."""
-        data = context.need("calibration", "reconstruct")
-        if len(data) < LEAST_SAMPLES:
-            raise DeploykitError(
-                f"reconstruct learns from most of the calibration samples and judges by the rest, and needs at least "
-                f"{LEAST_SAMPLES} of them; there are {len(data)}. The step gptq works with 8."
-            )
+        why = "learns from most of the calibration samples, judges by the rest"
+        enough(context, "reconstruct", LEAST_SAMPLES, why, "The step gptq works with 8.")
 
     def __call__(self, hub: Hub, context: Context) -> Hub:
         """The hub with other integers, weight scales and biases.

@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from deploykit.core.context import Context
-from deploykit.core.errors import DeploykitError, said_by
+from deploykit.core.context import Context, enough
+from deploykit.core.errors import said_by
 from deploykit.core.recipe import Stage
 from deploykit.core.target import Need, Profit
 
@@ -30,12 +30,8 @@ class Refit:
 
     def foresee(self, context: Context) -> None:
         """Refuses too few calibration samples."""
-        data = context.need("calibration", "refit")
-        if len(data) < LEAST_SAMPLES:
-            raise DeploykitError(
-                f"refit fits weights to the data and needs at least {LEAST_SAMPLES} calibration samples; there are "
-                f"{len(data)}. The step reestimate_bn works with fewer."
-            )
+        fewer = "The step reestimate_bn works with fewer."
+        enough(context, "refit", LEAST_SAMPLES, "fits weights to the data", fewer)
 
     def __call__(self, model: nn.Module, context: Context) -> nn.Module:
         """A copy of the model with other weights, biases and running means; its zeros stay zero.

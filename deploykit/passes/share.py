@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from deploykit.core.context import Context, apart
+from deploykit.core.context import Context, apart, enough
 from deploykit.core.errors import DeploykitError
 from deploykit.core.journal import NOTHING_KEPT
 from deploykit.core.manifest import Finding
@@ -93,11 +93,9 @@ class Share:
                     "share: max_drop counts answers to real samples, and these are made up; give bytes"
                 )
             require_solver()
-        if self.near == "outputs" and len(data := context.need("calibration", "share near outputs")) < LEAST_SAMPLES:
-            raise DeploykitError(
-                f"share near outputs chooses values by what they do to the data and needs at least {LEAST_SAMPLES} "
-                f'calibration samples; there are {len(data)}. near = "weights" needs none.'
-            )
+        if self.near == "outputs":
+            why = "chooses values by what they do to the data"
+            enough(context, "share near outputs", LEAST_SAMPLES, why, 'near = "weights" needs none.')
 
     def __call__(self, graph: FloatGraph, context: Context) -> FloatGraph:
         """The graph with shared weights.

@@ -23,12 +23,13 @@ from deploykit.exporters.c99.operators import TABLE, Rule
 from deploykit.exporters.c99.program import Port, Program, Quant, Tensor
 from deploykit.exporters.c99.rounding import Rounding
 from deploykit.exporters.layout import NHWC, Order, View, identity
-from deploykit.exporters.one_sample import Unsupported, static_shape
+from deploykit.exporters.one_sample import Limits, Unsupported, static_shape, tail
 from deploykit.hub.graph import attribute, constant
 
 SLIDES = ("Conv", "ConvTranspose", "MaxPool", "AveragePool")
 """Operators that read images channels-last."""
 
+ANY: Limits = (-inf, inf)
 PIXELS = Quant(1.0, -128)
 """What uint8 pixels are as int8."""
 
@@ -213,13 +214,14 @@ class _Lowering:
         operands = [self._operand(v) for v in given]
         if any(isinstance(o, Curve) for o in operands):
             raise Unsupported("it reads the result of a float function; only a function of one number can follow one")
-        last, limits = node, (-inf, inf)
+        last, limits = node, ANY
         if node.op_type == "MatMul" and (bias := self._bias(node)) is not None:
             last, held = bias
             operands.append(held)
         before = last
         if known.fuses:
-            last, limits = _tail(last)
+            behind, own = tail(last)
+            last, limits = behind or last, own or ANY
         result = last.outputs[0]
         op = Operation(
             node, result.name or node.name or "", self.builder,
@@ -262,23 +264,6 @@ class _Lowering:
         if held is None:
             raise Unsupported(f"its input '{value.name}' is not quantized")
         return Constant(held)
-
-
-def _tail(node: ir.Node) -> tuple[ir.Node, tuple[float, float]]:
-    """The Relu or Clip (with constant limits) that alone reads a node's only result, and its limits; or the node."""
-    readers = [user for user, _ in node.outputs[0].uses()]
-    if len(readers) != 1 or readers[0].op_type not in ("Relu", "Clip") or node.outputs[0].is_graph_output():
-        return node, (-inf, inf)
-    if readers[0].op_type == "Relu":
-        return readers[0], (0.0, inf)
-    limits = [-inf, inf]
-    for i, value in enumerate(readers[0].inputs[1:3]):
-        if value is not None:
-            found = constant(value)
-            if found is None:
-                return node, (-inf, inf)
-            limits[i] = float(found.item())
-    return readers[0], (limits[0], limits[1])
 
 
 def named(node: ir.Node) -> str:

@@ -13,7 +13,7 @@ from deploykit.exporters.c99.operation import Operation, elements
 from deploykit.exporters.c99.program import Tensor
 from deploykit.exporters.layout import NHWC, View, identity, permuted
 from deploykit.exporters.one_sample import Unsupported, pad_amounts, slice_corners, split_corners
-from deploykit.exporters.tflite.windows import COORDINATES, nearest_positions
+from deploykit.exporters.resizing import COORDINATES, nearest_positions
 
 
 def reshape(op: Operation) -> View[Tensor]:

@@ -10,19 +10,19 @@ import numpy as np
 
 from deploykit.exporters import layout
 from deploykit.exporters.layout import NHWC, View, identity, permuted, stored
-from deploykit.exporters.one_sample import Unsupported
+from deploykit.exporters.one_sample import Unsupported, limits_of
+from deploykit.exporters.resizing import COORDINATES
 from deploykit.exporters.tflite.operation import (
     Constant,
     Operation,
     as_shape,
     limit,
-    limits_of,
     read,
     requantize,
     uncovered,
 )
 from deploykit.exporters.tflite.sliding import bias
-from deploykit.exporters.tflite.windows import COORDINATES, litert_mode
+from deploykit.exporters.tflite.windows import litert_mode
 from deploykit.exporters.tflite.writer import Quant, Tensor
 
 if TYPE_CHECKING:

@@ -12,16 +12,13 @@ import onnx_ir as ir
 
 from deploykit.exporters import layout
 from deploykit.exporters.layout import Order, View
-from deploykit.exporters.one_sample import Unsupported, counted_axis, parameter, static_shape
+from deploykit.exporters.one_sample import Limits, Unsupported, counted_axis, parameter, static_shape
 from deploykit.hub.graph import attribute, constant
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from deploykit.exporters.tflite.writer import Quant, Tensor, Writer
-
-Limits = tuple[float, float]
-"""Smallest and largest value a Relu or Clip lets through."""
 
 FUSED_ACTIVATION: dict[Limits, str] = {(0.0, inf): "RELU", (0.0, 6.0): "RELU6", (-1.0, 1.0): "RELU_N1_TO_1"}
 HALF_MAX = float(np.finfo(np.float16).max)
@@ -228,20 +225,6 @@ def as_shape(writer: Writer, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
 def requantize(writer: Writer, tensor: Tensor, quant: Quant, name: str) -> Tensor:
     """The tensor under another scale: QUANTIZE from float32, or from integers with rescaling."""
     return tensor if tensor.quant == quant else writer.write("QUANTIZE", [tensor], name, tensor.shape, quant)
-
-
-def limits_of(node: ir.Node) -> Limits | None:
-    """What a Relu or Clip lets through; None where the limits are computed at run time."""
-    if node.op_type == "Relu":
-        return 0.0, inf
-    limits = [-inf, inf]
-    for i, value in enumerate(node.inputs[1:3]):
-        if value is not None:
-            found = constant(value)
-            if found is None:
-                return None
-            limits[i] = float(found.item())
-    return limits[0], limits[1]
 
 
 def uncovered(limits: Limits | None, quant: Quant | None) -> Limits | None:

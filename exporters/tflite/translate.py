@@ -14,8 +14,8 @@ from deploykit.core.artifact import Island, Port
 from deploykit.core.errors import DeploykitError
 from deploykit.exporters import layout
 from deploykit.exporters.layout import NHWC, View, identity, stored
-from deploykit.exporters.one_sample import Unsupported, static_shape
-from deploykit.exporters.tflite.operation import Constant, Limits, Operation, limits_of, read, requantize
+from deploykit.exporters.one_sample import Unsupported, static_shape, tail
+from deploykit.exporters.tflite.operation import Constant, Operation, read, requantize
 from deploykit.exporters.tflite.operators import PRODUCT_OF_ACTIVATIONS, TABLE, Rule, no_int16
 from deploykit.exporters.tflite.runner import METADATA
 from deploykit.exporters.tflite.schema import schema
@@ -256,8 +256,8 @@ class _Translation:
         elif node.op_type == "MatMul":
             add, bias = self._bias(node)
             operands = (*operands, *([bias] if bias is not None else []))
-        tail, limits = _tail(add or node) if rule.fuses else (None, None)
-        last = tail or add or node
+        behind, limits = tail(add or node) if rule.fuses else (None, None)
+        last = behind or add or node
         quant, why = self._scale(node, rule, operands, last)
         if quant is None:
             operands = tuple(self._real(o) for o in operands)
@@ -269,7 +269,7 @@ class _Translation:
         views = [made] if isinstance(made, View) else list(made)
         for value, view in zip(last.outputs, views, strict=False):
             self.values[value] = view
-        self.fused.update(n for n in (add, tail) if n is not None)
+        self.fused.update(n for n in (add, behind) if n is not None)
         if quant is not None:
             self.quantized[node.op_type] += 1
         elif self.has_integers and (rule.scale == "own" or why):
@@ -339,15 +339,6 @@ class _Translation:
             return operand
         tensor = operand.tensor
         return operand.on(self.writer.write("DEQUANTIZE", [tensor], f"{tensor.name}_real", tensor.shape))
-
-
-def _tail(node: ir.Node) -> tuple[ir.Node | None, Limits | None]:
-    """The Relu or Clip (with constant limits) that alone reads a node's only result, and its limits."""
-    readers = [user for user, _ in node.outputs[0].uses()]
-    if len(readers) != 1 or readers[0].op_type not in ("Relu", "Clip") or node.outputs[0].is_graph_output():
-        return None, None
-    limits = limits_of(readers[0])
-    return (readers[0], limits) if limits is not None else (None, None)
 
 
 def _rescaling(rule: Rule, quants: Sequence[Quant | None]) -> float:

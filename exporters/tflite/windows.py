@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
+
+from deploykit.exporters.resizing import ROUNDINGS, coordinates
 
 Pads = list[tuple[int, int]]
 """Before and behind, per spatial axis."""
@@ -32,10 +34,6 @@ def used_padding(
     return [(b, max((o - 1) * s + (k - 1) * d + 1 - i - b, 0)) for i, o, k, s, d, b in axes]
 
 
-COORDINATES = ("half_pixel", "pytorch_half_pixel", "align_corners", "asymmetric")
-"""The coordinate transformations of ONNX's Resize that are known here."""
-
-
 def litert_mode(
     axes: Sequence[tuple[int, int, float]], coordinate: str, rounding: str | None
 ) -> tuple[bool, bool] | None:
@@ -43,7 +41,7 @@ def litert_mode(
 
     Args:
         axes: (size, resized size, scale) of height and width.
-        coordinate: one of `COORDINATES`.
+        coordinate: one of `deploykit.exporters.resizing.COORDINATES`.
         rounding: ONNX's ``nearest_mode``; None for bilinear.
 
     Returns:
@@ -51,10 +49,10 @@ def litert_mode(
     """
     for align, half in ((False, False), (False, True), (True, False)):
         if rounding is None:
-            pairs = [(_coordinate(*axis, coordinate), _litert_coordinate(*axis[:2], align, half)) for axis in axes]
+            pairs = [(coordinates(*axis, coordinate), _litert_coordinate(*axis[:2], align, half)) for axis in axes]
         else:
             pairs = [
-                (_ROUNDINGS[rounding](_coordinate(*axis, coordinate)), _litert_nearest(*axis[:2], align, half))
+                (ROUNDINGS[rounding](coordinates(*axis, coordinate)), _litert_nearest(*axis[:2], align, half))
                 for axis in axes
             ]
         tops = [size - 1 for size, _, _ in axes]
@@ -64,32 +62,6 @@ def litert_mode(
         ):
             return align, half
     return None
-
-
-def nearest_positions(size: int, out: int, scale: float, coordinate: str, rounding: str) -> tuple[int, ...]:
-    """For each output index the input index that ONNX's Resize reads in mode ``nearest``."""
-    places = np.clip(_ROUNDINGS[rounding](_coordinate(size, out, scale, coordinate)), 0, size - 1)
-    return tuple(places.astype(int).tolist())
-
-
-_ROUNDINGS: dict[str, Callable[[NDArray[np.float64]], NDArray[np.float64]]] = {
-    "round_prefer_floor": lambda x: np.ceil(x - 0.5),
-    "round_prefer_ceil": lambda x: np.floor(x + 0.5),
-    "floor": np.floor,
-    "ceil": np.ceil,
-}
-
-
-def _coordinate(size: int, out: int, scale: float, transformation: str) -> NDArray[np.float64]:
-    """For each output index the input coordinate that ONNX's Resize reads at (operator Resize, opset 19)."""
-    x = np.arange(out, dtype=np.float64)
-    if transformation == "align_corners":
-        return x * (size - 1) / max(out - 1, 1)
-    if transformation == "asymmetric":
-        return x / scale
-    if transformation == "pytorch_half_pixel" and out == 1:
-        return np.zeros(1)
-    return (x + 0.5) / scale - 0.5
 
 
 def _litert_coordinate(size: int, out: int, align_corners: bool, half_pixel: bool) -> NDArray[np.float64]:

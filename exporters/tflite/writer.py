@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from deploykit.coding import nibbles
 from deploykit.exporters.tflite.schema import flatbuffers, schema
 from deploykit.exporters.tflite.versions import operator_version
 
@@ -127,7 +128,7 @@ class Writer:
         """A tensor with stored values, int8 ones in 4 bits where the quantization says so; equal values are stored
         once."""
         dtype = "int4" if quant is not None and quant.dtype == "int4" else array.dtype.name
-        stored = _packed(array) if dtype == "int4" else array
+        stored = nibbles.packed(array) if dtype == "int4" else array
         data = np.ascontiguousarray(stored).astype(stored.dtype.newbyteorder("<"), copy=False).tobytes()
         key = ("constant", array.shape, dtype, data, quant)
         if key not in self._known:
@@ -268,12 +269,6 @@ class _Quantization(schema.QuantizationParametersT):  # type: ignore[misc]
         schema.QuantizationParametersAddQuantizedDimension(builder, self.quant.axis)
         self.offset = int(schema.QuantizationParametersEnd(builder))
         return self.offset
-
-
-def _packed(array: NDArray[np.int8]) -> NDArray[np.uint8]:
-    """Integers from -8 to 7, two in a byte, the first in its lower half."""
-    halves = np.append(array.reshape(-1), np.zeros(array.size % 2, np.int8)).astype(np.uint8) & 0xF
-    return np.asarray(halves[0::2] | (halves[1::2] << 4), np.uint8)
 
 
 def _filled(table: str, options: Mapping[str, Any]) -> Any:

@@ -18,6 +18,15 @@ def described(hub: Hub) -> tuple[Layer, ...]:
     )
 
 
+def positions(node: ir.Node) -> list[int | None]:
+    """How often a product with constant weights uses each of them for one sample, by axis; None: that axis is free."""
+    value = node.inputs[0] if node.op_type == "ConvTranspose" else node.outputs[0]
+    assert value is not None
+    sizes = list(value.shape) if value.shape is not None else [None, None, None]
+    outer = sizes[2:] if node.op_type in ("Conv", "ConvTranspose") else sizes[1:-1]
+    return [size if isinstance(size, int) else None for size in outer]
+
+
 def _product(node: ir.Node) -> Layer:
     weight = constant(node.inputs[1])
     if weight is None:  # of two activations

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from deploykit.core.errors import DeploykitError, unknown
 from deploykit.core.tables import read_toml
+from deploykit.hub.analysis.sizes import positions
 from deploykit.hub.bits import Held
 from deploykit.hub.graph import Hub
 from deploykit.hub.mixed.assignment import Table
@@ -25,16 +26,13 @@ def macs(hub: Hub, held: Sequence[Held]) -> dict[str, int]:
     for each in held:
         found[each.name] = 0
         for node in (nodes[layer.name] for layer in each.layers):
-            value = node.inputs[0] if node.op_type == "ConvTranspose" else node.outputs[0]
-            assert value is not None
-            sizes = list(value.shape) if value.shape is not None else [None, None, None]
-            outer = sizes[2:] if node.op_type in ("Conv", "ConvTranspose") else sizes[1:-1]
-            positions = [size for size in outer if isinstance(size, int)]
-            if len(positions) < len(outer):
+            counts = positions(node)
+            known = [count for count in counts if count is not None]
+            if len(known) < len(counts):
                 raise DeploykitError(
                     f"multiply-accumulates of '{node.name}' depend on the shape of what it is given; use bytes"
                 )
-            found[each.name] += each.size * prod(positions)
+            found[each.name] += each.size * prod(known)
     return found
 
 

@@ -16,7 +16,7 @@ import onnx_ir as ir
 from deploykit.core.errors import DeploykitError
 from deploykit.core.patterns import matching
 from deploykit.hub.graph import FloatGraph, constant
-from deploykit.hub.operators import PRODUCTS
+from deploykit.hub.operators import weight_positions
 from deploykit.hub.plan import name_of
 from deploykit.hub.sharing.entropy import cheapest, constrained, level
 from deploykit.hub.sharing.kmeans import Start, cluster, nearest
@@ -32,8 +32,6 @@ MOST_BITS = 12
 """Of a code."""
 LOOK = 16
 """Elements that are looked at first, for every value there may be."""
-HELD_AT = {"LSTM": (1, 2), "GRU": (1, 2)}
-"""Positions of a recurrent layer's weights; products have theirs at 1."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +79,7 @@ def weights(graph: FloatGraph, skip: Iterable[str] = ()) -> list[Weight]:
     """
     found: dict[str, Weight] = {}
     for node in graph.model.graph:
-        positions = (1,) if node.op_type in PRODUCTS else HELD_AT.get(node.op_type, ())
+        positions = weight_positions(node) if node.op_type != "Gather" else ()  # tables are read row by row
         for value in (node.inputs[i] for i in positions):
             array = constant(value)
             if value is not None and array is not None and array.dtype == np.float32 and array.size >= LEAST:
