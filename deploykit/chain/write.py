@@ -22,7 +22,7 @@ from deploykit.core.data import DataSet
 from deploykit.core.errors import DeploykitError, GateFailed
 from deploykit.core.files import folder_in_place, refuse_existing
 from deploykit.core.manifest import Manifest
-from deploykit.core.precision import Precision, is_quantized, spec_of
+from deploykit.core.precision import Precision
 from deploykit.core.ranges import Ranges
 from deploykit.core.recipe import Recipe
 from deploykit.core.request import Gate, Request, Settings
@@ -31,7 +31,7 @@ from deploykit.exits import thresholds as rules
 from deploykit.exits.confidence import probabilities
 from deploykit.exits.thresholds import Outcome, cheapest, frontier, most_accurate, outcome
 from deploykit.models import Model
-from deploykit.pipeline.judge import HUB_SAMPLES, Judge
+from deploykit.pipeline.judge import HUB_SAMPLES
 from deploykit.pipeline.prepared import Prepared
 from deploykit.pipeline.road import Road
 from deploykit.planning import precisions
@@ -114,7 +114,7 @@ def write_chain(
         cannot = *request.objects, "it is a network with cuts, for a chain to be made of"
         whole = road.write(target, work / WHOLE, replace(request, settings=settings, objects=cannot))
         pieces = ports([i.name for i in whole.inputs], len(module.exits), module.places.output)
-        hubs = {f.precision: _hub_of(road, target, f.precision, f.steps) for f in whole.files}
+        hubs = {f.precision: road.hub(target, f.precision, f.steps) for f in whole.files}
         manifests = [whole]
         segments = []
         for k, port in enumerate(pieces, 1):
@@ -174,11 +174,6 @@ def _refuse(prepared: Prepared, target: Target, module: WithExits, wanted: Wante
     exporters.refuse_uncarried(target, precisions(target, (), calibrated)[0], exporter.CARRIES, exporter.WHY_NOT)
 
 
-def _hub_of(road: Road, target: Target, precision: Precision, steps: tuple[str, ...]) -> Hub:
-    """The hub that the whole file of a precision was written from."""
-    return road.hubs[spec_of(target.quant, precision), is_quantized(precision), steps]
-
-
 def _judged(prepared: Prepared) -> DataSet:
     assert prepared.evaluation is not None
     return prepared.evaluation
@@ -215,11 +210,7 @@ def _write_segment(
     origin = f"{whole.prepared.model.origin}, segment {k}"
     prepared = Prepared(Model(origin), {"eval": data}, example, preprocess, held_out=False)
     settings = replace(settings, precisions=tuple(hubs), correction=False)
-    road = Road(prepared, settings, gate, None)
-    road.graph = road.reference = first.graph
-    road.ranges = _ranges_of(first.graph, whole.ranges)
-    road.hubs = {(spec_of(target.quant, p), is_quantized(p), ()): hub for p, hub in hubs.items()}
-    road.judge = Judge(road.reference, prepared, prepared, settings, gate, None)
+    road = Road.behind(prepared, settings, gate, target, hubs, _ranges_of(first.graph, whole.ranges))
     return road.write(target, folder, Request(origin, target.name, objects=("it was cut out of a network",)))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -48,6 +48,15 @@ GOLDEN = 8
 """Real samples that exporters may use, e.g. as golden inputs to be compared on the device."""
 
 
+Key = tuple[QuantSpec, bool, tuple[str, ...]]
+"""What makes a hub: the numbers of a precision, whether they are quantized, and the hub steps that ran. Those read
+``hub.spec``, never a target."""
+
+
+def _key(target: Target, precision: Precision, steps: tuple[str, ...]) -> Key:
+    return spec_of(target.quant, precision), is_quantized(precision), steps
+
+
 class Road:
     """One run: what has been computed so far, so that targets share it."""
 
@@ -65,9 +74,7 @@ class Road:
         self.fed = prepared.as_pixels() if settings.uint8_input else prepared
         """What the files are fed with; the original model takes what is in ``prepared``."""
         self.seconds: dict[str, float] = {}
-        self.hubs: dict[tuple[QuantSpec, bool, tuple[str, ...]], Hub] = {}
-        """By the numbers of a precision, whether they are quantized, and the hub steps that ran; a hub step reads
-        ``hub.spec``, never a target."""
+        self.hubs: dict[Key, Hub] = {}
         self.notes: list[str] = []
         if prepared.model.compressed:
             self.notes.append(f"'original' is {prepared.model.origin} as compress wrote it; its loss comes on top")
@@ -79,6 +86,28 @@ class Road:
         self.ranges: Ranges | None = None
         self.lowering_check: tuple[Check, ...] = ()
         self.judge: Judge
+
+    @classmethod
+    def behind(
+        cls,
+        prepared: Prepared,
+        settings: Settings,
+        gate: Gate,
+        target: Target,
+        hubs: Mapping[Precision, Hub],
+        ranges: Ranges | None,
+    ) -> Road:
+        """A road of which only the last part is left, `write`: its hubs were made elsewhere."""
+        road = cls(prepared, settings, gate, None)
+        road.graph = road.reference = next(iter(hubs.values())).graph
+        road.ranges = ranges
+        road.hubs = {_key(target, precision, ()): hub for precision, hub in hubs.items()}
+        road.judge = Judge(road.reference, prepared, prepared, settings, gate, None)
+        return road
+
+    def hub(self, target: Target, precision: Precision, steps: tuple[str, ...]) -> Hub:
+        """The hub that a file was written from, which names the steps it went through."""
+        return self.hubs[_key(target, precision, steps)]
 
     def lower(self, chosen: Sequence[Target], given: Ranges | None) -> None:
         """Model-stage steps, lowering, graph-stage steps, calibration (where somebody will need it)."""
@@ -333,10 +362,11 @@ class Road:
         from deploykit.hub.quantize import quantize
         from deploykit.hub.weight_only import quantize_weights
 
+        asked = target
         target = replace(target, quant=spec_of(target.quant, precision))
         chosen = self._hub_steps(target, precision)
         done = tuple(repr(p.step) for p in chosen)  # targets of one spec may profit from different steps
-        key = target.quant, is_quantized(precision), done
+        key = _key(asked, precision, done)
         if key in self.hubs:
             return self.hubs[key], done
         if not is_quantized(precision):
