@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from deploykit import passes, pipeline, targets
 from deploykit.core.context import Context
 from deploykit.core.data import DataSet
-from deploykit.core.errors import DeploykitError
+from deploykit.core.errors import DeploykitError, GateFailed
 from deploykit.core.manifest import load_manifest
 from deploykit.core.recipe import Recipe, Step, TrainSettings
 from deploykit.core.request import Gate
@@ -488,3 +489,16 @@ def test_files_and_later_steps_are_compared_with_the_student_as_it_was_taught(ta
     untaught = 100 * float((answer(student(), 200).argmax(1).numpy() == points(200).labels).mean())
     assert found["original"] > 90 > untaught and found["int8"] > found["original"] - 3
     assert manifest.passed and any("which followed another one" in note for note in manifest.notes)
+
+
+def test_what_is_said_of_the_data_is_not_lost_where_the_student_takes_the_models_place(
+    taught: Path, tmp_path: Path
+) -> None:
+    recipe = Recipe((Step("distill", {"teacher": "wide.onnx", "steps": 20}),), TrainSettings(batch=32))
+    roles = {"train": points(), "calibration": points(64, 1, labels=False), "eval": points(40, 2, labels=False)}
+    prepared = pipeline.prepare(accept_module(student().eval()), roles, None)  # type: ignore[arg-type]
+    with contextlib.suppress(GateFailed):
+        pipeline.export(
+            prepared, [targets.load("x86")], [tmp_path / "out"], pipeline.Settings(recipe, benchmark=False), Gate()
+        )
+    assert [note for note in load_manifest(tmp_path / "out").notes if "the evaluation data has no labels" in note]
