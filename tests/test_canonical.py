@@ -8,16 +8,18 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import torch
 from graphs import graph, measured, normal, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from deploykit.core.data import DataSet
 from deploykit.core.errors import DeploykitError
 from deploykit.core.target import QuantSpec
 from deploykit.hub.graph import FloatGraph
-from deploykit.hub.lower import from_proto
+from deploykit.hub.lower import from_proto, lower
 from deploykit.hub.quantize import quantize
 from deploykit.hub.running import session
 
@@ -98,6 +100,46 @@ def test_a_reshape_to_a_computed_shape_has_a_constant_one() -> None:
     }"""
     weights = {"zero": np.array([0]), "one": np.array([1]), "rest": np.array([2, 12])}
     assert_same(text, ["Reshape"], normal(0, 3, 4, 6), **weights)
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+@pytest.mark.parametrize("both", [False, True])
+def test_shapes_that_are_known_once_others_are_become_constants_too(kind: type[nn.Module], both: bool) -> None:
+    """The second layer of a recurrent network takes its shape from the first."""
+
+    class Stacked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = kind(8, 6, num_layers=3, batch_first=True, bidirectional=both)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layers(x)[0][:, -1]
+
+    torch.manual_seed(0)
+    net, x = Stacked().eval(), normal(0, 3, 5, 8)
+    made = lower(net, {"x": x})
+    assert "Shape" not in kinds(made)
+    found = session(made.bytes).run(None, {"x": x})[0]
+    np.testing.assert_allclose(found, net(torch.from_numpy(x)).detach().numpy(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("(float[n,4,6] x) => (float[n,4] y) { y = ReduceMax<keepdims=0>(x, a) }", ["MaxPool", "Squeeze"]),
+        ("(float[n,4,6] x) => (float[n,4] y) { m = ReduceMax<keepdims=1>(x, a) y = Squeeze(m, a) }",
+         ["MaxPool", "Squeeze"]),
+        ("(float[n,4,6] x) => (float[n,1,6] y) { y = ReduceMax<keepdims=1>(x, b) }", ["ReduceMax"]),
+    ],
+)  # fmt: skip
+def test_the_largest_of_an_image_is_a_window_as_large_as_the_image(text: str, expected: list[str]) -> None:
+    used = {"a": np.array([-1])} if "a)" in text else {"b": np.array([1])}
+    assert_same(text, expected, normal(0, 3, 4, 6), **used)
+
+
+def test_the_largest_of_every_channel_is_a_window_too() -> None:
+    text = "(float[n,3,4,6] x) => (float[n,3,1,1] y) { m = GlobalMaxPool(x) y = Relu(m) }"
+    assert "GlobalMaxPool" not in kinds(assert_same(text, ["MaxPool", "Relu"], normal(0, 2, 3, 4, 6)))
 
 
 def test_repeating_what_is_broadcast_anyway_is_left_out() -> None:

@@ -14,6 +14,7 @@ from graphs import conv_relu_conv, images, normal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from deploykit import passes, targets
 from deploykit.core.context import Context
@@ -213,6 +214,28 @@ def test_layers_get_bits_of_their_own_and_may_be_left_out() -> None:
     left = passes.build(Step("share", {"skip": ["a"]}))(graph, context())
     assert np.array_equal(weights(left)[0].values, weights(graph)[0].values)
     assert not np.array_equal(weights(left)[1].values, weights(graph)[1].values)
+
+
+def test_a_budget_leaves_recurrent_layers_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    class Recurrent(nn.Module):
+        def __init__(self, head: bool) -> None:
+            super().__init__()
+            self.layer, self.head = nn.LSTM(8, 12, batch_first=True), nn.Linear(12, 10) if head else nn.Identity()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.layer(x)[0][:, -1])
+
+    data = DataSet.of({"x": normal(0, 32, 5, 8)})
+    here = Context(targets.load("x86"), {"calibration": data})
+    step = passes.build(Step("share", {"bytes": 0.2}))
+    whole = lower(Recurrent(True).eval(), next(data.batches(2)).inputs)
+    both = zip(weights(step(whole, here)), weights(whole), strict=True)
+    made = {own.layer: (own.values, old.values) for own, old in both}
+    assert "keep their weights" in capsys.readouterr().err
+    assert len(np.unique(made["head"][0])) < len(np.unique(made["head"][1]))
+    assert all(np.array_equal(*pair) for name, pair in made.items() if name != "head")
+    with pytest.raises(DeploykitError, match="levels are chosen for products alone"):
+        step(lower(Recurrent(False).eval(), next(data.batches(2)).inputs), here)
 
 
 def test_a_budget_of_bytes_gives_bits_to_the_layer_whose_answers_need_them() -> None:

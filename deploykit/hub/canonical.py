@@ -36,6 +36,11 @@ def canonical(graph: ir.Graph) -> None:
                 rule(graph, node)
 
 
+def computed_shapes(graph: ir.Graph) -> int:
+    """How many operators take a shape that is computed while the model runs."""
+    return sum(node.op_type in ("Reshape", "Expand") and constant(node.inputs[1]) is None for node in graph)
+
+
 def _known_shape(graph: ir.Graph, node: ir.Node) -> None:
     """The shape that a Reshape or Expand computes becomes a constant where at most the batch is free."""
     if node.op_type not in ("Reshape", "Expand") or constant(node.inputs[1]) is not None:
@@ -204,6 +209,34 @@ def _one_position(graph: ir.Graph, node: ir.Node) -> None:
     node.replace_input_with(1, held[2])
 
 
+def _largest_of_image(graph: ir.Graph, node: ir.Node) -> None:
+    """The largest value of every channel ``[n, c, ...]`` is a MaxPool with a window as large as the image."""
+    x = node.inputs[0] if node.op_type in ("ReduceMax", "GlobalMaxPool") else None
+    if x is None or x.shape is None or x.dtype != ir.DataType.FLOAT or len(x.shape) not in (3, 4):
+        return
+    window, inner = [size for size in dims(x)[2:] if isinstance(size, int)], range(2, len(x.shape))
+    axes = constant(node.inputs[1]) if len(node.inputs) > 1 else None
+    reduced = list(inner) if node.op_type == "GlobalMaxPool" else [] if axes is None else axes.reshape(-1).tolist()
+    if len(window) < len(inner) or sorted(axis % len(x.shape) for axis in reduced) != list(inner):
+        return
+    window_attribute = ir.AttrInt64s("kernel_shape", window)
+    if node.op_type == "GlobalMaxPool" or attribute(node, "keepdims", 1):
+        node.op_type = "MaxPool"
+        node.attributes.clear()
+        node.attributes["kernel_shape"] = window_attribute
+        node.resize_inputs(1)
+        return
+    name = fresh_name(graph, f"{node.name}.window")
+    pooled = ir.Value(name=name, type=x.type, shape=ir.Shape([*dims(x)[:2], *[1] * len(inner)]))
+    pool = ir.Node("", "MaxPool", [x], [window_attribute], outputs=[pooled], name=name)
+    pool.metadata_props.update(node.metadata_props)
+    graph.insert_before(node, [pool])
+    node.op_type = "Squeeze"
+    node.attributes.clear()
+    node.replace_input_with(0, pooled)
+    node.replace_input_with(1, add_initializer(graph, f"{node.name}.axes", np.asarray(inner, np.int64)))
+
+
 def _zero_states(graph: ir.Graph, node: ir.Node) -> None:
     """Initial states that are zero are left out."""
     for position in RECURRENT_STATES.get(node.op_type, ()):
@@ -367,6 +400,7 @@ RULES: tuple[Rule, ...] = (
     _known_shape,
     _known_scales,
     _transposed_matrices,
+    _largest_of_image,
     _zero_states,
     _needless_expand,
     _one_position,

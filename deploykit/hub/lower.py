@@ -18,7 +18,7 @@ import onnx_ir as ir
 
 from deploykit.core.errors import DeploykitError
 from deploykit.core.progress import say
-from deploykit.hub.canonical import Dim, canonical, dims, refuse_branches, refuse_passing_through
+from deploykit.hub.canonical import Dim, canonical, computed_shapes, dims, refuse_branches, refuse_passing_through
 from deploykit.hub.external import leave_outside, load_small
 from deploykit.hub.graph import (
     LARGE,
@@ -208,9 +208,12 @@ def simplify(model: ir.Model) -> ir.Model:
     _name_nodes(model.graph)
     refuse_branches(model.graph)
     refuse_passing_through(model.graph)
-    canonical(model.graph)
-    drop_unused(model.graph)
-    _complete_shapes(model)
+    before, left = -1, computed_shapes(model.graph)
+    while left != before:  # one may be known once another is
+        canonical(model.graph)
+        drop_unused(model.graph)
+        _complete_shapes(model)
+        before, left = left, computed_shapes(model.graph)
     for value in model.graph.initializers.values():
         if value.const_value is not None and not isinstance(value.const_value, ir.LazyTensor):
             value.const_value = ir.tensor(np.asarray(value.const_value.numpy(), order="C"), name=value.name)
@@ -252,7 +255,7 @@ def _complete_shapes(model: ir.Model) -> None:
     """Sizes that the exporter left open and that follow from the others."""
     import onnx
 
-    open_ = {v.name: v for n in model.graph for v in n.outputs if v.shape is None or any(d is None for d in dims(v))}
+    open_ = {v.name: v for n in model.graph for v in n.outputs if v.shape is None or any(map(_is_open, dims(v)))}
     if not open_:
         return
     proto = _without_weights(ir.to_proto(model))
@@ -266,6 +269,11 @@ def _complete_shapes(model: ir.Model) -> None:
             open_[info.name].shape = ir.Shape(
                 [d.dim_value if d.HasField("dim_value") else d.dim_param or None for d in sizes]
             )
+
+
+def _is_open(size: Dim) -> bool:
+    """Whether nothing is known of a size: no number, and no name but one that onnx made up."""
+    return size is None or str(size).startswith("unk__")
 
 
 def _name_nodes(graph: ir.Graph) -> None:

@@ -18,10 +18,11 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from deploykit.core.context import Context, apart, enough
-from deploykit.core.errors import DeploykitError
+from deploykit.core.errors import DeploykitError, some
 from deploykit.core.journal import NOTHING_KEPT
 from deploykit.core.manifest import Finding
 from deploykit.core.patterns import matching
+from deploykit.core.progress import say
 from deploykit.core.recipe import Stage
 from deploykit.core.target import Need, Profit
 
@@ -111,6 +112,8 @@ class Share:
 
         self.foresee(context)
         shared = weights(graph, self.skip)
+        if self._chooses:
+            shared = self._of_products(graph, shared)
         if not shared:
             raise DeploykitError("there is nothing to share: no weights of convolutions, products, LSTM or GRU")
         for own in shared:
@@ -126,6 +129,22 @@ class Share:
         made = self._made(graph, shared, bits, context)
         context.note(_shared(repr(self), shared, {own.name: own for own in weights(made)}))
         return made
+
+    def _of_products(self, graph: FloatGraph, shared: Sequence[Weight]) -> list[Weight]:
+        """Those whose levels can be chosen; the others keep their weights, which is said."""
+        from deploykit.hub.sharing.choice import of_products
+
+        found = of_products(graph, shared)
+        others = sorted({own.layer for own in shared} - {own.layer for own in found})
+        if others and not found:
+            raise DeploykitError(
+                f"share: levels are chosen for products alone, and {some(others, 4)} are none; give bits"
+            )
+        if others:
+            say(
+                f"share: {some(others, 4)} keep their weights; levels are chosen for products alone, bits is for all"
+            )
+        return found
 
     def _chosen(
         self, graph: FloatGraph, shared: Sequence[Weight], fitted: DataSet, judged: DataSet, context: Context

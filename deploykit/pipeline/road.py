@@ -130,6 +130,7 @@ class Road:
             self.reference = steps.float_graph(model, self.prepared.example)
         with self._phase("rehearse"):
             self._rehearse(chosen, final=not model_steps)
+            steps.refuse_untrainable(self.reference, [*graph_steps, *(step for _, _, step in hub_steps)])
         self._compare()
         if self.metric is not None or is_large(self.reference.model):
             self.judge.original()  # a metric that fails is refused before any long work

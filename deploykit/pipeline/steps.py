@@ -13,7 +13,7 @@ import numpy as np
 from deploykit import targets
 from deploykit.core.context import Context, Cost
 from deploykit.core.data import DataSet
-from deploykit.core.errors import DeploykitError, MissingExtra, unknown
+from deploykit.core.errors import DeploykitError, MissingExtra, said_by, unknown
 from deploykit.core.files import folder_in_place, refuse_existing
 from deploykit.core.journal import Journal, beside
 from deploykit.core.manifest import Finding
@@ -189,6 +189,21 @@ def refuse_behind_exits(steps: Sequence[Pass]) -> None:
                 f"{behind[0]!r} cannot train a network with exits, which answers more than once: put it in front of "
                 f"{step!r}, or leave out keep_exits"
             )
+
+
+def refuse_untrainable(graph: FloatGraph, steps: Sequence[Pass]) -> None:
+    """Raises for operators that torch cannot train, before any step trains something else.
+
+    Args:
+        graph: of the model as it came in.
+        steps: that work on graphs.
+    """
+    from deploykit.hub.training import operators
+
+    for step in steps:
+        if "train" in step.needs:
+            with said_by(repr(step)):
+                operators.refuse_untrainable((node.op_type for node in graph.model.graph), "the network")
 
 
 def insist(planned: Planned, target: Target, force: bool) -> None:

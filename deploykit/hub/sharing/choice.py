@@ -16,7 +16,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deploykit.core.data import DataSet
-from deploykit.core.errors import DeploykitError
 from deploykit.core.journal import NOTHING_KEPT, Journal
 from deploykit.core.progress import track
 from deploykit.hub.analysis.measures import squared
@@ -41,6 +40,12 @@ Found = Mapping[str, NDArray[Any]]
 """Of one weight at every level: what the answers lose, and bits."""
 
 
+def of_products(graph: FloatGraph, shared: Sequence[Weight]) -> list[Weight]:
+    """The weights whose levels can be chosen: losses are measured of products alone."""
+    operators = {node.name: node.op_type for node in graph.model.graph}
+    return [own for own in shared if operators[own.layer] in PRODUCTS]
+
+
 def tables(
     graph: FloatGraph,
     shared: Sequence[Weight],
@@ -55,23 +60,13 @@ def tables(
 
     Args:
         graph: not changed.
-        shared: its weights that share values, in order.
+        shared: its weights that share values, in order, of products alone.
         data: samples that values are chosen by.
         judged: samples that losses are measured on.
         outputs: values are chosen for what layers compute, where they can be.
         seed: of the output positions that this is judged by.
         journal: what was measured, by weight.
-
-    Raises:
-        DeploykitError: a weight is not that of a product.
     """
-    operators = {node.name: node.op_type for node in graph.model.graph}
-    for own in shared:
-        if operators[own.layer] not in PRODUCTS:
-            raise DeploykitError(
-                f"share: levels cannot be chosen for '{own.layer}' ({operators[own.layer]}): losses are measured of "
-                "products alone. Leave it out with skip, or give bits."
-            )
     judged = judged.spread(SAMPLES)
     chosen = forms(graph, shared) if outputs else {}
     alone = [own for own in shared if own.name not in chosen]

@@ -16,13 +16,12 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from deploykit.core.errors import DeploykitError
 from deploykit.hub.graph import FloatGraph
 from deploykit.hub.operators import PRODUCTS
 from deploykit.hub.sharing.codebooks import Codebook, with_weights
 from deploykit.hub.training.graph import as_tensor, key, read_nodes
 from deploykit.hub.training.module import PARAMETER_READERS
-from deploykit.hub.training.operators import MEANING
+from deploykit.hub.training.operators import MEANING, refuse_untrainable
 
 
 class SharedModule(nn.Module):
@@ -42,9 +41,7 @@ class SharedModule(nn.Module):
         self.graph, self.books = graph, dict(books)
         model = onnx.load_model_from_string(graph.bytes).graph
         self.nodes = read_nodes(model)
-        unknown = sorted({n.operator for n in self.nodes} - set(MEANING))
-        if unknown:
-            raise DeploykitError(f"training shared values is not possible: no torch meaning for {', '.join(unknown)}")
+        refuse_untrainable((n.operator for n in self.nodes), "shared values")
         self.outputs = [o.name for o in model.output]
         arrays = {t.name: onnx.numpy_helper.to_array(t) for t in model.initializer}
         readers = {i for n in self.nodes if n.operator in PARAMETER_READERS for i in n.inputs}

@@ -22,7 +22,6 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from deploykit.core.errors import DeploykitError
 from deploykit.hub.graph import Hub
 from deploykit.hub.operators import PRODUCTS
 from deploykit.hub.quantize import BIAS_LIMIT, round_bias
@@ -38,7 +37,7 @@ from deploykit.hub.training.graph import (
     limits,
     read_nodes,
 )
-from deploykit.hub.training.operators import MEANING
+from deploykit.hub.training.operators import MEANING, refuse_untrainable
 
 PARAMETER_READERS = frozenset({*PRODUCTS, "LayerNormalization", "Add", "Mul"})
 
@@ -62,9 +61,7 @@ class HubModule(nn.Module):
         self.hub = hub
         graph = (piece or onnx.load_model_from_string(hub.bytes)).graph
         self.nodes = read_nodes(graph)
-        unknown = sorted({n.operator for n in self.nodes} - set(MEANING) - {"QuantizeLinear", "DequantizeLinear"})
-        if unknown:
-            raise DeploykitError(f"training the hub is not possible: no torch meaning for {', '.join(unknown)}")
+        refuse_untrainable((n.operator for n in self.nodes), "the hub")
         self.outputs = [o.name for o in graph.output]
         arrays = {t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer}
         self.limits = {n.outputs[0]: limits(arrays[n.inputs[2]]) for n in self.nodes if n.operator == "QuantizeLinear"}

@@ -5,7 +5,7 @@ Functions take the node's attributes as a dict and its inputs as tensors (None w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -142,9 +142,12 @@ def _unsqueeze(a: Attributes, x: Tensor, axes: Tensor) -> Tensor:
     return x
 
 
-def _reduce_mean(a: Attributes, x: Tensor, axes: Tensor | None = None) -> Tensor:
-    where = ints(axes) if axes is not None else list(range(x.ndim))
-    return x.mean(where, keepdim=bool(a.get("keepdims", 1)))
+def _reduced(by: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def reduce(a: Attributes, x: Tensor, axes: Tensor | None = None) -> Tensor:
+        where = ints(axes) if axes is not None else list(range(x.ndim))
+        return by(x, where, keepdim=bool(a.get("keepdims", 1)))
+
+    return reduce
 
 
 def _resize(
@@ -271,7 +274,10 @@ MEANING: dict[str, Callable[..., Tensor | tuple[Tensor, ...]]] = {
     "Mul": lambda a, x, y: x * y,
     "AveragePool": _average_pool,
     "GlobalAveragePool": lambda a, x: x.mean(list(range(2, x.ndim)), keepdim=True),
-    "ReduceMean": _reduce_mean,
+    "ReduceMean": _reduced(torch.mean),
+    "ReduceMax": _reduced(torch.amax),
+    "ReduceMin": _reduced(torch.amin),
+    "ReduceSum": _reduced(torch.sum),
     "Concat": lambda a, *xs: torch.cat(xs, a["axis"]),
     "Elu": lambda a, x: F.elu(x, a.get("alpha", 1.0)),
     "Gather": _gather,
@@ -312,3 +318,18 @@ MEANING: dict[str, Callable[..., Tensor | tuple[Tensor, ...]]] = {
     "Shape": _shape,
     "Cast": lambda a, x: x.to(_CAST[a["to"]]),
 }
+
+
+def refuse_untrainable(operators: Iterable[str], what: str) -> None:
+    """Raises for operators without a meaning in torch.
+
+    Args:
+        operators: of the graph that is to be trained.
+        what: is trained.
+
+    Raises:
+        DeploykitError: names them all.
+    """
+    unknown = sorted(set(operators) - set(MEANING) - {"QuantizeLinear", "DequantizeLinear"})
+    if unknown:
+        raise DeploykitError(f"training {what} is not possible: no torch meaning for {', '.join(unknown)}")
