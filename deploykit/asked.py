@@ -15,7 +15,7 @@ import numpy as np
 from deploykit import pipeline, targets, trial
 from deploykit.core.data import DataSet
 from deploykit.core.errors import DeploykitError, unknown
-from deploykit.core.files import refuse_existing
+from deploykit.core.files import refuse_taken
 from deploykit.core.manifest import Manifest, load_intact
 from deploykit.core.ranges import load_ranges
 from deploykit.core.request import Request
@@ -65,7 +65,7 @@ def export(requests: Sequence[Request], folders: Sequence[Path], device: str | N
     request = requests[0]
     chosen = [targets.load(asked.target) for asked in requests]
     for folder in folders:
-        refuse_existing(folder, request.settings.overwrite)
+        refuse_taken(folder, request.settings.overwrite)
     calibrated = "calibration" in request.data or request.ranges is not None
     for target in chosen:  # missing sample data is said before the shapes that it would show are asked for
         precisions(target, request.settings.precisions, calibrated)

@@ -452,8 +452,17 @@ def shrink_notes(folder: Path, files: Sequence[File]) -> tuple[str, ...]:
     sizes = {f.precision: f.size(folder) for f in files}
     base = sizes.get("fp32")
     return tuple(
-        f"{f.path} is {sizes[f.precision] / base:.2f} x the size of the fp32 file: the weights are too few to matter, "
-        "that file keeps them as codes already, or they were not quantized"
+        f"{f.path} is {sizes[f.precision] / base:.2f} x the size of the fp32 file: {_why_large(folder, f)}"
         for f in files
         if base and is_quantized(f.precision) and sizes[f.precision] > 0.5 * base
     )
+
+
+def _why_large(folder: Path, file: File) -> str:
+    """What keeps a quantized file from being smaller, as far as the file shows it."""
+    if not file.quantized:
+        return "none of its operators is quantized"
+    graph, weights = (folder / file.path).stat().st_size, sum((folder / part).stat().st_size for part in file.parts)
+    if file.parts and graph > weights:
+        return f"its weights take {weights:,} bytes, the description of its graph {graph:,}"
+    return "its weights are too few to matter, or that file keeps them as codes already"

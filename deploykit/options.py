@@ -52,7 +52,7 @@ InputShape = Annotated[
 Thresholds = Annotated[
     str, typer.Option(help="How ranges are chosen: minmax, moving_average, percentile, mse, entropy")
 ]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output folder")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON")]
 Device = Annotated[
     str | None,

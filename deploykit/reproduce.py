@@ -18,7 +18,7 @@ import msgspec
 
 from deploykit import asked
 from deploykit.core.errors import DeploykitError, GateFailed
-from deploykit.core.files import refuse_existing
+from deploykit.core.files import refuse_taken
 from deploykit.core.manifest import NAME, Manifest, load_manifest, open_manifest
 from deploykit.core.progress import say
 from deploykit.diff import facts
@@ -84,7 +84,7 @@ def reproduce(source: Path, out: Path | None = None, overwrite: bool = False) ->
             f"{', '.join(request.objects)}. Give `export` a MODEL argument (file.py:factory) and paths instead."
         )
     if out is not None:
-        refuse_existing(out, overwrite)
+        refuse_taken(out, overwrite)
     settings = replace(request.settings, benchmark=False, overwrite=overwrite)
     with tempfile.TemporaryDirectory() as temporary, _torch_threads(manifest):
         folder = out if out is not None else Path(temporary) / "again"

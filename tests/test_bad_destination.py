@@ -32,6 +32,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("artifact", "artifact already exists"),
         ("calib.npy", "calib.npy already exists"),
         ("calib.npy --overwrite", "calib.npy is a file; the output is a folder"),
+        (". --overwrite", "has files that deploykit did not write"),
         ("calib.npy/out", "cannot write"),
         ("/proc/nowhere/out", "cannot write /proc/nowhere/out"),
     ],

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from deploykit.core.errors import DeploykitError
-from deploykit.core.files import folder_in_place, no_such_file, refuse_existing, write_in_place
+from deploykit.core.files import folder_in_place, no_such_file, refuse_existing, refuse_taken, write_in_place
 
 
 def write(destination: Path, text: str, overwrite: bool = False) -> None:
@@ -58,6 +58,22 @@ def test_a_file_is_never_replaced_by_a_folder(tmp_path: Path) -> None:
     with pytest.raises(DeploykitError, match="is a file"):
         write(tmp_path / "out", "new", overwrite=True)
     assert (tmp_path / "out").read_text() == "precious"
+
+
+def test_a_folder_of_somebody_elses_is_not_replaced(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    write(out, "precious")
+    with pytest.raises(DeploykitError, match=r"has files that deploykit did not write \(f\)"):
+        refuse_taken(out, overwrite=True)
+    refuse_taken(out, overwrite=True, written=["f", "g"])
+    (out / "manifest.json").write_text("{}")
+    refuse_taken(out, overwrite=True)
+    refuse_taken(tmp_path, overwrite=True)  # nothing but folders of ours
+    (tmp_path / "note").write_text("precious")
+    with pytest.raises(DeploykitError, match=r"\(note\)"):
+        refuse_taken(tmp_path, overwrite=True)
+    (tmp_path / "empty").mkdir()
+    refuse_taken(tmp_path / "empty", overwrite=True)
 
 
 def test_a_link_is_followed(tmp_path: Path) -> None:

@@ -136,6 +136,10 @@ def test_nothing_that_is_packed_or_unpacked_is_replaced(tmp_path: Path) -> None:
     container = pack_file(path).path
     with pytest.raises(DeploykitError, match="would be replaced as a whole"):
         unpack_file(container, tmp_path, overwrite=True)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "note").write_text("precious")
+    with pytest.raises(DeploykitError, match=r"did not write \(note\)"):
+        unpack_file(container, tmp_path / "mine", overwrite=True)
     for odd in (tmp_path, Path(".")):
         with pytest.raises(DeploykitError, match="is a folder"):
             pack_file(path, odd, overwrite=True)

@@ -20,7 +20,7 @@ from deploykit.bench.timing import in_turns
 from deploykit.chain.chain import WHOLE, Chain, Point, Running, Segment, Variant, mean_ms
 from deploykit.core.data import DataSet
 from deploykit.core.errors import DeploykitError, GateFailed
-from deploykit.core.files import folder_in_place, refuse_existing
+from deploykit.core.files import folder_in_place, refuse_taken
 from deploykit.core.manifest import Manifest
 from deploykit.core.precision import Precision
 from deploykit.core.ranges import Ranges
@@ -97,7 +97,7 @@ def write_chain(
     from deploykit.exits.segments import ports, segment
 
     module, gate = prepared.model.module, gate or Gate()
-    refuse_existing(folder, settings.overwrite)
+    refuse_taken(folder, settings.overwrite)
     if not isinstance(module, WithExits):
         raise DeploykitError(
             f"{prepared.model.origin} has no exits: give a folder that `deploykit compress` wrote, with the step "

@@ -8,11 +8,14 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from difflib import get_close_matches
 from pathlib import Path
 
-from deploykit.core.errors import DeploykitError
+from deploykit.core.errors import DeploykitError, some
+
+MARKS = ("manifest.json", "chain.json", "structure.json")
+"""One of these is in every folder that a command writes: of an artifact, of a chain, of a model."""
 
 
 def no_such_file(path: Path) -> DeploykitError:
@@ -38,6 +41,29 @@ def refuse_existing(destination: Path, overwrite: bool) -> None:
         raise DeploykitError(f"cannot write {destination}: {above} is no folder that you may write to")
     if destination.is_file():
         raise DeploykitError(f"{destination} is a file; the output is a folder.")
+
+
+def refuse_taken(destination: Path, overwrite: bool, written: Collection[str] = ()) -> None:
+    """`refuse_existing`, and raises for a folder with files of somebody else's, which would be gone.
+
+    Args:
+        destination: a folder that will be replaced as a whole.
+        overwrite: whether it may.
+        written: what the new one will have in it, by name; a folder with nothing else may be replaced.
+    """
+    refuse_existing(destination, overwrite)
+    if not destination.is_dir() or _is_ours(destination):
+        return
+    foreign = [p.name for p in sorted(destination.iterdir()) if p.name not in written and not _is_ours(p)]
+    if foreign:
+        raise DeploykitError(
+            f"{destination} has files that deploykit did not write ({some(foreign, 3)}), and --overwrite would replace "
+            "the whole folder. Give another -o."
+        )
+
+
+def _is_ours(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in MARKS)
 
 
 @contextlib.contextmanager

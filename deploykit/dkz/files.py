@@ -9,13 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deploykit.core.errors import DeploykitError, said_by
-from deploykit.core.files import folder_in_place, no_such_file, write_in_place
+from deploykit.core.files import folder_in_place, no_such_file, refuse_taken, write_in_place
+from deploykit.core.progress import say
 from deploykit.dkz.container import packed
 from deploykit.dkz.extents import files_of
-from deploykit.dkz.front import LIMIT, front_of
+from deploykit.dkz.front import CONTEXTS, LIMIT, front_of
 from deploykit.dkz.reading import peak, unpack
 from deploykit.dkz.stages import Stage, stages
 
+NONE_CODED = {CONTEXTS: "that takes weights that share few values, and whose shape is known"}
 LONGEST = 255
 """Bytes of a name, on every common file system."""
 
@@ -39,8 +41,9 @@ class Packed:
     def line(self) -> str:
         """For people."""
         names, times = ", ".join(self.names), self.whole / max(1, self.stored)
+        smaller = f"{times:.2f} times smaller" if times >= 1 else "not smaller: there is nothing to be saved"
         return (
-            f"{self.path}: {names}, {self.stored:,} of {self.whole:,} bytes ({times:.2f} times smaller), decoded in "
+            f"{self.path}: {names}, {self.stored:,} of {self.whole:,} bytes ({smaller}), decoded in "
             f"{self.peak:,} bytes of memory at most"
         )
 
@@ -76,7 +79,10 @@ def pack_file(model: Path, out: Path | None = None, overwrite: bool = False, cod
         write_in_place(out, made.data)
     whole = sum(len(file.data) for file in files)
     names = tuple(file.name for file in files)
-    return Packed(out, names, len(made.data), whole, peak(front_of(made.data, whole)), stages(files, made))
+    found = Packed(out, names, len(made.data), whole, peak(front_of(made.data, whole)), stages(files, made))
+    if coder is not None and coder not in {stage.coder for stage in found.layers}:
+        say(f"note: {coder} codes none of the weights of {model.name}: {NONE_CODED.get(coder, 'none is known')}")
+    return found
 
 
 def unpack_file(container: Path, out: Path, overwrite: bool = False, limit: int = LIMIT) -> Packed:
@@ -106,6 +112,7 @@ def unpack_file(container: Path, out: Path, overwrite: bool = False, limit: int 
                 raise DeploykitError(f"{container} has a file named {name!r}, which could land anywhere: not unpacked")
         if len({name.casefold() for name in names}) < len(names):
             raise DeploykitError(f"{container} is damaged: two of its files have one name")
+        refuse_taken(out, overwrite, {name.split("/")[0] for name in names})
         with folder_in_place(out, overwrite) as work, said_by(str(container)):
             try:
                 for name, pieces in unpack(data, limit):

@@ -141,9 +141,7 @@ class Share:
                 f"share: levels are chosen for products alone, and {some(others, 4)} are none; give bits"
             )
         if others:
-            say(
-                f"share: {some(others, 4)} keep their weights; levels are chosen for products alone, bits is for all"
-            )
+            say(f"share: {some(others, 4)} keep their weights; levels are chosen for products alone, bits is for all")
         return found
 
     def _chosen(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from deploykit import exporters, trial
 from deploykit.core.artifact import Artifact
 from deploykit.core.errors import DeploykitError, GateFailed
-from deploykit.core.files import folder_in_place, refuse_existing
+from deploykit.core.files import folder_in_place, refuse_taken
 from deploykit.core.journal import beside
 from deploykit.core.precision import integers, is_corrected
 from deploykit.core.ranges import Ranges
@@ -56,7 +56,7 @@ def export(
         GateFailed: an artifact was written but failed a check.
     """
     for folder in folders:
-        refuse_existing(folder, settings.overwrite)
+        refuse_taken(folder, settings.overwrite)
     chosen = [profiting(target, settings.pack) for target in chosen]
     have = prepared.have
     calibrated = "calibration" in prepared.data or ranges is not None

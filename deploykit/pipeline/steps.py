@@ -14,7 +14,7 @@ from deploykit import targets
 from deploykit.core.context import Context, Cost
 from deploykit.core.data import DataSet
 from deploykit.core.errors import DeploykitError, MissingExtra, said_by, unknown
-from deploykit.core.files import folder_in_place, refuse_existing
+from deploykit.core.files import folder_in_place, refuse_taken
 from deploykit.core.journal import Journal, beside
 from deploykit.core.manifest import Finding
 from deploykit.core.progress import say
@@ -133,7 +133,7 @@ def compress(prepared: Prepared, settings: Settings, target: Target | None, fold
     from deploykit.models import save_compressed
     from deploykit.training.notes import weights_hash
 
-    refuse_existing(folder, settings.overwrite)
+    refuse_taken(folder, settings.overwrite)
     module = prepared.model.module
     if module is None:
         raise DeploykitError(f"{prepared.model.origin} holds no PyTorch module to compress")

@@ -80,4 +80,5 @@ def _summary(folder: Path, manifest: Manifest) -> dict[str, Any]:
         "checks": msgspec.to_builtins(manifest.checks),
         "notes": list(manifest.notes),
         "advice": list(manifest.advice),
+        "findings": msgspec.to_builtins(manifest.findings),
     }
