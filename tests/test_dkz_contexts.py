@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import lzma
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from graphs import graph, normal
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -19,6 +21,7 @@ from deploykit.coding.nibbles import packed as joined
 from deploykit.coding.nibbles import unpacked as halves
 from deploykit.core.errors import DeploykitError
 from deploykit.dkz.container import pack, packed
+from deploykit.dkz.files import pack_file
 from deploykit.dkz.front import front_of
 from deploykit.dkz.reading import unpack
 from deploykit.dkz.weights import Extent, File, Shape
@@ -337,6 +340,15 @@ def test_what_is_no_number_is_coded_without_contexts() -> None:
     file = file_of((weights, Shape(16, 10, 9)))
     assert opened(pack([file], "contexts")) == file.data
     assert [own.coder for own in packed([file], "contexts").weights] != ["contexts"]
+
+
+def test_a_coder_that_was_asked_for_and_codes_nothing_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "net.onnx"
+    path.write_bytes(graph("(float[n,64] x) => (float[n,32] y) { y = MatMul(x, w) }", w=normal(0, 64, 32)).bytes)
+    pack_file(path, coder="contexts")
+    assert "contexts codes none of the weights of net.onnx" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------ damage

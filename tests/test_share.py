@@ -6,6 +6,7 @@ import importlib.util
 import itertools
 from typing import Any
 
+import graphs
 import numpy as np
 import onnx
 import pytest
@@ -214,6 +215,16 @@ def test_layers_get_bits_of_their_own_and_may_be_left_out() -> None:
     left = passes.build(Step("share", {"skip": ["a"]}))(graph, context())
     assert np.array_equal(weights(left)[0].values, weights(graph)[0].values)
     assert not np.array_equal(weights(left)[1].values, weights(graph)[1].values)
+
+
+@pytest.mark.parametrize("kind", ["ReduceMean", "ReduceMax", "ReduceMin", "ReduceSum"])
+@pytest.mark.parametrize("keepdims", [0, 1])
+def test_reductions_mean_in_torch_what_they_mean_in_onnx_runtime(kind: str, keepdims: int) -> None:
+    text = f"(float[batch,3,4,5] x) => (float y) {{ a = Relu(x) y = {kind}<keepdims={keepdims}>(a, axes) }}"
+    made, x = graphs.graph(text, axes=np.array([1, -1])), normal(0, 2, 3, 4, 5)
+    expected = session(made.bytes).run(None, {"x": x})[0]
+    found = SharedModule(made, {})(x=torch.from_numpy(x))["y"]
+    np.testing.assert_allclose(found.detach().numpy(), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_a_budget_leaves_recurrent_layers_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
