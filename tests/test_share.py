@@ -26,7 +26,8 @@ from deploykit.core.recipe import Step, TrainSettings
 from deploykit.hub.graph import FloatGraph
 from deploykit.hub.lower import lower
 from deploykit.hub.running import session
-from deploykit.hub.sharing.codebooks import codebook, share, weights, with_weights
+from deploykit.hub.sharing.choice import FINE, LEVELS, PARTS, levels
+from deploykit.hub.sharing.codebooks import Weight, codebook, share, weights, with_weights
 from deploykit.hub.sharing.kmeans import cluster, lloyd, nearest
 from deploykit.hub.sharing.module import SharedModule
 from deploykit.losses import distill_kl
@@ -225,6 +226,14 @@ def test_reductions_mean_in_torch_what_they_mean_in_onnx_runtime(kind: str, keep
     expected = session(made.bytes).run(None, {"x": x})[0]
     found = SharedModule(made, {})(x=torch.from_numpy(x))["y"]
     np.testing.assert_allclose(found.detach().numpy(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_levels_are_fine_where_one_weight_is_most_of_all() -> None:
+    def of(*sizes: int) -> list[Weight]:
+        return [Weight(f"w{i}", f"l{i}", f"y{i}", np.zeros(n, np.float32)) for i, n in enumerate(sizes)]
+
+    assert levels(of(900, 100)) == FINE and levels(of(500, 300, 200)) == LEVELS
+    assert max(FINE) == max(LEVELS) == 8 * PARTS and len(FINE) > len(LEVELS)
 
 
 def test_a_budget_leaves_recurrent_layers_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:

@@ -29,8 +29,10 @@ from deploykit.hub.sharing.outputs import by_outputs, forms
 
 PARTS = 4
 """Of a bit."""
-LEVELS = (*range(1, 4 * PARTS), *range(4 * PARTS, 6 * PARTS, 2), *range(6 * PARTS, 8 * PARTS + 1, PARTS))
-"""Quarter bits that codes take, about; coarser steps where the codes are fine."""
+LEVELS = tuple(range(2, 8 * PARTS + 1, 2))
+"""Quarter bits that codes take, about: half by half, up to 8 bits .."""
+FINE = (*range(1, 4 * PARTS), *range(4 * PARTS, 6 * PARTS, 2), *range(6 * PARTS, 8 * PARTS + 1, PARTS))
+""".. or finer below 4 bits, where a step of one weight is a step of the whole."""
 SAMPLES = 64
 """That losses are measured on."""
 POSITIONS = 32
@@ -44,6 +46,13 @@ def of_products(graph: FloatGraph, shared: Sequence[Weight]) -> list[Weight]:
     """The weights whose levels can be chosen: losses are measured of products alone."""
     operators = {node.name: node.op_type for node in graph.model.graph}
     return [own for own in shared if operators[own.layer] in PRODUCTS]
+
+
+def levels(shared: Sequence[Weight]) -> tuple[int, ...]:
+    """Levels to choose from: finer ones where one weight is most of all, which would leave much of a budget to others
+    that hardly count. Where many share a budget they meet it with coarse levels, and finer ones follow noise."""
+    sizes = [own.values.size for own in shared]
+    return FINE if 2 * max(sizes) > sum(sizes) else LEVELS
 
 
 def tables(
@@ -67,25 +76,27 @@ def tables(
         seed: of the output positions that this is judged by.
         journal: what was measured, by weight.
     """
-    judged = judged.spread(SAMPLES)
+    judged, chances = judged.spread(SAMPLES), levels(shared)
     chosen = forms(graph, shared) if outputs else {}
     alone = [own for own in shared if own.name not in chosen]
-    found = _alone(graph, alone, judged, journal) if alone else {}
+    found = _alone(graph, alone, judged, chances, journal) if alone else {}
     if chosen:
         rest = [own for own in shared if own.name in chosen]
-        found |= _by_outputs(graph, rest, data, judged, seed, journal)
+        found |= _by_outputs(graph, rest, data, judged, chances, seed, journal)
     whole = 32.0 * sum(own.values.size for own in shared)
-    losses = {own.name: dict(zip(LEVELS, found[own.name]["losses"].tolist(), strict=True)) for own in shared}
-    costs = {own.name: dict(zip(LEVELS, (found[own.name]["bits"] / whole).tolist(), strict=True)) for own in shared}
+    losses = {own.name: dict(zip(chances, found[own.name]["losses"].tolist(), strict=True)) for own in shared}
+    costs = {own.name: dict(zip(chances, (found[own.name]["bits"] / whole).tolist(), strict=True)) for own in shared}
     return losses, costs
 
 
-def _alone(graph: FloatGraph, shared: Sequence[Weight], judged: DataSet, journal: Journal) -> dict[str, Found]:
+def _alone(
+    graph: FloatGraph, shared: Sequence[Weight], judged: DataSet, chances: Sequence[int], journal: Journal
+) -> dict[str, Found]:
     """Of values that are near to the weights."""
     with contextlib.closing(Tail(graph, judged)) as tail:
 
         def measured(own: Weight) -> Found:
-            books = [share_at_level(own.values, level / PARTS) for level in LEVELS]
+            books = [share_at_level(own.values, level / PARTS) for level in chances]
             lost = [squared(tail.moved(own.layer, own.y, own.name, book.weight - own.values)) for book in books]
             return {"losses": np.asarray(lost), "bits": np.asarray([coded_bits(book) for book in books])}
 
@@ -96,7 +107,13 @@ def _alone(graph: FloatGraph, shared: Sequence[Weight], judged: DataSet, journal
 
 
 def _by_outputs(
-    graph: FloatGraph, shared: Sequence[Weight], data: DataSet, judged: DataSet, seed: int, journal: Journal
+    graph: FloatGraph,
+    shared: Sequence[Weight],
+    data: DataSet,
+    judged: DataSet,
+    chances: Sequence[int],
+    seed: int,
+    journal: Journal,
 ) -> dict[str, Found]:
     """Of values that do what the weights do; the network goes on with the finest."""
     found: dict[str, Found] = {}
@@ -108,7 +125,7 @@ def _by_outputs(
         ) -> NDArray[np.float32]:
             def measured() -> Found:
                 # codes as GPTQ chooses them are enough to compare levels by
-                every = [at_level(t, h, kept, level / PARTS, turns=0).astype(np.float32) for level in LEVELS]
+                every = [at_level(t, h, kept, level / PARTS, turns=0).astype(np.float32) for level in chances]
                 moved = [form[own.name].weight((x - t).astype(np.float32)) for x in every]
                 lost = [squared(tail.moved(own.layer, own.y, own.name, error)) for error in moved]
                 bits = [coded_bits(book) for x in every if (book := codebook(x, x.size)) is not None]
