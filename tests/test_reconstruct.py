@@ -251,7 +251,9 @@ def test_activations_of_all_samples_lie_in_a_file() -> None:
 
 def test_too_few_samples_are_refused() -> None:
     data = images(31)
-    with pytest.raises(DeploykitError, match=r"at least 32 of them; there are 31\. The step gptq works with 8"):
+    with pytest.raises(
+        DeploykitError, match=r"at least 32 calibration samples; there are 31\. The step gptq works with 8"
+    ):
         FEW(hub_of(residual(), data), context(data))
 
 

@@ -68,7 +68,7 @@ def no_long_work(monkeypatch: pytest.MonkeyPatch) -> None:
         ("mixed", {"ms": 3.0, "times": "none.toml"}, 80, "int8", "none.toml"),
         ("gptq", {}, 8, "int8", "at least 8 calibration samples; there are 7"),
         ("adaround", {}, 8, "int8", "at least 8 calibration samples; there are 7"),
-        ("reconstruct", {}, 35, "int8", "at least 32 of them; there are 28"),
+        ("reconstruct", {}, 35, "int8", "at least 32 calibration samples; there are 28"),
     ],
 )
 def test_what_a_hub_step_will_refuse_is_refused_before_the_calibration(

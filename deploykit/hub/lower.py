@@ -21,7 +21,6 @@ from deploykit.core.progress import say
 from deploykit.hub.canonical import Dim, canonical, computed_shapes, dims, refuse_branches, refuse_passing_through
 from deploykit.hub.external import leave_outside, load_small
 from deploykit.hub.graph import (
-    LARGE,
     NAMES,
     FloatGraph,
     constant,
@@ -29,6 +28,7 @@ from deploykit.hub.graph import (
     fresh_name,
     take_name,
 )
+from deploykit.hub.shapes import complete_shapes, without_weights
 
 if TYPE_CHECKING:
     import onnx
@@ -132,7 +132,7 @@ def read_onnx(path: Path) -> FloatGraph:
     try:
         proto = onnx.load(path, load_external_data=False)
         load_small(proto, path.parent)
-        onnx.checker.check_model(_without_weights(proto))
+        onnx.checker.check_model(without_weights(proto))
     except (DecodeError, onnx.checker.ValidationError, OSError, ValueError) as error:
         raise DeploykitError(f"{path} is not a valid ONNX model: {_first_line(error)}") from None
     if any(node.op_type in ("QuantizeLinear", "DequantizeLinear", "QLinearConv") for node in proto.graph.node):
@@ -159,7 +159,7 @@ def from_proto(proto: onnx.ModelProto, origin: str, folder: Path | None = None) 
             ) from None
     known = {info.name for info in (*proto.graph.value_info, *proto.graph.output)}
     if any(name not in known for node in proto.graph.node for name in node.output if name):
-        inferred = onnx.shape_inference.infer_shapes(_without_weights(proto))
+        inferred = onnx.shape_inference.infer_shapes(without_weights(proto))
         proto.graph.value_info.extend(info for info in inferred.graph.value_info if info.name not in known)
     model = ir.from_proto(proto)
     if folder is not None:
@@ -179,26 +179,6 @@ def _one_or_any(graph: FloatGraph, origin: str) -> FloatGraph:
     return graph
 
 
-def _without_weights(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """The same graph with its large constants as inputs: enough for checks and shapes, and it costs no memory."""
-    import onnx
-
-    light = onnx.ModelProto(ir_version=proto.ir_version)
-    light.opset_import.extend(proto.opset_import)
-    light.functions.extend(proto.functions)
-    graph = light.graph
-    graph.name = proto.graph.name
-    graph.node.extend(proto.graph.node)
-    graph.output.extend(proto.graph.output)
-    graph.value_info.extend(proto.graph.value_info)
-    large = [t for t in proto.graph.initializer if int(np.prod(t.dims)) > LARGE]
-    heavy = {t.name for t in large}
-    graph.input.extend(i for i in proto.graph.input if i.name not in heavy)
-    graph.input.extend(onnx.helper.make_tensor_value_info(t.name, t.data_type, list(t.dims)) for t in large)
-    graph.initializer.extend(t for t in proto.graph.initializer if t.name not in heavy)
-    return light
-
-
 def simplify(model: ir.Model) -> ir.Model:
     """Folds constants and batch normalisation, drops what nobody reads. Changes and returns ``model``."""
     if not _is_simple(model.graph):
@@ -212,7 +192,7 @@ def simplify(model: ir.Model) -> ir.Model:
     while left != before:  # one may be known once another is
         canonical(model.graph)
         drop_unused(model.graph)
-        _complete_shapes(model)
+        complete_shapes(model)
         before, left = left, computed_shapes(model.graph)
     for value in model.graph.initializers.values():
         if value.const_value is not None and not isinstance(value.const_value, ir.LazyTensor):
@@ -249,31 +229,6 @@ def _fold(model: ir.Model) -> ir.Model:
         model = rewrite(model, pattern_rewrite_rules=rules)
         onnxscript.optimizer.optimize(model, input_size_limit=FOLD_LIMIT, output_size_limit=FOLD_LIMIT)
     return model
-
-
-def _complete_shapes(model: ir.Model) -> None:
-    """Sizes that the exporter left open and that follow from the others."""
-    import onnx
-
-    open_ = {v.name: v for n in model.graph for v in n.outputs if v.shape is None or any(map(_is_open, dims(v)))}
-    if not open_:
-        return
-    proto = _without_weights(ir.to_proto(model))
-    known = [info for info in proto.graph.value_info if info.name not in open_]
-    del proto.graph.value_info[:]
-    proto.graph.value_info.extend(known)
-    inferred = onnx.shape_inference.infer_shapes(proto)
-    for info in inferred.graph.value_info:
-        if info.name in open_ and info.type.tensor_type.HasField("shape"):
-            sizes = info.type.tensor_type.shape.dim
-            open_[info.name].shape = ir.Shape(
-                [d.dim_value if d.HasField("dim_value") else d.dim_param or None for d in sizes]
-            )
-
-
-def _is_open(size: Dim) -> bool:
-    """Whether nothing is known of a size: no number, and no name but one that onnx made up."""
-    return size is None or str(size).startswith("unk__")
 
 
 def _name_nodes(graph: ir.Graph) -> None:
