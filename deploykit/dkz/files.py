@@ -17,7 +17,7 @@ from deploykit.dkz.front import CONTEXTS, LIMIT, front_of
 from deploykit.dkz.reading import peak, unpack
 from deploykit.dkz.stages import Stage, stages
 
-NONE_CODED = {CONTEXTS: "that takes weights that share few values, and whose shape is known"}
+NONE_CODED = {CONTEXTS: "that takes weights that share few values, have a known shape and get smaller by it"}
 LONGEST = 255
 """Bytes of a name, on every common file system."""
 
